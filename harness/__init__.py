@@ -1,0 +1,1 @@
+"""Expand, run, guard, time, store, analyse, judge."""

@@ -1,0 +1,259 @@
+"""The vocabulary: what a question (a case) is, and how it can end. Imports neither torch nor triton.
+
+Sizes are spelt out; in shape comments B batch, L seqlen, D d_inner, H nheads, P headdim, N d_state,
+G ngroups, Q chunk_size.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+class Family(StrEnum):
+    """A set of implementations that compute the same function of the same inputs."""
+
+    S6 = "s6"  # Mamba-1: A is (D, N)
+    SSD = "ssd"  # Mamba-2: A is one scalar per head
+    ATTENTION = "attention"  # causal softmax attention
+
+
+class Level(StrEnum):
+    """How much is timed around the mixer."""
+
+    OP = "op"  # the mixer's core
+    BLOCK = "block"  # projections, convolution, gate, norm and MLP around it
+
+
+class Pass(StrEnum):
+    """What is executed once per sample."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"  # gradients only; the forward that they need is not timed
+    TRAINING = "training"  # forward and backward
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether gradients are computed."""
+        return self is not Pass.FORWARD
+
+
+class DType(StrEnum):
+    """Element type of the problem's activations."""
+
+    FP64 = "fp64"
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}[self.value]
+
+
+class DeviceKind(StrEnum):
+    """Where a case runs."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Outcome(StrEnum):
+    """How a case ended; each carries a reason a person can act on, except `ok`."""
+
+    OK = "ok"
+    WRONG = "wrong"  # failed the correctness gate; its time is not reported
+    ERROR = "error"  # raised
+    OOM = "oom"  # out of memory, on the device or over the limit on the host
+    TIMEOUT = "timeout"  # exceeded the case's time limit
+    CRASHED = "crashed"  # the worker process died
+    UNSUPPORTED = "unsupported"  # the implementation declines this problem
+    UNAVAILABLE = "unavailable"  # not installed, or not on this device
+    SKIPPED = "skipped"  # left out by the time budget or an estimate
+
+    @property
+    def failed(self) -> bool:
+        """Whether `run --retry-failed` tries it again and the exit code reports it."""
+        return self in _FAILED
+
+
+_FAILED = {Outcome.WRONG, Outcome.ERROR, Outcome.OOM, Outcome.TIMEOUT, Outcome.CRASHED}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """The device that a plan is made for; filled by `harness.machine` without importing torch."""
+
+    kind: DeviceKind
+    index: int = 0
+    name: str  # "NVIDIA H100 80GB HBM3", or the processor's model name
+    compute_capability: tuple[int, int] | None = None  # None on the CPU
+    memory_bytes: int
+
+    @property
+    def torch_name(self) -> str:
+        """The string `torch.device` takes."""
+        return "cpu" if self.kind is DeviceKind.CPU else f"cuda:{self.index}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """The sizes of a question. A size that does not apply to the family or level is None."""
+
+    family: Family
+    level: Level = Level.OP
+    batch: int
+    seqlen: int
+    d_inner: int  # mixer width: D for s6, nheads * headdim for ssd and attention
+    d_model: int | None = None  # block level only
+    d_state: int | None = None  # s6 and ssd
+    headdim: int | None = None  # ssd and attention
+    ngroups: int | None = None  # s6 and ssd
+    gated: bool = False  # op level, s6 and ssd: multiply the output by silu(z)
+
+    @property
+    def nheads(self) -> int:
+        """Number of heads (ssd and attention)."""
+        if self.headdim is None:
+            raise ValueError(f"family {self.family} has no heads")
+        return self.d_inner // self.headdim
+
+    @property
+    def nblocks(self) -> int | None:
+        """Blocks executed at block level: one transformer layer weighs as much as two Mamba blocks."""
+        if self.level is Level.OP:
+            return None
+        return 1 if self.family is Family.ATTENTION else 2
+
+    @property
+    def tokens(self) -> int:
+        """Tokens processed by one pass."""
+        return self.batch * self.seqlen
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, one key per field."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Problem":
+        """Rebuild a problem from `to_dict`'s values."""
+        known = {f.name for f in fields(cls)}
+        kept = {k: v for k, v in values.items() if k in known}
+        return cls(**{**kept, "family": Family(kept["family"]), "level": Level(kept["level"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One question: an implementation's variant on a problem, in one pass and dtype."""
+
+    implementation: str
+    variant: str
+    problem: Problem
+    pass_: Pass
+    dtype: DType
+
+    @property
+    def case_id(self) -> str:
+        """Twelve hexadecimal digits that are the same on every machine and commit."""
+        return digest(self.to_dict())
+
+    @property
+    def label(self) -> str:
+        """One line for a person."""
+        p = self.problem
+        sizes = [f"B={p.batch}", f"L={p.seqlen}"]
+        sizes += [f"d_model={p.d_model}"] if p.d_model else [f"D={p.d_inner}"]
+        sizes += [f"N={p.d_state}"] if p.d_state else []
+        return f"{self.implementation}:{self.variant} {p.family}/{p.level} {self.pass_} {' '.join(sizes)} {self.dtype}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; the key of `pass_` is `pass`."""
+        return {
+            "implementation": self.implementation,
+            "variant": self.variant,
+            "problem": self.problem.to_dict(),
+            "pass": self.pass_.value,
+            "dtype": self.dtype.value,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Case":
+        """Rebuild a case from `to_dict`'s values."""
+        return cls(
+            implementation=values["implementation"],
+            variant=values["variant"],
+            problem=Problem.from_dict(values["problem"]),
+            pass_=Pass(values["pass"]),
+            dtype=DType(values["dtype"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a run measures. Part of an observation's identity, except the limits."""
+
+    seed: int = 0
+    target_s: float = 0.5  # seconds of samples wanted per case
+    min_samples: int = 5
+    max_samples: int = 200
+    relative_error: float = 0.01  # stop early when the median's interval is this narrow
+    threads: int | None = None  # CPU threads per worker; None: all physical cores
+    time_limit_s: float = 60.0  # per case, compilation aside
+    compile_limit_s: float = 300.0  # first calls, which may compile
+    memory_limit_bytes: int | None = None  # host memory of a worker; None: 80 % of the machine's
+    measurements: tuple[str, ...] = ("time", "memory")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Settings":
+        """Rebuild settings from `to_dict`'s values."""
+        return cls(**{**values, "measurements": tuple(values["measurements"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A number that a record can hold: tag, unit and what it means."""
+
+    tag: str
+    name: str
+    unit: str  # "s", "bytes", "tokens/s", "FLOP", "J", "1" ...
+    description: str
+    better: str = "lower"  # "lower", "higher" or "neither"
+    modelled: bool = False  # computed from shapes, not measured
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric(tag="time_s", name="time", unit="s", description="median time of one execution; the method is in the record"),
+    Metric(tag="tokens_per_s", name="throughput", unit="tokens/s", better="higher", description="batch * seqlen / time_s"),
+    Metric(tag="call_time_s", name="call time", unit="s", description="median time by device events around one eager call, launch gaps included (GPU only)"),
+    Metric(tag="peak_memory_bytes", name="peak memory", unit="bytes", description="most memory allocated at once while the pass ran, inputs and outputs included; nothing of the correctness check"),
+    Metric(tag="extra_memory_bytes", name="extra memory", unit="bytes", description="peak memory less what was allocated before the pass began"),
+    Metric(tag="first_call_s", name="first call", unit="s", description="time of the first call in the worker, compilation included where nothing was cached"),
+    Metric(tag="model_flop", name="model FLOP", unit="FLOP", better="neither", modelled=True, description="arithmetic of the algorithm, the same for all implementations of a family"),
+    Metric(tag="compulsory_bytes", name="compulsory bytes", unit="bytes", better="neither", modelled=True, description="each input read once and each output written once"),
+    Metric(tag="weight_count", name="weights", unit="1", better="neither", modelled=True, description="parameters of the block (block level only)"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a pass must do, from shapes alone (modelled)."""
+
+    model_flop: int
+    compulsory_bytes: int
+    weight_count: int | None = None
+    extra: Mapping[str, int] = field(default_factory=dict)
+
+
+def digest(value: Any) -> str:
+    """Return twelve hexadecimal digits of the value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

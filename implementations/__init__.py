@@ -1,0 +1,1 @@
+"""What is compared: problems, operations, blocks; found by name."""

@@ -1,0 +1,58 @@
+"""What an implementation is: metadata that needs no torch, and a loader of its operation.
+
+An implementation's module imports torch, triton or numba only inside `op`, so that listing and
+planning stay fast and work where they are not installed.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mambench.harness.spec import Case, Device, Family
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way an implementation can run: named in the plan, so that a name is always the same code."""
+
+    name: str
+    unavailable: str | None = None  # why it cannot run on this device, and what to install
+
+
+class Implementation(ABC):
+    """Something that is compared. Subclass it in any importable module and name the class.
+
+    The operation that `op` returns has the signature of its family's reference interface:
+
+    - s6: `op(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
+      return_last_state=False)`; u, delta, z (B, D, L); A (D, N) fp32; B, C (B, G, N, L); D,
+      delta_bias (D,) fp32. Returns out (B, D, L), or (out, last_state (B, D, N) fp32).
+    - ssd: `op(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None,
+      dt_softplus=False, dt_limit=(0.0, inf), return_final_states=False)`; x, z (B, L, H, P); dt
+      (B, L, H); A (H,) fp32; B, C (B, L, G, N); D (H,) or (H, P) fp32; dt_bias (H,) fp32;
+      initial_states (B, H, P, N). Returns out (B, L, H, P), or (out, final_states (B, H, P, N) fp32).
+    - attention: `op(q, k, v)`, all (B, L, H, P); causal, softmax scale P ** -0.5. Returns (B, L, H, P).
+
+    All are differentiable in every floating-point tensor argument.
+    """
+
+    name: ClassVar[str]
+    families: ClassVar[tuple[Family, ...]]
+    summary: ClassVar[str]  # one line for `list`
+
+    @abstractmethod
+    def variants(self, device: Device) -> tuple[Variant, ...]:
+        """Return this implementation's variants for a device, the preferred one first."""
+
+    @abstractmethod
+    def op(self, family: Family, variant: str) -> Callable[..., Any]:
+        """Import and return the operation of a variant."""
+
+    def unsupported(self, case: Case, device: Device) -> str | None:
+        """Return why this case cannot be run (limits of sizes or dtypes), or None."""
+        return None
+
+    def workspace_bytes(self, case: Case) -> int:
+        """Estimate the memory needed beyond inputs, outputs and gradients (for the plan)."""
+        return 0

@@ -1,0 +1,1 @@
+"""Records -> typed rows -> figures -> one offline HTML file."""
