@@ -56,3 +56,7 @@ class Implementation(ABC):
     def workspace_bytes(self, case: Case) -> int:
         """Estimate the memory needed beyond inputs, outputs and gradients (for the plan)."""
         return 0
+
+    def launches(self, case: Case) -> int:
+        """Estimate how many operations one forward call launches one after another (for the plan)."""
+        return 10
