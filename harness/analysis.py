@@ -1,0 +1,557 @@
+"""Fold observations into one result per machine and case. Imports neither torch nor triton.
+
+What a person reads (report, tables, verdicts) is computed from these results. The rules:
+
+- Of the observations of one (case, measurement, round) the newest counts; the others were retries.
+- A time is the median over rounds of each round's median. Its interval is the distribution-free one
+  of the median (order statistics): over rounds from five rounds on, else within a round. The second
+  does not include what differs between processes, and says so by its name.
+- A case is `ok` when all rounds are. Otherwise it has its worst round's outcome, and no values.
+- A missing value is None with a reason in `missing`, never zero.
+"""
+
+import math
+import shlex
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from mambench.harness.records import Observation
+from mambench.harness.spec import METRICS, Case, DeviceKind, Outcome, digest
+
+ROUNDS_FOR_INTERVAL = 5
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+_TAGS = tuple(metric.tag for metric in METRICS)
+_MODELLED = tuple(metric.tag for metric in METRICS if metric.modelled)
+# The first that occurs among a case's rounds is the case's outcome.
+_SEVERITY = (
+    Outcome.WRONG,
+    Outcome.CRASHED,
+    Outcome.ERROR,
+    Outcome.OOM,
+    Outcome.TIMEOUT,
+    Outcome.UNSUPPORTED,
+    Outcome.UNAVAILABLE,
+    Outcome.SKIPPED,
+    Outcome.OK,
+)
+# Environment entries that make results of one device incomparable when they differ.
+_IDENTITY = ("torch", "triton", "numba", "driver", "driver_version", "cuda", "python", "flash_attn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A confidence interval of a median, and what it is over: "rounds", "samples" or "hull"."""
+
+    low: float
+    high: float
+    coverage: float  # of the median, by order statistics; "hull": of each round's own
+    over: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The part of a run folder's manifest that reports show."""
+
+    run_id: str
+    path: Path | None
+    source: str  # key of the Source that it belongs to
+    created_at: str
+    suite: str
+    command: str
+    settings: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    code: Mapping[str, Any]
+    device: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def code_version(self) -> str:
+        """Commit or version, with a mark where the working tree differed from it."""
+        return code_version(self.code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Runs that are pooled: of one device, one software stack and one code version."""
+
+    key: str
+    label: str
+    kind: DeviceKind
+    device_name: str
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The fold of one case's observations on one source."""
+
+    source: str
+    run_id: str  # of the newest observation
+    case: Case
+    outcome: Outcome
+    reason: str | None = None
+    time_s: float | None = None
+    interval: Interval | None = None
+    method: str | None = None
+    rounds: int = 0
+    samples_s: tuple[float, ...] = field(default=(), repr=False)  # pooled over rounds
+    round_medians_s: tuple[float, ...] = ()
+    converged: bool | None = None
+    call_time_s: float | None = None
+    first_call_s: float | None = None
+    peak_memory_bytes: int | None = None
+    extra_memory_bytes: int | None = None
+    model_flop: int | None = None
+    compulsory_bytes: int | None = None
+    weight_count: int | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)  # metric tag -> why it is None
+    flags: tuple[str, ...] = ()  # what a reader should distrust
+    telemetry: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    measured_at: str | None = None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens of one pass over its time."""
+        return None if self.time_s is None else self.case.problem.tokens / self.time_s
+
+    @property
+    def flop_per_s(self) -> float | None:
+        """Modelled FLOP over measured time."""
+        return _ratio(self.model_flop, self.time_s)
+
+    @property
+    def modelled_bytes_per_s(self) -> float | None:
+        """Compulsory (modelled) bytes over measured time; not a measurement of traffic."""
+        return _ratio(self.compulsory_bytes, self.time_s)
+
+    @property
+    def quantiles_s(self) -> tuple[float, ...] | None:
+        """Quantiles of the pooled samples at `QUANTILES`."""
+        if not self.samples_s:
+            return None
+        return tuple(float(q) for q in np.quantile(np.asarray(self.samples_s), QUANTILES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """Everything a report is made from."""
+
+    sources: tuple[Source, ...]
+    results: tuple[Result, ...]
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """All runs, source by source."""
+        return tuple(run for source in self.sources for run in source.runs)
+
+
+def load(run_folders: Sequence[Path]) -> Analysis:
+    """Read run folders and fold them. Raises RunFolderError where one is not a sound run folder."""
+    from mambench.harness.store import RunFolder
+
+    loaded: list[tuple[Run, Sequence[Observation], Mapping[str, Any]]] = []
+    for path in run_folders:
+        folder = RunFolder.open(Path(path))
+        manifest = folder.manifest
+        loaded.append((make_run(manifest, Path(path)), folder.observations(), manifest))
+    return combine(loaded)
+
+
+def combine(
+    loaded: Sequence[tuple[Run, Sequence[Observation], Mapping[str, Any]]],
+) -> Analysis:
+    """Fold (run, observations, manifest) of several runs; runs of one source are pooled."""
+    by_source: dict[str, list[tuple[Run, Sequence[Observation], Mapping[str, Any]]]] = {}
+    seen: set[str] = set()
+    for entry in sorted(loaded, key=lambda entry: (entry[0].created_at, entry[0].run_id)):
+        if entry[0].run_id not in seen:  # a folder that was named twice
+            seen.add(entry[0].run_id)
+            by_source.setdefault(entry[0].source, []).append(entry)
+    results: list[Result] = []
+    for key, entries in by_source.items():
+        tagged = [(run.run_id, o) for run, observations, _ in entries for o in observations]
+        planned = [p for _, _, manifest in entries for p in manifest.get("plan") or []]
+        results += fold(tagged, source=key, planned=planned, run_id=entries[-1][0].run_id)
+    sources = [
+        _make_source(key, [run for run, _, _ in entries]) for key, entries in by_source.items()
+    ]
+    return Analysis(sources=_distinct_labels(sources), results=tuple(results))
+
+
+def make_run(manifest: Mapping[str, Any], path: Path | None = None) -> Run:
+    """Take from a manifest what reports show; absent entries are empty."""
+    command = manifest.get("command") or ""
+    code = _mapping(manifest.get("code"))
+    environment = _mapping(manifest.get("environment"))
+    device = _mapping(manifest.get("device"))
+    return Run(
+        run_id=str(manifest.get("run_id") or (path.name if path else "run")),
+        path=path,
+        source=_source_key(device, environment, code),
+        created_at=str(manifest.get("created_at") or ""),
+        suite=str(manifest.get("suite") or ""),
+        command=command if isinstance(command, str) else shlex.join(str(c) for c in command),
+        settings=_mapping(manifest.get("settings")),
+        environment=environment,
+        code=code,
+        device=device,
+        notes=tuple(str(note) for note in manifest.get("notes") or ()),
+    )
+
+
+def code_version(code: Mapping[str, Any]) -> str:
+    """Return the commit (ten digits) or version that a manifest's `code` names."""
+    version = code.get("commit") or code.get("revision") or code.get("version") or "unknown"
+    dirty = code.get("dirty") or code.get("diff") or code.get("dirty_diff")
+    text = str(version)
+    text = text[:10] if len(text) == 40 else text
+    return f"{text}+changes" if dirty and "+" not in text else text
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return nested manifest entries as dotted keys and texts, for tables of environments."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            flat[f"{prefix}{key}"] = ", ".join(str(v) for v in value)
+        else:
+            flat[f"{prefix}{key}"] = "" if value is None else str(value)
+    return flat
+
+
+def fold(
+    observations: Iterable[tuple[str, Observation]],
+    *,
+    source: str,
+    planned: Iterable[Mapping[str, Any]] = (),
+    run_id: str = "",
+) -> list[Result]:
+    """Return one result per case of (run id, observation) pairs, then planned cases without any."""
+    grouped: dict[str, list[tuple[str, Observation]]] = defaultdict(list)
+    for owner, observation in observations:
+        grouped[observation.case.case_id].append((owner, observation))
+    results = [_fold_case(source, entries) for entries in grouped.values()]
+    return results + _unmeasured(planned, set(grouped), source, run_id)
+
+
+def median_interval(
+    values: Sequence[float], over: str = "samples", level: float = 0.95
+) -> Interval | None:
+    """Return the distribution-free interval of the median, or None for fewer than five values.
+
+    The narrowest pair of order statistics, symmetric in rank, that covers the median with at least
+    `level`; with five values the extremes, which cover 93.75 %.
+    """
+    n = len(values)
+    if n < 5:
+        return None
+    ordered = sorted(values)
+    low_rank, coverage = _ranks(n, level)
+    return Interval(
+        low=ordered[low_rank], high=ordered[n - 1 - low_rank], coverage=coverage, over=over
+    )
+
+
+def frame(analysis: Analysis) -> Any:
+    """Return the results as a pandas DataFrame, one row per result, quantities in SI."""
+    import pandas as pd
+
+    labels = {source.key: source.label for source in analysis.sources}
+    return pd.DataFrame([record(result, labels) for result in analysis.results])
+
+
+def record(result: Result, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return a result as flat plain values: what CSV and JSON exports hold."""
+    problem = result.case.problem.to_dict()
+    interval = result.interval
+    return {
+        "device": (labels or {}).get(result.source, result.source),
+        "run_id": result.run_id,
+        "case_id": result.case.case_id,
+        "implementation": result.case.implementation,
+        "variant": result.case.variant,
+        **{key: _plain(value) for key, value in problem.items()},
+        "pass": result.case.pass_.value,
+        "dtype": result.case.dtype.value,
+        "outcome": result.outcome.value,
+        "reason": result.reason,
+        "time_s": result.time_s,
+        "time_low_s": interval.low if interval else None,
+        "time_high_s": interval.high if interval else None,
+        "interval_coverage": interval.coverage if interval else None,
+        "interval_over": interval.over if interval else None,
+        "method": result.method,
+        "rounds": result.rounds,
+        "samples": len(result.samples_s),
+        "converged": result.converged,
+        **{tag: getattr(result, tag) for tag in _TAGS if tag != "time_s"},
+        "model_flop_per_s": result.flop_per_s,
+        "modelled_bytes_per_s": result.modelled_bytes_per_s,
+        "measured_at": result.measured_at,
+    }
+
+
+def _fold_case(source: str, entries: Sequence[tuple[str, Observation]]) -> Result:
+    latest: dict[tuple[str, int], tuple[str, Observation]] = {}
+    for owner, observation in entries:
+        key = (observation.measurement, observation.round)
+        known = latest.get(key)
+        # `>=`: of two with the same second the later line is the newer.
+        if known is None or observation.started_at >= known[1].started_at:
+            latest[key] = (owner, observation)
+    by_measurement: dict[str, list[Observation]] = defaultdict(list)
+    for (measurement, _), (_, observation) in sorted(latest.items()):
+        by_measurement[measurement].append(observation)
+    owner, newest = max(latest.values(), key=lambda entry: entry[1].started_at)
+    outcome, reason = _outcome(by_measurement)
+    result = Result(
+        source=source,
+        run_id=owner,
+        case=newest.case,
+        outcome=outcome,
+        reason=reason,
+        measured_at=newest.started_at,
+        details=_merged(by_measurement, lambda o: o.details),
+    )
+    result = replace(result, **_modelled(by_measurement))
+    if outcome is not Outcome.OK:
+        why = f"the case ended as {outcome}"
+        return replace(result, missing={t: why for t in _TAGS if t not in _MODELLED})
+    return _with_values(result, by_measurement)
+
+
+def _outcome(by_measurement: Mapping[str, list[Observation]]) -> tuple[Outcome, str | None]:
+    everything = [o for observations in by_measurement.values() for o in observations]
+    # A wrong result found in any measurement condemns the case; other failures of an
+    # additional measurement (memory) leave only that one's values missing.
+    wrong = [o for o in everything if o.outcome is Outcome.WRONG]
+    deciding = wrong or by_measurement.get("time") or everything
+    worst = min(deciding, key=lambda o: _SEVERITY.index(o.outcome))
+    if worst.outcome is Outcome.OK:
+        return Outcome.OK, None
+    reason = worst.reason or "no reason recorded"
+    affected = sum(o.outcome is worst.outcome for o in deciding)
+    if affected < len(deciding):
+        reason = f"in {affected} of {len(deciding)} rounds: {reason}"
+    return worst.outcome, reason
+
+
+def _with_values(result: Result, by_measurement: Mapping[str, list[Observation]]) -> Result:
+    """Add measured values, the reasons of those that are missing, and the time's interval."""
+    values: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    for tag in _TAGS:
+        if tag in _MODELLED or tag in ("time_s", "tokens_per_s"):
+            continue
+        number, why = _aggregate(tag, by_measurement)
+        values[tag] = None if number is None else int(number) if "bytes" in tag else number
+        if number is None:
+            missing[tag] = why
+    timed = by_measurement.get("time", [])
+    medians = [m for m in (_round_median(o) for o in timed) if m is not None]
+    flags = [flag for o in timed for flag in _suspicions(o)]
+    if medians and len(medians) == len(timed):
+        samples = tuple(s for o in timed for s in o.samples_s or ())
+        values |= {"time_s": float(np.median(medians)), "samples_s": samples}
+    else:
+        missing |= dict.fromkeys(("time_s", "tokens_per_s"), _why_no_time(timed))
+    converged = [c for c in (_converged(o) for o in timed) if c is not None]
+    return replace(
+        result,
+        **values,
+        interval=_time_interval(timed, medians),
+        method=", ".join(sorted({o.method for o in timed if o.method})) or None,
+        rounds=len(timed),
+        round_medians_s=tuple(medians),
+        converged=all(converged) if converged else None,
+        missing=missing,
+        flags=tuple(dict.fromkeys(flags)),
+        telemetry=_merged({"time": timed}, lambda o: _mapping(o.details.get("telemetry"))),
+    )
+
+
+def _time_interval(timed: Sequence[Observation], medians: Sequence[float]) -> Interval | None:
+    if len(medians) >= ROUNDS_FOR_INTERVAL:
+        return median_interval(medians, "rounds")
+    inner = [median_interval(o.samples_s or ()) for o in timed]
+    known = [i for i in inner if i is not None]
+    if not known or len(known) < len(inner) or len(medians) < len(timed):
+        return None
+    if len(known) == 1:
+        return known[0]
+    # Two to four rounds say little about their spread: show at least all of their intervals.
+    return Interval(
+        low=min(i.low for i in known),
+        high=max(i.high for i in known),
+        coverage=min(i.coverage for i in known),
+        over="hull",
+    )
+
+
+def _round_median(observation: Observation) -> float | None:
+    value = observation.values.get("time_s")
+    if value is None and observation.samples_s:
+        value = float(np.median(observation.samples_s))
+    return float(value) if value is not None and math.isfinite(value) and value > 0 else None
+
+
+def _suspicions(observation: Observation) -> list[str]:
+    found: list[str] = []
+    samples, value = observation.samples_s, observation.values.get("time_s")
+    if samples and value and abs(float(np.median(samples)) / value - 1) > 0.01:
+        found.append("the recorded time is not the median of its samples")
+    if _converged(observation) is False:
+        found.append("the measurement stopped at its limit before its interval was narrow enough")
+    return found
+
+
+def _why_no_time(timed: Sequence[Observation]) -> str:
+    if not timed:
+        return "time was not measured"
+    return "the record holds no time that is finite and above zero"
+
+
+def _aggregate(
+    tag: str, by_measurement: Mapping[str, list[Observation]]
+) -> tuple[float | None, str]:
+    """Median over rounds of a tag, from whichever measurement holds it; memory: the largest."""
+    found: list[float] = []
+    failed: list[str] = []
+    for measurement, observations in by_measurement.items():
+        for o in observations:
+            value = o.values.get(tag)
+            if o.outcome is Outcome.OK and value is not None and math.isfinite(value):
+                found.append(float(value))
+            elif o.outcome is not Outcome.OK and _measures(measurement, tag):
+                failed.append(f"{measurement} ended as {o.outcome}: {o.reason}")
+    if found:
+        return (max(found) if "memory" in tag else float(np.median(found))), ""
+    return None, failed[0] if failed else "not measured"
+
+
+def _measures(measurement: str, tag: str) -> bool:
+    return tag.startswith(measurement) or (measurement == "memory" and "memory" in tag)
+
+
+def _modelled(by_measurement: Mapping[str, list[Observation]]) -> dict[str, int | None]:
+    found: dict[str, int | None] = dict.fromkeys(_MODELLED)
+    for observations in by_measurement.values():
+        for observation in observations:
+            for tag in _MODELLED:
+                value = observation.values.get(tag)
+                if value is not None:
+                    found[tag] = int(value)
+    return found
+
+
+def _converged(observation: Observation) -> bool | None:
+    details = observation.details
+    value = details.get("converged")
+    if value is None:
+        value = _mapping(details.get("convergence")).get("converged")
+    return None if value is None else bool(value)
+
+
+def _merged(
+    by_measurement: Mapping[str, list[Observation]],
+    pick: Callable[[Observation], Mapping[str, Any]],
+) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for observations in by_measurement.values():
+        for observation in observations:
+            merged |= pick(observation)
+    return merged
+
+
+def _unmeasured(
+    planned: Iterable[Mapping[str, Any]], known: set[str], source: str, run_id: str
+) -> list[Result]:
+    """Planned cases that have no observation: outcomes known beforehand, or not run yet."""
+    results: list[Result] = []
+    for entry in planned:
+        case = Case.from_dict(entry.get("case") or entry)
+        if case.case_id in known:
+            continue
+        known.add(case.case_id)
+        outcome = Outcome(entry.get("outcome") or Outcome.SKIPPED)
+        reason = entry.get("reason") or "planned, but not run: the run was interrupted"
+        missing = dict.fromkeys(_TAGS, "the case was not run")
+        results.append(
+            Result(
+                source=source,
+                run_id=run_id,
+                case=case,
+                outcome=outcome,
+                reason=reason,
+                missing=missing,
+            )
+        )
+    return results
+
+
+def _ranks(n: int, level: float) -> tuple[int, float]:
+    """Index of the lower order statistic, and what it and its mirror image cover."""
+    best = (0, 1 - 2 * 0.5**n)
+    below = 0.0
+    for rank in range(n // 2):
+        below += math.exp(_log_choose(n, rank) - n * math.log(2))
+        coverage = 1 - 2 * below
+        if coverage < level:
+            break
+        best = (rank, coverage)
+    return best
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def _source_key(
+    device: Mapping[str, Any], environment: Mapping[str, Any], code: Mapping[str, Any]
+) -> str:
+    """Identity of what must be equal for two runs' results to stand in one curve."""
+    versions = {
+        key: value
+        for key, value in flatten(environment).items()
+        if key.rsplit(".", 1)[-1].lower() in _IDENTITY
+    }
+    name = [device.get(key) for key in ("kind", "name", "compute_capability")]
+    return digest([name, versions, code_version(code)])
+
+
+def _make_source(key: str, runs: Sequence[Run]) -> Source:
+    device = runs[-1].device
+    name = str(device.get("name") or "unknown device")
+    kind = DeviceKind(device.get("kind") or DeviceKind.CPU)
+    return Source(key=key, label=name, kind=kind, device_name=name, runs=tuple(runs))
+
+
+def _distinct_labels(sources: Sequence[Source]) -> tuple[Source, ...]:
+    """Where devices have one name add the code version, and if need be the newest run."""
+    labelled = list(sources)
+    for suffix in (lambda s: s.runs[-1].code_version, lambda s: s.runs[-1].run_id):
+        names = [source.label for source in labelled]
+        labelled = [
+            replace(s, label=f"{s.label} · {suffix(s)}") if names.count(s.label) > 1 else s
+            for s in labelled
+        ]
+    return tuple(labelled)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
+
+
+def _plain(value: Any) -> Any:
+    return value.value if hasattr(value, "value") else value
+
+
+def _ratio(numerator: float | None, denominator: float | None) -> float | None:
+    return None if numerator is None or denominator is None else numerator / denominator

@@ -1,0 +1,263 @@
+"""The fold of observations into results, on data with known answers and on planted wrong data."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mambench.harness import analysis
+from mambench.harness.analysis import combine, fold, make_run, median_interval, record
+from mambench.harness.records import Observation
+from mambench.harness.spec import Case, DType, Family, Outcome, Pass, Problem
+
+CASE = Case(
+    implementation="ssd",
+    variant="triton",
+    problem=Problem(family=Family.SSD, batch=2, seqlen=512, d_inner=64, d_state=16, headdim=32),
+    pass_=Pass.FORWARD,
+    dtype=DType.FP32,
+)
+SAMPLES = (0.010, 0.012, 0.011, 0.013, 0.009, 0.030, 0.011)
+
+
+def observation(second: int = 0, **changes) -> Observation:
+    values = {"time_s": 0.011, "model_flop": 1000, "compulsory_bytes": 2000, "first_call_s": 0.5}
+    base = Observation(
+        case=CASE,
+        measurement="time",
+        outcome=Outcome.OK,
+        observation_id="x",
+        started_at=f"2026-01-01T00:00:{second:02d}Z",
+        duration_s=1.0,
+        method="perf_counter",
+        values=values,
+        samples_s=SAMPLES,
+        details={"converged": True},
+    )
+    return replace(base, **changes)
+
+
+def failed(outcome: Outcome, second: int = 0, **changes) -> Observation:
+    changes = {"reason": f"it was {outcome}", "values": {}, "samples_s": None} | changes
+    return observation(second, outcome=outcome, **changes)
+
+
+def fold_one(*observations: Observation) -> analysis.Result:
+    (result,) = fold([("run", o) for o in observations], source="s")
+    return result
+
+
+def test_one_round_keeps_the_records_numbers():
+    result = fold_one(
+        observation(),
+        observation(
+            1, measurement="memory", samples_s=None, values={"peak_memory_bytes": 4096}, details={}
+        ),
+    )
+    assert result.outcome is Outcome.OK
+    assert result.time_s == 0.011
+    assert result.tokens_per_s == 2 * 512 / 0.011
+    assert result.flop_per_s == 1000 / 0.011
+    assert result.modelled_bytes_per_s == 2000 / 0.011
+    assert result.peak_memory_bytes == 4096
+    assert result.first_call_s == 0.5
+    assert result.converged is True
+    assert result.quantiles_s == tuple(np.quantile(SAMPLES, analysis.QUANTILES))
+    assert result.missing["call_time_s"] == "not measured"
+    assert result.flags == ()
+
+
+def test_survives_the_line_format():
+    line = observation().to_line()
+    assert fold_one(Observation.from_line(line)) == fold_one(observation())
+
+
+def test_newest_of_a_round_wins_whatever_the_order():
+    old, new = failed(Outcome.OOM, second=1), observation(second=2)
+    for pair in ((old, new), (new, old)):
+        assert fold_one(*pair).outcome is Outcome.OK
+    old, new = observation(second=1), failed(Outcome.CRASHED, second=2)
+    for pair in ((old, new), (new, old)):
+        result = fold_one(*pair)
+        assert (result.outcome, result.time_s) == (Outcome.CRASHED, None)
+
+
+def test_of_one_second_the_later_line_wins():
+    assert fold_one(failed(Outcome.OOM), observation()).outcome is Outcome.OK
+    assert fold_one(observation(), failed(Outcome.OOM)).outcome is Outcome.OOM
+
+
+def test_rounds_give_the_median_of_medians_and_its_interval():
+    medians = [0.010, 0.011, 0.012, 0.013, 0.020, 0.011]
+    rounds = [
+        observation(i, round=i, values={"time_s": m}, samples_s=(m,) * 9)
+        for i, m in enumerate(medians)
+    ]
+    result = fold_one(*rounds)
+    assert result.time_s == pytest.approx(0.0115)
+    assert result.interval is not None
+    assert result.interval.over == "rounds"
+    assert (result.interval.low, result.interval.high) == (0.010, 0.020)
+    assert result.interval.coverage == pytest.approx(1 - 2 / 64)
+    assert result.rounds == 6
+    assert len(result.samples_s) == 54
+
+
+def test_two_rounds_show_at_least_both_intervals():
+    slow = tuple(2 * s for s in SAMPLES)
+    result = fold_one(
+        observation(), observation(1, round=1, samples_s=slow, values={"time_s": 0.022})
+    )
+    assert result.time_s == pytest.approx(0.0165)
+    assert result.interval is not None
+    assert result.interval.over == "hull"
+    assert result.interval.low == min(SAMPLES)
+    assert result.interval.high == 2 * max(SAMPLES)
+
+
+def test_a_round_that_failed_makes_the_case_fail():
+    result = fold_one(
+        observation(), failed(Outcome.CRASHED, 1, round=1), observation(2, round=2)
+    )
+    assert result.outcome is Outcome.CRASHED
+    assert result.reason == "in 1 of 3 rounds: it was crashed"
+    assert result.time_s is None
+    assert result.interval is None
+
+
+def test_wrong_in_any_measurement_condemns_the_case():
+    result = fold_one(observation(), failed(Outcome.WRONG, measurement="memory"))
+    assert result.outcome is Outcome.WRONG
+    assert result.time_s is None
+    assert record(result)["time_s"] is None
+    assert record(result)["tokens_per_s"] is None
+    assert result.missing["time_s"] == "the case ended as wrong"
+    assert result.model_flop == 1000, "what is modelled does not depend on the outcome"
+
+
+def test_failed_memory_leaves_only_memory_missing():
+    result = fold_one(observation(), failed(Outcome.TIMEOUT, measurement="memory"))
+    assert result.outcome is Outcome.OK
+    assert result.time_s == 0.011
+    assert result.missing["peak_memory_bytes"] == "memory ended as timeout: it was timeout"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -1.0, None])
+def test_a_planted_impossible_time_is_never_a_number(value):
+    result = fold_one(observation(values={"time_s": value}, samples_s=None))
+    assert result.time_s is None
+    assert result.tokens_per_s is None
+    assert "finite" in result.missing["time_s"]
+
+
+def test_a_planted_time_that_is_not_the_samples_median_is_flagged():
+    assert fold_one(observation(values={"time_s": 0.005})).flags != ()
+
+
+def test_an_unconverged_measurement_is_flagged():
+    result = fold_one(observation(details={"convergence": {"converged": False}}))
+    assert result.converged is False
+    assert "limit" in result.flags[0]
+
+
+@pytest.mark.parametrize(("n", "ranks"), [(6, (0, 5)), (20, (5, 14)), (100, (39, 60))])
+def test_median_interval_is_the_binomial_one(n, ranks):
+    # The textbook order statistics for 95 %: e.g. the 40th and 61st of 100.
+    interval = median_interval([float(v) for v in range(n)])
+    assert interval is not None
+    assert (interval.low, interval.high) == ranks
+    assert interval.coverage >= 0.95
+
+
+def test_median_interval_covers_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    for draw in (rng.normal, rng.exponential, rng.standard_cauchy):
+        samples = draw(size=(2000, 31))
+        truth = math.log(2) if draw == rng.exponential else 0.0
+        intervals = [median_interval(row.tolist()) for row in samples]
+        hits = [i is not None and i.low <= truth <= i.high for i in intervals]
+        assert 0.94 <= np.mean(hits) <= 0.985
+
+
+def test_too_few_values_have_no_interval():
+    assert median_interval([1.0, 2.0, 3.0, 4.0]) is None
+    five = median_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert five is not None
+    assert five.coverage == pytest.approx(0.9375)
+
+
+def manifest(run_id: str, name: str = "Fixture GPU", **changes) -> dict:
+    base = {
+        "run_id": run_id,
+        "created_at": run_id,
+        "command": ["run_bench.py", "run", "--suite", "a b"],
+        "suite": "quick",
+        "plan": [],
+        "settings": {},
+        "device": {"kind": "cuda", "name": name, "memory_bytes": 1},
+        "environment": {"versions": {"torch": "2.11"}, "hostname": run_id},
+        "code": {"commit": "c" * 40},
+    }
+    return base | changes
+
+
+def analyse(*entries: tuple[dict, list[Observation]]) -> analysis.Analysis:
+    return combine([(make_run(m, Path(m["run_id"])), o, m) for m, o in entries])
+
+
+def test_runs_of_one_machine_pool_and_the_newer_observation_wins():
+    new = observation(9, values={"time_s": 0.02}, samples_s=None)
+    result = analyse((manifest("b"), [new]), (manifest("a"), [observation(1)]))
+    assert len(result.sources) == 1
+    assert [run.run_id for run in result.runs] == ["a", "b"]
+    (only,) = result.results
+    assert only.time_s == 0.02
+    assert only.run_id == "b"
+    assert result.runs[0].command == "run_bench.py run --suite 'a b'"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"device": {"kind": "cuda", "name": "Other", "memory_bytes": 1}},
+        {"environment": {"versions": {"torch": "2.12"}}},
+        {"code": {"commit": "d" * 40}},
+        {"code": {"commit": "c" * 40, "dirty": True}},
+    ],
+)
+def test_runs_that_differ_in_device_software_or_code_stay_apart(other):
+    result = analyse((manifest("a"), [observation()]), (manifest("b", **other), [observation()]))
+    assert len(result.sources) == 2
+    assert len({source.label for source in result.sources}) == 2
+    assert len(result.results) == 2
+
+
+def test_a_folder_named_twice_counts_once():
+    entry = (manifest("a"), [observation()])
+    assert len(analyse(entry, entry).results) == 1
+
+
+def test_planned_cases_without_observation_are_visible():
+    other = replace(CASE, variant="other")
+    third = replace(CASE, variant="third")
+    plan = [
+        {"case": CASE.to_dict(), "outcome": None},
+        {"case": other.to_dict(), "outcome": "unavailable", "reason": "pip install it"},
+        {"case": third.to_dict(), "outcome": None, "reason": None},
+    ]
+    result = analyse((manifest("a", plan=plan), [observation()]))
+    found = {r.case.variant: (r.outcome, r.reason) for r in result.results}
+    assert found["triton"] == (Outcome.OK, None)
+    assert found["other"] == (Outcome.UNAVAILABLE, "pip install it")
+    assert found["third"][0] is Outcome.SKIPPED
+    assert "interrupted" in (found["third"][1] or "")
+
+
+def test_frame_and_record_hold_the_results_numbers():
+    result = analyse((manifest("a"), [observation()]))
+    table = analysis.frame(result)
+    assert table.loc[0, "time_s"] == 0.011
+    assert table.loc[0, "device"] == "Fixture GPU"
+    assert table.loc[0, "case_id"] == CASE.case_id
+    assert table["call_time_s"].isna().all()
