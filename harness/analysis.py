@@ -2,7 +2,8 @@
 
 What a person reads (report, tables, verdicts) is computed from these results. The rules:
 
-- Of the observations of one (case, measurement, round) the newest counts; the others were retries.
+- Of the observations of one (case, measurement, round) the last line counts, and of several
+  runs the one that was begun last; the others were retries.
 - A time is the median over rounds of each round's median. Its interval is the distribution-free one
   of the median (order statistics): over rounds from five rounds on, else within a round. The second
   does not include what differs between processes, and says so by its name.
@@ -21,6 +22,7 @@ from typing import Any, cast
 import numpy as np
 from mambench.harness.records import Observation
 from mambench.harness.spec import METRICS, Case, DeviceKind, Outcome, digest
+from mambench.harness.store import RunFolder
 
 ROUNDS_FOR_INTERVAL = 5
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -38,8 +40,8 @@ _SEVERITY = (
     Outcome.SKIPPED,
     Outcome.OK,
 )
-# Environment entries that make results of one device incomparable when they differ.
-_IDENTITY = ("torch", "triton", "numba", "driver", "driver_version", "cuda", "python", "flash_attn")
+# Entries of a manifest's environment that keep results apart when they differ, as dotted prefixes.
+_IDENTITY = ("python", "libraries.", "torch_cuda", "gpu.uuid", "gpu.driver", "variables.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +154,11 @@ class Analysis:
 
 def load(run_folders: Sequence[Path]) -> Analysis:
     """Read run folders and fold them. Raises RunFolderError where one is not a sound run folder."""
-    from mambench.harness.store import RunFolder
-
     loaded: list[tuple[Run, Sequence[Observation], Mapping[str, Any]]] = []
     for path in run_folders:
         folder = RunFolder.open(Path(path))
-        manifest = folder.manifest
-        loaded.append((make_run(manifest, Path(path)), folder.observations(), manifest))
+        run = make_run(folder.manifest, Path(path), notes=folder.warnings)
+        loaded.append((run, folder.observations(), folder.manifest))
     return combine(loaded)
 
 
@@ -183,7 +183,9 @@ def combine(
     return Analysis(sources=_distinct_labels(sources), results=tuple(results))
 
 
-def make_run(manifest: Mapping[str, Any], path: Path | None = None) -> Run:
+def make_run(
+    manifest: Mapping[str, Any], path: Path | None = None, *, notes: Sequence[str] = ()
+) -> Run:
     """Take from a manifest what reports show; absent entries are empty."""
     command = manifest.get("command") or ""
     code = _mapping(manifest.get("code"))
@@ -200,17 +202,19 @@ def make_run(manifest: Mapping[str, Any], path: Path | None = None) -> Run:
         environment=environment,
         code=code,
         device=device,
-        notes=tuple(str(note) for note in manifest.get("notes") or ()),
+        notes=(*(str(note) for note in manifest.get("notes") or ()), *notes),
     )
 
 
 def code_version(code: Mapping[str, Any]) -> str:
-    """Return the commit (ten digits) or version that a manifest's `code` names."""
-    version = code.get("commit") or code.get("revision") or code.get("version") or "unknown"
-    dirty = code.get("dirty") or code.get("diff") or code.get("dirty_diff")
-    text = str(version)
-    text = text[:10] if len(text) == 40 else text
-    return f"{text}+changes" if dirty and "+" not in text else text
+    """Return the commit (ten digits) that a manifest's `code` names, else the package's version.
+
+    Uncommitted changes show as `+` and the start of their digest.
+    """
+    text = str(code.get("commit") or code.get("version") or "unknown")[:10]
+    if not code.get("dirty"):
+        return text
+    return f"{text}+{str(code.get('diff_digest') or 'changes')[:7]}"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -299,17 +303,12 @@ def record(result: Result, labels: Mapping[str, str] | None = None) -> dict[str,
 
 
 def _fold_case(source: str, entries: Sequence[tuple[str, Observation]]) -> Result:
-    latest: dict[tuple[str, int], tuple[str, Observation]] = {}
-    for owner, observation in entries:
-        key = (observation.measurement, observation.round)
-        known = latest.get(key)
-        # `>=`: of two with the same second the later line is the newer.
-        if known is None or observation.started_at >= known[1].started_at:
-            latest[key] = (owner, observation)
+    # Later lines replace earlier ones, as `RunFolder.newest` has it.
+    latest = {(o.measurement, o.round): o for _, o in entries}
+    owner, newest = entries[-1]
     by_measurement: dict[str, list[Observation]] = defaultdict(list)
-    for (measurement, _), (_, observation) in sorted(latest.items()):
-        by_measurement[measurement].append(observation)
-    owner, newest = max(latest.values(), key=lambda entry: entry[1].started_at)
+    for measurement, round in sorted(latest):
+        by_measurement[measurement].append(latest[measurement, round])
     outcome, reason = _outcome(by_measurement)
     result = Result(
         source=source,
@@ -518,9 +517,7 @@ def _source_key(
 ) -> str:
     """Identity of what must be equal for two runs' results to stand in one curve."""
     versions = {
-        key: value
-        for key, value in flatten(environment).items()
-        if key.rsplit(".", 1)[-1].lower() in _IDENTITY
+        key: value for key, value in flatten(environment).items() if key.startswith(_IDENTITY)
     }
     name = [device.get(key) for key in ("kind", "name", "compute_capability")]
     return digest([name, versions, code_version(code)])

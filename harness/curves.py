@@ -210,7 +210,8 @@ def _difference(challenger: Sequence[Point], incumbent: Sequence[Point], x: Arra
 def _weights(points: Sequence[Point], x: Array) -> Array:
     """Matrix (knots, points) of linear interpolation in log(seqlen)."""
     own = np.log([float(p.seqlen) for p in points])
-    return np.stack([np.interp(x, own, unit) for unit in np.eye(len(points))], axis=1)
+    hats: list[Array] = [np.interp(x, own, unit) for unit in np.eye(len(points))]
+    return np.stack(hats, axis=1)
 
 
 def _crossings(x: Array, difference: Array) -> list[float]:
@@ -247,7 +248,8 @@ def _crossover_interval(
 
 def _draw_medians(rng: np.random.Generator, samples: Sequence[float]) -> Array:
     shape = (len(samples) + 1) / 2
-    return np.quantile(np.asarray(samples, dtype=float), rng.beta(shape, shape, DRAWS))
+    at = rng.beta(shape, shape, DRAWS)
+    return np.asarray(np.quantile(np.asarray(samples, dtype=float), at), dtype=np.float64)
 
 
 def _tails() -> list[float]:

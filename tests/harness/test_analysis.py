@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from mambench.harness import analysis
 from mambench.harness.analysis import combine, fold, make_run, median_interval, record
+from mambench.harness.errors import RunFolderError
 from mambench.harness.records import Observation
 from mambench.harness.spec import Case, DType, Family, Outcome, Pass, Problem
+from mambench.harness.store import RunFolder
 
 CASE = Case(
     implementation="ssd",
@@ -73,19 +75,12 @@ def test_survives_the_line_format():
     assert fold_one(Observation.from_line(line)) == fold_one(observation())
 
 
-def test_newest_of_a_round_wins_whatever_the_order():
-    old, new = failed(Outcome.OOM, second=1), observation(second=2)
-    for pair in ((old, new), (new, old)):
-        assert fold_one(*pair).outcome is Outcome.OK
-    old, new = observation(second=1), failed(Outcome.CRASHED, second=2)
-    for pair in ((old, new), (new, old)):
-        result = fold_one(*pair)
-        assert (result.outcome, result.time_s) == (Outcome.CRASHED, None)
-
-
-def test_of_one_second_the_later_line_wins():
-    assert fold_one(failed(Outcome.OOM), observation()).outcome is Outcome.OK
-    assert fold_one(observation(), failed(Outcome.OOM)).outcome is Outcome.OOM
+def test_of_a_rounds_observations_the_last_line_counts():
+    assert fold_one(failed(Outcome.OOM), observation(1)).outcome is Outcome.OK
+    result = fold_one(observation(), failed(Outcome.CRASHED, 1))
+    assert (result.outcome, result.time_s) == (Outcome.CRASHED, None)
+    # A clock that was set back between the two does not matter.
+    assert fold_one(failed(Outcome.OOM, 2), observation(1)).outcome is Outcome.OK
 
 
 def test_rounds_give_the_median_of_medians_and_its_interval():
@@ -117,9 +112,7 @@ def test_two_rounds_show_at_least_both_intervals():
 
 
 def test_a_round_that_failed_makes_the_case_fail():
-    result = fold_one(
-        observation(), failed(Outcome.CRASHED, 1, round=1), observation(2, round=2)
-    )
+    result = fold_one(observation(), failed(Outcome.CRASHED, 1, round=1), observation(2, round=2))
     assert result.outcome is Outcome.CRASHED
     assert result.reason == "in 1 of 3 rounds: it was crashed"
     assert result.time_s is None
@@ -196,7 +189,7 @@ def manifest(run_id: str, name: str = "Fixture GPU", **changes) -> dict:
         "plan": [],
         "settings": {},
         "device": {"kind": "cuda", "name": name, "memory_bytes": 1},
-        "environment": {"versions": {"torch": "2.11"}, "hostname": run_id},
+        "environment": {"libraries": {"torch": "2.11"}, "memory": {"available_bytes": run_id}},
         "code": {"commit": "c" * 40},
     }
     return base | changes
@@ -221,7 +214,8 @@ def test_runs_of_one_machine_pool_and_the_newer_observation_wins():
     "other",
     [
         {"device": {"kind": "cuda", "name": "Other", "memory_bytes": 1}},
-        {"environment": {"versions": {"torch": "2.12"}}},
+        {"environment": {"libraries": {"torch": "2.12"}}},
+        {"environment": {"libraries": {"torch": "2.11"}, "gpu": {"uuid": "another"}}},
         {"code": {"commit": "d" * 40}},
         {"code": {"commit": "c" * 40, "dirty": True}},
     ],
@@ -261,3 +255,20 @@ def test_frame_and_record_hold_the_results_numbers():
     assert table.loc[0, "device"] == "Fixture GPU"
     assert table.loc[0, "case_id"] == CASE.case_id
     assert table["call_time_s"].isna().all()
+
+
+def test_load_reads_run_folders_and_passes_their_warnings_on(tmp_path):
+    settings = {"schema": 1, "plan_hash": "x", "plugins": [], "notes": ["a note"]}
+    with RunFolder.create(tmp_path / "run", manifest("a", **settings)) as folder:
+        folder.append(observation())
+    with (tmp_path / "run" / "results.jsonl").open("a") as file:
+        file.write('{"torn')
+    result = analysis.load([tmp_path / "run"])
+    assert [r.time_s for r in result.results] == [0.011]
+    assert result.runs[0].notes[0] == "a note"
+    assert "torn" in result.runs[0].notes[1]
+
+
+def test_load_refuses_what_is_no_run(tmp_path):
+    with pytest.raises(RunFolderError, match="not a run"):
+        analysis.load([tmp_path])
