@@ -1,0 +1,272 @@
+"""The correctness gate: a case is timed only after its outputs and gradients are proven right.
+
+The rule. Every output, and for a pass with gradients the gradient of every differentiable input, is
+compared with the family's float64 reference in the relative L2 norm. The error may be at most twice
+the error of the family's independent solution in the case's own dtype, plus a floor:
+
+    error <= 2 * independent_error + floor
+
+It is applied twice: to the whole tensor, and to the worst of its blocks (64 consecutive time steps of
+one channel, one head, one weight row), so that a fault confined to one channel or to the last steps
+of a long sequence is not averaged away. What counts as a block's own size is at least a tenth of the
+typical block beside it in time: a block that happens to be nearly zero has no relative accuracy.
+
+The floor is `FLOORS[dtype]`, about the rounding of one element. An error over few values is a noisy
+number, whoever makes it: below 32 values the floor grows as sqrt(32 / values).
+
+Besides, no value may be NaN or infinite anywhere, shapes and dtypes must be the declared ones, inputs
+must be unchanged, and nothing may be left over from an earlier call. To see that, the operation runs
+twice: first on altered inputs while freshly allocated memory is filled with NaN, then on the
+true inputs and exactly as it will be timed.
+"""
+
+import gc
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from mambench.harness.gate_errors import ErrorPair, compare
+from mambench.harness.spec import Case
+from mambench.implementations.problems.base import TORCH_DTYPES, Sample
+from mambench.implementations.workload import Workload
+from torch import Tensor
+
+HASH_CHUNK = 1 << 22  # elements hashed at once: the hash of an input needs 96 MiB beside it
+HASH_PRIME = 0x100000001B3
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateReport:
+    """Whether a case may be timed, and what was found."""
+
+    passed: bool
+    reason: str | None = None  # names the worst tensor, its error and its budget; None if passed
+    errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by tensor
+    judged: str = "all"  # what part of the outputs was compared: "all" or "64 channels"
+
+
+class _Rejected(Exception):
+    """The candidate broke a rule that needs no reference; the message is the reason."""
+
+
+def check(workload: Workload, case: Case, *, seed: int) -> GateReport:
+    """Judge a workload's operation on its inputs, which are the same before and after.
+
+    Everything that is allocated here is released before it returns. Errors that the operation raises
+    (out of memory, a failed launch) pass through.
+    """
+    sample = workload.family.sample(workload.problem, seed=seed)
+    judged = _description(sample)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deterministic mode warns about what it cannot do
+            pairs = _judge(workload, case, sample, seed)
+    except _Rejected as rejection:
+        return GateReport(passed=False, reason=str(rejection), judged=judged)
+    finally:
+        _release()
+    errors = {name: found for pair in pairs for name, found in pair.as_dicts().items()}
+    worst = max(pairs, key=lambda pair: pair.excess)
+    if worst.excess <= 1:
+        return GateReport(passed=True, errors=errors, judged=judged)
+    return GateReport(passed=False, reason=worst.sentence(), errors=errors, judged=judged)
+
+
+def _judge(workload: Workload, case: Case, sample: Sample, seed: int) -> list[ErrorPair]:
+    """Run the candidate, the reference and the independent solution; compare tensor by tensor."""
+    family, problem = workload.family, workload.problem
+    candidate, grad_outputs = _run_candidate(workload, case, sample, seed)
+    selected = {
+        name: tensor.detach()
+        for name, tensor in family.select_inputs(problem, workload.inputs, sample).items()
+    }
+    wide = {
+        name: tensor.double() if tensor.is_floating_point() else tensor
+        for name, tensor in selected.items()
+    }
+    solutions: list[dict[str, Tensor]] = []
+    for solve, inputs in ((family.reference, wide), (family.independent, selected)):
+        names = family.differentiable(problem) if case.pass_.needs_grad else ()
+        leaves = {name: tensor.detach() for name, tensor in inputs.items()}
+        for name in names:
+            leaves[name].requires_grad_()
+        with torch.set_grad_enabled(bool(names)):
+            outputs = solve(problem, leaves, sample)
+        grads = _gradients(outputs, {name: leaves[name] for name in names}, grad_outputs)
+        solutions.append(_named(outputs, grads))
+    reference, independent = solutions
+    for name, tensor in candidate.items():
+        if tensor.shape != reference[name].shape:
+            raise _Rejected(
+                f"{name}: shape {tuple(tensor.shape)}, expected {tuple(reference[name].shape)}"
+            )
+    return [
+        compare(
+            name,
+            tensor,
+            reference=reference[name],
+            independent=independent[name],
+            dtype=case.dtype,
+            seqlen=problem.seqlen,
+        )
+        for name, tensor in candidate.items()
+    ]
+
+
+def _run_candidate(
+    workload: Workload, case: Case, sample: Sample, seed: int
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Run twice; return the sampled results of the second run and the sampled output gradients."""
+    before = {name: _fingerprint(tensor) for name, tensor in workload.inputs.items()}
+    altered = next(iter(workload.inputs))
+    _negate(workload.inputs[altered])  # exactly reversible, and needs no second set of inputs
+    try:
+        with _poisoned_memory():
+            first, _ = _execute(workload, case, sample, seed + 1)
+    finally:
+        _negate(workload.inputs[altered])
+    _require_unchanged(before, workload.inputs)
+    prints = {name: _fingerprint(tensor) for name, tensor in first.items()}
+    results, grad_outputs = _execute(workload, case, sample, seed)
+    _require_unchanged(before, workload.inputs)
+    for name, tensor in first.items():
+        if _fingerprint(tensor) != prints[name]:
+            raise _Rejected(f"{name}: the second call overwrote the first call's result")
+    del first
+    return _select(workload, results, sample), grad_outputs
+
+
+def _execute(
+    workload: Workload, case: Case, sample: Sample, seed: int
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Run the case's pass once, eagerly; return complete results and the sampled output gradients."""
+    needs_grad = case.pass_.needs_grad
+    with torch.set_grad_enabled(needs_grad):
+        outputs = workload.forward()
+    _require_declared(outputs, case)
+    if not needs_grad:
+        results = _named(outputs, {})
+        _require_finite(results)
+        return results, []
+    if not all(out.requires_grad for out in outputs):
+        raise _Rejected("y: has no graph, so no gradient can be computed from it")
+    names = workload.family.differentiable(workload.problem)
+    sampled, complete = _output_gradients(workload, outputs, sample, seed)
+    inputs = {name: workload.inputs[name] for name in names}
+    results = _named(outputs, _gradients(outputs, inputs, complete))
+    _require_finite(results)
+    return results, sampled
+
+
+def _gradients(
+    outputs: Sequence[Tensor], inputs: Mapping[str, Tensor], grad_outputs: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    if not inputs:
+        return {}
+    grad_outputs = [grad.to(out.dtype) for grad, out in zip(grad_outputs, outputs, strict=True)]
+    grads = torch.autograd.grad(outputs, list(inputs.values()), grad_outputs, allow_unused=True)
+    found: dict[str, Tensor] = {}
+    for (name, tensor), grad in zip(inputs.items(), grads, strict=True):
+        if grad is None:
+            raise _Rejected(f"grad_{name}: the operation is not differentiable in {name}")
+        if grad.dtype != tensor.dtype:
+            raise _Rejected(f"grad_{name}: dtype {grad.dtype}, expected {tensor.dtype}")
+        found[name] = grad
+    return found
+
+
+def _output_gradients(
+    workload: Workload, outputs: Sequence[Tensor], sample: Sample, seed: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Draw gradients of the sampled outputs, and embed them in zeros for the complete ones."""
+    family, problem = workload.family, workload.problem
+    blank = tuple(torch.zeros_like(out.detach()).requires_grad_() for out in outputs)
+    with torch.enable_grad():
+        views = family.select_outputs(problem, blank, sample)
+    generator = torch.Generator(device=outputs[0].device).manual_seed(seed)
+    sampled = [
+        torch.randn(view.shape, generator=generator, dtype=view.dtype, device=view.device)
+        for view in views
+    ]
+    if all(view is tensor for view, tensor in zip(views, blank, strict=True)):
+        return sampled, sampled
+    complete = torch.autograd.grad(views, blank, sampled)  # the adjoint of the selection
+    return sampled, list(complete)
+
+
+def _named(outputs: Sequence[Tensor], grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = ("y", "final_state", *(f"output_{i}" for i in range(2, len(outputs))))
+    named = {name: out.detach() for name, out in zip(names, outputs, strict=False)}
+    return named | {f"grad_{name}": grad.detach() for name, grad in grads.items()}
+
+
+def _select(workload: Workload, results: Mapping[str, Tensor], sample: Sample) -> dict[str, Tensor]:
+    family, problem = workload.family, workload.problem
+    grads = {name: results[f"grad_{name}"] for name in workload.inputs if f"grad_{name}" in results}
+    outputs = tuple(value for name, value in results.items() if not name.startswith("grad_"))
+    selected = family.select_inputs(problem, grads, sample) if grads else {}
+    return _named(family.select_outputs(problem, outputs, sample), selected)
+
+
+def _require_declared(outputs: Sequence[Tensor], case: Case) -> None:
+    if outputs[0].dtype != TORCH_DTYPES[case.dtype]:
+        raise _Rejected(f"y: dtype {outputs[0].dtype}, expected {TORCH_DTYPES[case.dtype]}")
+
+
+def _require_finite(results: Mapping[str, Tensor]) -> None:
+    for name, tensor in results.items():
+        finite = torch.isfinite(tensor)
+        if not finite.all():
+            count = tensor.numel() - int(finite.sum())
+            raise _Rejected(f"{name}: {count} of {tensor.numel()} values are NaN or infinite")
+
+
+def _require_unchanged(before: Mapping[str, int], inputs: Mapping[str, Tensor]) -> None:
+    for name, tensor in inputs.items():
+        if _fingerprint(tensor) != before[name]:
+            raise _Rejected(f"{name}: the operation changed its input")
+
+
+def _negate(tensor: Tensor) -> None:
+    with torch.no_grad():
+        tensor.neg_()
+
+
+def _fingerprint(tensor: Tensor) -> int:
+    """Return a 64-bit hash of the tensor's bits and their order."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.detach().contiguous().view(integer).flatten()
+    weights = torch.arange(1, 2 * min(HASH_CHUNK, bits.numel()), 2, device=tensor.device)
+    value = bits.numel()
+    for chunk in bits.split(HASH_CHUNK):
+        part = int((chunk.to(torch.int64) * weights[: chunk.numel()]).sum())
+        value = (value * HASH_PRIME + part) % (1 << 64)
+    return value
+
+
+@contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    """Fill newly allocated memory with NaN, so that what is never written shows."""
+    mode = torch.get_deterministic_debug_mode()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("warn")
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.set_deterministic_debug_mode(mode)
+
+
+def _description(sample: Sample) -> str:
+    chosen = {"channels": sample.channels, "heads": sample.heads, "rows": sample.rows}
+    parts = [f"{len(part)} {name}" for name, part in chosen.items() if part is not None]
+    return ", ".join(parts) or "all"
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,0 +1,137 @@
+"""A case made ready to run: its family, its inputs on the device, and closures that execute it once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from mambench.harness.spec import Case, Device, DeviceKind, Family, Level, Pass, Problem
+from mambench.implementations.base import Implementation
+from mambench.implementations.problems.base import TORCH_DTYPES, ProblemFamily
+from torch import Tensor
+
+# What the gate may spend on the float64 reference of a scan: about a second on two CPU cores.
+CPU_JUDGED_STATES = {Family.S6: 1 << 21, Family.SSD: 1 << 28}
+
+
+class Workload:
+    """One case on one device.
+
+    Attributes:
+        case: the question.
+        problem: its sizes.
+        family: inputs, calling convention and references.
+        op: the implementation's operation (at block level, the mixer's).
+        inputs: leaf tensors; those that are differentiable require gradients when the pass has any.
+    """
+
+    def __init__(
+        self, *, case: Case, family: ProblemFamily, op: Callable[..., Any], device: str, seed: int
+    ) -> None:
+        self.case = case
+        self.problem: Problem = case.problem
+        self.family = family
+        self.op = op
+        self._seed = seed
+        dtype = TORCH_DTYPES[case.dtype]
+        self.inputs: dict[str, Tensor] = family.make_inputs(
+            case.problem, dtype=dtype, device=device, seed=seed
+        )
+        if case.pass_.needs_grad:
+            for tensor in self.leaves:
+                tensor.requires_grad_()
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """The differentiable inputs, in the family's order."""
+        return tuple(self.inputs[name] for name in self.family.differentiable(self.problem))
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Call the implementation once; records a graph if gradients are enabled and wanted."""
+        return self.family.call(self.op, self.problem, self.inputs)
+
+    def prepare(self, pass_: Pass) -> Callable[[], object]:
+        """Return a closure that executes the pass exactly once and returns what it computed.
+
+        - forward: without a graph;
+        - backward: the gradients of all differentiable inputs, from a forward that is done here, once;
+        - training: forward, then these gradients.
+
+        Gradients are returned, never accumulated. The closure holds memory until it is dropped.
+        """
+        if pass_ is Pass.FORWARD:
+            return self._forward_without_graph
+        if not self.case.pass_.needs_grad:
+            raise ValueError(f"a workload for the pass {self.case.pass_} has no gradients")
+        leaves = self.leaves
+        if pass_ is Pass.BACKWARD:
+            outputs = self._forward_with_graph()
+            grad_outputs = self._grad_outputs(outputs)
+            return lambda: torch.autograd.grad(outputs, leaves, grad_outputs, retain_graph=True)
+        with torch.no_grad():
+            grad_outputs = self._grad_outputs(self.forward())
+
+        def training() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(self._forward_with_graph(), leaves, grad_outputs)
+
+        return training
+
+    def release(self) -> None:
+        """Drop the inputs; the workload cannot be used afterwards."""
+        self.inputs.clear()
+
+    def _forward_without_graph(self) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return self.forward()
+
+    def _forward_with_graph(self) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            return self.forward()
+
+    def _grad_outputs(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Draw the gradients of the outputs: normal values of the outputs' shapes and dtypes."""
+        generator = torch.Generator(device=outputs[0].device).manual_seed(self._seed + 1)
+        return tuple(
+            torch.randn(out.shape, generator=generator, dtype=out.dtype, device=out.device)
+            for out in outputs
+        )
+
+
+def build(case: Case, implementation: Implementation, device: Device, *, seed: int) -> Workload:
+    """Load the implementation's operation and draw the case's inputs on the device.
+
+    Raises whatever the import of the operation or the allocation of the inputs raises.
+    """
+    if device.kind is DeviceKind.CUDA:
+        torch.cuda.set_device(device.index)  # kernels launch on the current device
+    op = implementation.op(case.problem.family, case.variant)
+    return Workload(
+        case=case,
+        family=problem_family(case.problem, op, device),
+        op=op,
+        device=device.torch_name,
+        seed=seed,
+    )
+
+
+def problem_family(problem: Problem, op: Callable[..., Any], device: Device) -> ProblemFamily:
+    """Return the object that draws, calls and judges this problem; modules load when asked for."""
+    if problem.level is Level.BLOCK:
+        from mambench.implementations.blocks.problem import block_family
+
+        return block_family(problem, op)
+    budget = (
+        {"judged_states": CPU_JUDGED_STATES[problem.family]}
+        if device.kind is DeviceKind.CPU and problem.family in CPU_JUDGED_STATES
+        else {}
+    )
+    if problem.family is Family.S6:
+        from mambench.implementations.problems.s6 import S6Problem
+
+        return S6Problem(**budget)
+    if problem.family is Family.SSD:
+        from mambench.implementations.problems.ssd import SsdProblem
+
+        return SsdProblem(**budget)
+    from mambench.implementations.problems.attention import AttentionProblem
+
+    return AttentionProblem()
