@@ -1,6 +1,6 @@
-"""What an axis is called and how its values are written: `512`, `1,2,4`, `2^9..2^17`, `16..256:+16`.
+"""What an axis is called and how its values are written.
 
-A suite file and the command line's `--axis NAME=VALUES` share this notation.
+`512`, `1,2,4`, `2^9..2^17` (powers of two), `512..131072:x2` (doubling), `16..256:+16`. A suite file and the command line's `--axis NAME=VALUES` share this notation.
 """
 
 import re
@@ -53,7 +53,7 @@ def parse_values(name: str, value: object) -> tuple[AxisValue, ...]:
 
     Args:
         name: the axis, one of AXES.
-        value: an integer, a boolean (for `gated`), a string in the notation above, or a list of these.
+        value: a size, a boolean (for `gated`), a string in the notation above, or a list of these.
 
     Raises AxisError with what was got and what is allowed.
     """
@@ -103,7 +103,8 @@ def _default_step(name: str, part: str, match: re.Match[str]) -> str:
         return "x" + match["low"].partition("^")[0]
     low, high = match["low"], match["high"]
     raise AxisError(
-        f"axis {name}: the range '{part}' needs a step: {low}..{high}:x2 doubles, {low}..{high}:+{low} adds {low}."
+        f"axis {name}: the range '{part}' needs a step: {low}..{high}:x2 doubles, "
+        f"{low}..{high}:+{low} adds {low}."
     )
 
 
@@ -118,8 +119,8 @@ def _range(name: str, part: str, low: int, high: int, step: str) -> list[int]:
             raise AxisError(f"axis {name}: the range '{part}' has over {MAX_VALUES} values.")
     if values[-1] != high:
         raise AxisError(
-            f"axis {name}: the range '{part}' never reaches {high}; its last value is {values[-1]}. "
-            f"Write that as its end."
+            f"axis {name}: the range '{part}' never reaches {high}; write its last value, "
+            f"{values[-1]}, as its end."
         )
     return values
 

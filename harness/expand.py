@@ -32,8 +32,8 @@ APPLICABLE: Mapping[tuple[Level, Family], tuple[str, ...]] = {
     (Level.BLOCK, Family.ATTENTION): ("batch", "seqlen", "d_model", "headdim"),
 }
 
-# The published models' sizes: Mamba has 16 states per channel, Mamba-2 128 and heads of 64; attention
-# is given the head width that its fastest kernels are made for.
+# The published models' sizes: Mamba has 16 states per channel, Mamba-2 128 and heads of 64;
+# attention is given the head width that its fastest kernels are made for.
 DEFAULTS: Mapping[str, Mapping[Family, AxisValue]] = {
     "batch": dict.fromkeys(Family, 1),
     "d_inner": dict.fromkeys(Family, 2048),

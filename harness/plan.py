@@ -77,7 +77,7 @@ class Plan:
         return sum(planned.estimate_s for planned in self.runnable)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return plain JSON values; a run's manifest holds them among its own."""
         device = self.device
         return {
             "suite": self.suite,
@@ -89,14 +89,15 @@ class Plan:
                 "memory_bytes": device.memory_bytes,
             },
             "settings": self.settings.to_dict(),
-            "cases": [planned.to_dict() for planned in self.cases],
+            "plan": [planned.to_dict() for planned in self.cases],
+            "plan_hash": self.plan_hash,
             "plugins": list(self.plugins),
             "notes": list(self.notes),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Plan":
-        """Rebuild a plan from `to_dict`'s values."""
+        """Rebuild a plan from `to_dict`'s values or from a manifest that holds them."""
         device = values["device"]
         capability = device["compute_capability"]
         return cls(
@@ -109,7 +110,7 @@ class Plan:
                 memory_bytes=device["memory_bytes"],
             ),
             settings=Settings.from_dict(values["settings"]),
-            cases=tuple(PlannedCase.from_dict(planned) for planned in values["cases"]),
+            cases=tuple(PlannedCase.from_dict(planned) for planned in values["plan"]),
             plugins=tuple(values["plugins"]),
             notes=tuple(values["notes"]),
         )
@@ -131,8 +132,8 @@ def make_plan(
     Args:
         suite: the question.
         device: what it is asked of.
-        implementations: names or globs, each optionally with `:variant` (a name or glob). Picks from
-            the suite's; one that no sweep of the suite names joins every sweep.
+        implementations: names or globs, each optionally with `:variant` (a name or glob). Picks
+            from the suite's; one that no sweep of the suite names joins every sweep.
         axes: values that replace the suite's, by axis; `dtype` and `pass` are allowed too.
         filters: see `harness.filters`; all must hold.
         settings: overrides of the suite's settings, or a complete Settings.

@@ -1,4 +1,4 @@
-"""Finds implementations: built in, by entry point (`mambench.implementations`), or named by `--plugin`.
+"""Finds implementations: built in, by entry point (`mambench.implementations`), by `--plugin`.
 
 Names are resolved lazily and without torch: an implementation's module imports it only when its
 operation is asked for.
@@ -46,7 +46,8 @@ def load(plugins: Sequence[str] = ()) -> dict[str, Implementation]:
         name = implementation.name
         if name in found:
             raise PluginError(
-                f"two implementations are named '{name}': {origins[name]} and {origin}. Rename one of them."
+                f"two implementations are named '{name}': {origins[name]} and {origin}. "
+                f"Rename one of them."
             )
         found[name] = implementation
         origins[name] = origin

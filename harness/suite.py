@@ -21,8 +21,10 @@ Any value may be a mapping whose keys are devices (cpu, cuda) or, under `axes`, 
 attention), and these may be nested. The file's name without `.yaml` is the suite's name.
 """
 
+import math
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -302,13 +304,30 @@ def _settings(reader: _Reader) -> Mapping[str, object]:
 
 
 def _setting(name: str, reader: _Reader) -> object:
-    value = reader.value()
+    try:
+        return _check_setting(name, reader.value())
+    except UsageError as error:
+        raise reader.fail(str(error)) from error
+
+
+def parse_setting(name: str, text: str) -> object:
+    """Return a setting's value from the command line's text; raises UsageError."""
+    if name not in _SETTINGS_TYPES:
+        raise UsageError(unknown_name("setting", name, _SETTINGS_TYPES))
+    value: object = text
+    with suppress(ValueError):
+        value = float(text)
+    with suppress(ValueError):
+        value = int(text)
+    return _check_setting(name, value)
+
+
+def _check_setting(name: str, value: object) -> object:
     whole = _SETTINGS_TYPES[name] in (int, int | None)
     accepted = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, accepted) or value <= 0:
-        raise reader.fail(
-            f"expected a {'whole number' if whole else 'number'} above 0, got {value!r}."
-        )
+    if isinstance(value, bool) or not isinstance(value, accepted) or not 0 < value < math.inf:
+        kind = "whole number" if whole else "number"
+        raise UsageError(f"setting {name}: expected a {kind} above 0, got {value!r}.")
     return value
 
 

@@ -58,5 +58,5 @@ class Implementation(ABC):
         return 0
 
     def launches(self, case: Case) -> int:
-        """Estimate how many operations one forward call launches one after another (for the plan)."""
+        """Estimate how many operations a forward call launches, one after another (for the plan)."""
         return 10

@@ -9,5 +9,5 @@ from pathlib import Path
 __version__ = "0.1.0"
 
 _root = Path(__file__).resolve().parent.parent
-if (_root / "run_bench.py").is_file():
+if (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))

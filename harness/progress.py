@@ -1,0 +1,220 @@
+"""Shows how a run goes, on stderr: a bar with an ETA on a terminal, else one line per case.
+
+Colour appears only on a terminal and never with NO_COLOR set. The ETA starts from the plan's
+estimates and is corrected by how long the finished cases really took.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TextIO
+
+from mambench.harness.records import Observation
+from mambench.harness.spec import Case, Outcome
+from mambench.harness.text import duration, si_time
+
+# How many seconds of estimates the correction trusts before it believes the measured ratio: one
+# slow first case (imports, caches) must not multiply the ETA of everything after it.
+PRIOR_S = 5.0
+
+
+class Listener(Protocol):
+    """What the runner tells while it works."""
+
+    def on_plan(self, n_total: int, n_left: int) -> None:
+        """The run begins: all cases, and those still to run."""
+
+    def on_case_start(self, case: Case) -> None:
+        """A case begins."""
+
+    def on_phase(self, case: Case, phase: str) -> None:
+        """A case enters a phase: compile, gate, time, memory."""
+
+    def on_case_end(self, case: Case, observations: Sequence[Observation]) -> None:
+        """A case has ended and is on disk."""
+
+    def on_note(self, text: str) -> None:
+        """Something a person should know."""
+
+
+class Eta:
+    """Seconds left: estimates of what is left, times how wrong the estimates have been so far."""
+
+    def __init__(
+        self, estimates_s: Mapping[str, float], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._left = dict(estimates_s)
+        self._clock = clock
+        self._started = clock()
+        self._estimated_s = 0.0
+
+    def end(self, case_id: str) -> None:
+        """Count a case as finished; unknown ones count nothing."""
+        self._estimated_s += self._left.pop(case_id, 0.0)
+
+    @property
+    def correction(self) -> float:
+        """Measured over estimated seconds, drawn towards 1 while little has been measured."""
+        elapsed_s = self._clock() - self._started
+        return (PRIOR_S + elapsed_s) / (PRIOR_S + self._estimated_s) if self._estimated_s else 1.0
+
+    def remaining_s(self) -> float:
+        """Return the expected seconds until the last case ends."""
+        return sum(self._left.values()) * self.correction
+
+
+def make_listener(
+    estimates_s: Mapping[str, float],
+    *,
+    quiet: bool = False,
+    stream: TextIO | None = None,
+    environment: Mapping[str, str],
+) -> "QuietProgress":
+    """Return the listener that fits the stream (stderr if None).
+
+    Args:
+        estimates_s: seconds of each case still to run, by case_id.
+        quiet: show notes and failures only.
+        stream: where to write.
+        environment: its TERM decides, beside the stream, whether a bar can be drawn.
+    """
+    stream = sys.stderr if stream is None else stream
+    if quiet:
+        return QuietProgress(stream)
+    if stream.isatty() and environment.get("TERM", "dumb") not in ("dumb", ""):
+        return BarProgress(Eta(estimates_s), stream)
+    return PlainProgress(Eta(estimates_s), stream)
+
+
+class QuietProgress:
+    """Notes and failed cases only."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __enter__(self) -> "QuietProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the stream as it was found."""
+
+    def on_plan(self, n_total: int, n_left: int) -> None:
+        """Say nothing."""
+
+    def on_case_start(self, case: Case) -> None:
+        """Say nothing."""
+
+    def on_phase(self, case: Case, phase: str) -> None:
+        """Say nothing."""
+
+    def on_case_end(self, case: Case, observations: Sequence[Observation]) -> None:
+        """Print a failed case."""
+        if any(observation.outcome.failed for observation in observations):
+            self._print(case_line(case, observations))
+
+    def on_note(self, text: str) -> None:
+        """Print the note."""
+        self._print(f"note: {text}")
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+
+class PlainProgress(QuietProgress):
+    """One line per case, for logs and pipes."""
+
+    def __init__(self, eta: Eta, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._eta = eta
+        self._done = self._total = 0
+
+    def on_plan(self, n_total: int, n_left: int) -> None:
+        """Print what is to come."""
+        self._total = n_left
+        self._print(plan_line(n_total, n_left, self._eta.remaining_s()))
+
+    def on_case_end(self, case: Case, observations: Sequence[Observation]) -> None:
+        """Print how the case ended and what is left."""
+        self._done += 1
+        self._eta.end(case.case_id)
+        width = len(str(self._total))
+        left = duration(self._eta.remaining_s())
+        line = case_line(case, observations)
+        self._print(f"[{self._done:>{width}}/{self._total}] {line} | {left} left")
+
+
+class BarProgress(QuietProgress):
+    """A bar with the case, its phase, what is left and an ETA; failures stay above it."""
+
+    def __init__(self, eta: Eta, stream: TextIO) -> None:
+        super().__init__(stream)
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.table import Column
+
+        self._eta = eta
+        self._task: Any = None
+        self._progress = Progress(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}", markup=False),
+            # The label takes what is left of the line, so that a narrow terminal cuts only it.
+            TextColumn(
+                "{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)
+            ),
+            console=Console(file=stream, highlight=False),
+            expand=True,
+            transient=True,
+        )
+
+    def __enter__(self) -> "BarProgress":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def on_plan(self, n_total: int, n_left: int) -> None:
+        """Draw the bar."""
+        self._print(plan_line(n_total, n_left, self._eta.remaining_s()))
+        self._task = self._progress.add_task("starting", total=n_left, left=self._left())
+
+    def on_case_start(self, case: Case) -> None:
+        """Name the case."""
+        self._update(description=case.label)
+
+    def on_phase(self, case: Case, phase: str) -> None:
+        """Name the case and its phase."""
+        self._update(description=f"{phase}: {case.label}")
+
+    def on_case_end(self, case: Case, observations: Sequence[Observation]) -> None:
+        """Advance; a failure stays on the screen."""
+        self._eta.end(case.case_id)
+        self._update(advance=1)
+        super().on_case_end(case, observations)
+
+    def _update(self, **changes: Any) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, left=self._left(), **changes)
+
+    def _left(self) -> str:
+        return f"{duration(self._eta.remaining_s())} left"
+
+    def _print(self, line: str) -> None:
+        self._progress.console.print(line, markup=False, soft_wrap=True)
+
+
+def plan_line(n_total: int, n_left: int, remaining_s: float) -> str:
+    """Return the first line of a run."""
+    finished = f" ({n_total - n_left} of {n_total} need no run)" if n_left < n_total else ""
+    return f"{n_left} cases to run{finished}, about {duration(remaining_s)}"
+
+
+def case_line(case: Case, observations: Sequence[Observation]) -> str:
+    """Return one line: outcome, label, and the time or the reason."""
+    worst = next((o for o in observations if o.outcome is not Outcome.OK), None)
+    if worst is not None:
+        return f"{worst.outcome:<11} {case.label}: {worst.reason}"
+    times = [o.values["time_s"] for o in observations if o.values.get("time_s") is not None]
+    time_s = next((value for value in times if value is not None), None)
+    return f"{'ok':<11} {case.label}: {si_time(time_s) if time_s is not None else 'no time'}"

@@ -1,0 +1,328 @@
+#!/usr/bin/env python3
+"""The command line of Mambench: wiring only. Run `run_bench.py --help`, or `mambench` if installed.
+
+Everything heavy is imported inside the command that needs it, so that `--help` answers at once.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+HERE = Path(__file__).resolve().parent
+if (HERE / "pyproject.toml").is_file():  # a checkout, not an installation
+    # Python puts a script's folder on sys.path; ours would hide other packages called kernels,
+    # harness or reports from everything that a benchmark imports.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+    sys.path.insert(0, str(HERE / "mambench"))
+    from _start import load_package
+
+    load_package(Path(sys.path.pop(0)))
+
+from mambench.harness import cli_options as options
+from mambench.harness.errors import MambenchError, UsageError
+
+from mambench import __version__
+
+if TYPE_CHECKING:
+    from mambench.harness.plan import Plan
+    from mambench.harness.store import RunFolder
+
+EPILOG = """\b
+Exit codes: 0 every case ended ok, unsupported, unavailable or skipped; 1 a case failed;
+2 a mistake on the command line, in a suite or a plugin; 3 a broken run folder; 4 the GPU is
+taken by another run; 5 the harness could not measure; 130 interrupted, resume with --resume.
+
+\b
+Examples:
+  run_bench.py run                                    the quick suite on this machine
+  run_bench.py run -s scan-vs-attention --time-budget 10m
+  run_bench.py plan -s state-size -i ssd -i 'flash_attention:*' --filter 'seqlen>=4096'
+  run_bench.py run -s custom -i selective_scan -a seqlen=2^9..2^14 -a d_state=16,64
+"""
+
+
+@click.group(
+    cls=options.NearestGroup,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, message="%(prog)s %(version)s")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Mamba or attention? Sweep implementations over sizes on this machine and report what is so."""
+    if os.environ.get("NO_COLOR"):
+        context.color = False
+
+
+@cli.command("list")
+@options.device_option
+@options.plugin_option
+def list_(device: str | None, plugins: tuple[str, ...]) -> None:
+    """Implementations with their variants and availability, suites, metrics."""
+    from mambench.harness import cli_views, machine, registry, suite
+
+    where = machine.detect(device)
+    suites = [suite.find(name) for name in suite.names()]
+    click.echo(cli_views.listing(registry.load(plugins), suites, where))
+
+
+@cli.command()
+@options.plugin_option
+def doctor(plugins: tuple[str, ...]) -> None:
+    """What this machine can measure, and how to enable what it cannot."""
+    from mambench.harness import cli_views, doctor, registry
+
+    click.echo(cli_views.checks(doctor.examine(registry.load(plugins))))
+
+
+@cli.command()
+@options.question_options
+@options.settings_options
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def plan(as_json: bool, **asked: Any) -> None:
+    """The cases of a run with estimates of time and memory; runs nothing."""
+    from mambench.harness import cli_views
+
+    made = _make_plan(asked)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(made.to_dict(), indent=2))
+    else:
+        click.echo(cli_views.plan(made))
+
+
+@cli.command()
+@options.question_options
+@options.settings_options
+@click.option("--resume", type=Path, metavar="RUN_DIR", help="Go on with this run's own plan.")
+@click.option("--retry-failed", is_flag=True, help="With --resume: run failed cases again.")
+@click.option(
+    "-o", "--output", type=Path, metavar="DIR", help="The run's folder.  [default: runs/<time>-...]"
+)
+@click.option("--no-report", is_flag=True, help="Measure only.")
+@click.option(
+    "-q", "--quiet", is_flag=True, help="Show failures, notes and the report's path only."
+)
+@click.pass_context
+def run(
+    context: click.Context,
+    resume: Path | None,
+    retry_failed: bool,
+    output: Path | None,
+    no_report: bool,
+    quiet: bool,
+    **asked: Any,
+) -> None:
+    """Run a suite's cases, each guarded and checked before it is timed, and write the report."""
+    from mambench.harness import progress, runner
+
+    if resume is None and retry_failed:
+        raise UsageError("--retry-failed goes with --resume RUN_DIR.")
+    made, folder = _resumed(resume, output, asked) if resume else _created(output, asked)
+    finished = {case_id for case_id, _, _ in folder.finished()}
+    left = {p.case.case_id: p.estimate_s for p in made.runnable if p.case.case_id not in finished}
+    with folder, progress.make_listener(left, quiet=quiet, environment=os.environ) as listener:
+        for note in (*folder.warnings, *made.notes):
+            listener.on_note(note)
+        summary = runner.run(
+            made,
+            folder,
+            listener=listener,
+            time_budget_s=asked["time_budget"],
+            retry_failed=retry_failed,
+        )
+    _conclude(context, folder.path, summary, report=not no_report)
+
+
+@cli.command()
+@click.argument("run_dirs", nargs=-1, required=True, type=Path, metavar="RUN_DIR...")
+@click.option(
+    "-o",
+    "--output",
+    type=Path,
+    metavar="FILE",
+    help="The HTML file.  [default: report.html in the first RUN_DIR]",
+)
+def report(run_dirs: tuple[Path, ...], output: Path | None) -> None:
+    """Write one offline HTML report of one or several runs."""
+    from mambench import reports
+
+    _name_path("report", reports.build(list(run_dirs), output or run_dirs[0] / "report.html"))
+
+
+@cli.command()
+@click.argument("case")
+@click.option(
+    "-r",
+    "--run",
+    "run_dir",
+    type=Path,
+    metavar="RUN_DIR",
+    help="The run the case is in.  [default: the newest in runs/]",
+)
+def show(case: str, run_dir: Path | None) -> None:
+    """One case of a run: results, checks, and the command that reproduces it.
+
+    CASE is its number in the run's plan, or the beginning of its case_id.
+    """
+    from mambench.harness import cli_views, reproduce
+    from mambench.harness.plan import Plan
+    from mambench.harness.store import RunFolder
+
+    folder = RunFolder.open(run_dir or _newest_run())
+    made = Plan.from_dict(folder.manifest)
+    number, planned = reproduce.find_case(made, case)
+    found = [o for o in folder.observations() if o.case.case_id == planned.case.case_id]
+    command = reproduce.command(planned.case, made, program=_program())
+    click.echo(cli_views.case(folder.path, number, planned, found, command))
+
+
+@cli.command()
+@click.argument("shell", type=options.Name("shell", lambda: ("bash", "zsh", "fish")))
+@click.pass_context
+def completion(context: click.Context, shell: str) -> None:
+    """Print the script that completes commands in SHELL: bash, zsh or fish."""
+    from click.shell_completion import get_completion_class
+
+    program = Path(sys.argv[0]).name
+    made = get_completion_class(shell)
+    assert made is not None
+    variable = f"_{program}_COMPLETE".replace("-", "_").replace(".", "_").upper()
+    click.echo(made(context.find_root().command, {}, program, variable).source())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a mistake of the user's ends in one line on stderr, never a traceback."""
+    try:
+        code = cli.main(args=arguments, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except MambenchError as error:
+        click.echo(f"error: {error}", err=True)
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        code = 130
+    except BrokenPipeError:  # `run_bench.py list | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _make_plan(asked: Mapping[str, Any]) -> "Plan":
+    from mambench.harness import axes, machine, plan, reproduce, suite
+
+    overrides: dict[str, tuple[axes.AxisValue, ...]] = {}
+    for text in asked["axes"]:
+        name, values = axes.parse_axis(text)
+        overrides[name] = overrides.get(name, ()) + values
+    for name, value in (("dtype", asked["dtype"]), ("pass", asked["pass_"])):
+        if value is not None:
+            overrides[name] = (value,)
+    own = {name: asked[name] for name in ("target_s", "time_limit_s", "seed", "threads")}
+    settings = {name: value for name, value in own.items() if value is not None}
+    return plan.make_plan(
+        suite.find(asked["suite"] or "quick"),
+        machine.detect(asked["device"]),
+        implementations=asked["implementations"],
+        axes=overrides,
+        filters=asked["filters"],
+        settings={**reproduce.parse_settings(asked["settings"]), **settings},
+        plugins=asked["plugins"],
+        time_budget_s=asked["time_budget"],
+    )
+
+
+def _created(output: Path | None, asked: Mapping[str, Any]) -> "tuple[Plan, RunFolder]":
+    from mambench.harness import machine
+    from mambench.harness.spec import SCHEMA_VERSION
+    from mambench.harness.store import RunFolder, new_run
+
+    made = _make_plan(asked)
+    path, run_id, created_at = new_run(Path("runs"), made.suite)
+    manifest = {
+        "schema": SCHEMA_VERSION,
+        "run_id": run_id,
+        "created_at": created_at,
+        "command": [*_program(), *sys.argv[1:]],
+        **made.to_dict(),
+        "environment": machine.environment(made.device),
+        "code": machine.code_version(),
+    }
+    return made, RunFolder.create(output or path, manifest)
+
+
+def _resumed(path: Path, output: Path | None, asked: Mapping[str, Any]) -> "tuple[Plan, RunFolder]":
+    """Return a run's own plan and folder; whatever would change the question is refused."""
+    from mambench.harness import machine
+    from mambench.harness.plan import Plan
+    from mambench.harness.store import RunFolder
+
+    given = [
+        name for name, value in asked.items() if value not in (None, ()) and name != "time_budget"
+    ]
+    if given or output:
+        names = {"pass_": "pass", "axes": "axis", "settings": "set", "target_s": "target-time"}
+        first = "output" if output else names.get(given[0], given[0].removesuffix("s"))
+        raise UsageError(f"--resume goes on with that run's own plan: leave out --{first}.")
+    folder = RunFolder.open(path, for_append=True)
+    made = Plan.from_dict(folder.manifest)
+    here = machine.detect(made.device.torch_name)
+    if here.name != made.device.name:
+        raise UsageError(
+            f"the run was made on {made.device.name}, this machine has {here.name}: start a new run; "
+            f"`report` takes both folders."
+        )
+    now, then = machine.code_version()["id"], folder.manifest["code"].get("id")
+    if now != then:
+        folder.warnings.append(f"the run was begun with code version {then}, this is {now}")
+    return made, folder
+
+
+def _conclude(context: click.Context, path: Path, summary: Any, *, report: bool) -> None:
+    """Say how the run ended, write the report, and set the exit code."""
+    from mambench.harness.text import duration
+
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in summary.counts.items() if count)
+    click.echo(f"{counts or 'no case'} in {duration(summary.wall_s)}")
+    if summary.interrupted:
+        click.echo(f"interrupted; go on with: {' '.join(_program())} run --resume {path}")
+        context.exit(130)
+    _name_path("results", path)
+    if report:
+        from mambench import reports
+
+        _name_path("report", reports.build([path], path / "report.html"))
+    context.exit(1 if any(outcome.failed and n for outcome, n in summary.counts.items()) else 0)
+
+
+def _name_path(what: str, path: Path) -> None:
+    """Print an absolute path, as a link where the terminal makes one."""
+    path = path.resolve()
+    text = str(path)
+    if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        text = f"\x1b]8;;{path.as_uri()}\x1b\\{text}\x1b]8;;\x1b\\"
+    click.echo(f"{what}: {text}")
+
+
+def _newest_run() -> Path:
+    runs = sorted(path.parent for path in Path("runs").glob("*/manifest.json"))
+    if not runs:
+        raise UsageError("there is no run in runs/: name one with --run RUN_DIR.")
+    return runs[-1]
+
+
+def _program() -> list[str]:
+    """Return the words that start this program, for commands shown to the person."""
+    name = sys.argv[0]
+    return ["python", name] if name.endswith(".py") else [Path(name).name]
+
+
+if __name__ == "__main__":
+    main()
