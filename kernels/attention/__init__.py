@@ -1,0 +1,1 @@
+"""Causal softmax attention: its cost model; the kernels are other projects'."""
