@@ -1,0 +1,133 @@
+"""Building blocks of the Hopper selective scan: conversions, softplus, and the scan over a warp's lanes.
+
+All are Gluon device functions without memory access. The lane functions take tensors of layout
+(channels, 32 lanes) in which every thread holds one value per channel, and are inline PTX because
+Gluon has no shuffles of its own. Accumulation is fp32 throughout.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def to_fp32(x):
+    """Widen to fp32; bf16 by pairs, in one instruction an element instead of Triton's one and a half."""
+    if x.dtype == gl.bfloat16:
+        bits = gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16;\nand.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r",
+            [x],
+            dtype=gl.int32,
+            is_pure=True,
+            pack=2,
+        )
+        return bits.to(gl.float32, bitcast=True)
+    else:
+        return x.to(gl.float32)
+
+
+@gluon.jit
+def softplus(x):
+    """log(1 + exp(x)), relative error below 1e-6 for every x.
+
+    log1p(e) on [0, 1] is e times a degree-7 minimax polynomial of log1p(e) / e: it keeps its
+    relative accuracy for tiny dt, which lg2.approx does not, and leaves the special-function unit
+    to the scan's exponentials.
+    """
+    e = gl.exp2(-gl.abs(x) * 1.4426950408889634)
+    p = gl.fma(gl.full_like(e, -0.008539300411939621), e, 0.0440901443362236)
+    p = gl.fma(p, e, -0.1076827421784401)
+    p = gl.fma(p, e, 0.1774533987045288)
+    p = gl.fma(p, e, -0.2449551224708557)
+    p = gl.fma(p, e, 0.332754909992218)
+    p = gl.fma(p, e, -0.4999740719795227)
+    p = gl.fma(p, e, 0.9999998211860657)
+    return gl.fma(p, e, gl.maximum(x, 0.0))
+
+
+@gluon.jit
+def silu(x):
+    """x * sigmoid(x)."""
+    denominator = 1.0 + gl.exp2(-x * 1.4426950408889634)
+    return x * gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;",
+        "=f,f",
+        [denominator],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def lane_above(x):
+    """The value of the previous lane; lane 0 keeps its own."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.up.b32 $0, $1, 1, 0, 0xffffffff;",
+        "=f,f",
+        [x],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def lane_from(x, source):
+    """The value of lane `source` (int32, the same shape as x)."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;",
+        "=f,f,r",
+        [x, source],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def lane_scan(decay, value):
+    """Inclusive scan of h = decay * h_before + value over the 32 lanes; returns h.
+
+    A Kogge-Stone scan: after the round of distance o a lane covers the 2 o lanes up to its own.
+    The shuffle's predicate is false in the lanes that already reach back to lane 0, and the last
+    round needs no product of decays.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred p; .reg .f32 a, h, ta, th;
+        shfl.sync.up.b32 th|p, $2, 1, 0, 0xffffffff;
+        shfl.sync.up.b32 ta, $1, 1, 0, 0xffffffff;
+        mov.f32 a, $1; mov.f32 h, $2;
+        @p fma.rn.f32 h, a, th, h; @p mul.f32 a, a, ta;
+        shfl.sync.up.b32 th|p, h, 2, 0, 0xffffffff;
+        shfl.sync.up.b32 ta, a, 2, 0, 0xffffffff;
+        @p fma.rn.f32 h, a, th, h; @p mul.f32 a, a, ta;
+        shfl.sync.up.b32 th|p, h, 4, 0, 0xffffffff;
+        shfl.sync.up.b32 ta, a, 4, 0, 0xffffffff;
+        @p fma.rn.f32 h, a, th, h; @p mul.f32 a, a, ta;
+        shfl.sync.up.b32 th|p, h, 8, 0, 0xffffffff;
+        shfl.sync.up.b32 ta, a, 8, 0, 0xffffffff;
+        @p fma.rn.f32 h, a, th, h; @p mul.f32 a, a, ta;
+        shfl.sync.up.b32 th|p, h, 16, 0, 0xffffffff;
+        @p fma.rn.f32 h, a, th, h;
+        mov.f32 $0, h;
+        }""",
+        "=f,f,f",
+        [decay, value],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def affine(decay_before, value_before, decay, value):
+    """Compose two steps of h = decay * h + value, the earlier first."""
+    return decay_before * decay, gl.fma(decay, value_before, value)
+
+
+@gluon.jit
+def last(_before, value):
+    """The later of two values: a reduction that keeps the last one."""
+    return value

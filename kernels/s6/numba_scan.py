@@ -1,0 +1,178 @@
+"""Selective scan (S6) on the CPU: the public operation around the compiled kernels.
+
+The mathematics and the arrangement of the work are told in `numba_kernels`. float64 is computed in
+float64; float32, bfloat16 and float16 in float32.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import config, set_num_threads
+from torch import Tensor
+
+from mambench.kernels.s6 import numba_kernels as kernels
+from mambench.kernels.s6.arguments import check_arguments
+
+_LEAST_PARTIALS = 8  # tasks per batch and group in the backward, where there are as many blocks
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return the selective scan of u, differentiable in every tensor argument.
+
+    Args:
+        u, delta, z: (B, D, L), one floating-point dtype.
+        A: (D, N), at most 256 states.
+        B, C: (B, G, N, L) or (B, N, L), u's dtype; a group serves D / G consecutive channels.
+        D, delta_bias: (D,).
+        delta_softplus: apply softplus to delta + delta_bias.
+        return_last_state: also return the state after the last step.
+
+    Returns:
+        out (B, D, L) in u's dtype, or (out, last state (B, D, N) in float32; float64 for float64).
+
+    Raises:
+        ValueError, TypeError: see `check_arguments`.
+    """
+    B = B.unsqueeze(1) if B.dim() == 3 else B
+    C = C.unsqueeze(1) if C.dim() == 3 else C
+    check_arguments(u, delta, A, B, C, D, z, delta_bias)
+    out, last = _SelectiveScan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return (out, last) if return_last_state else out
+
+
+def precompile(dtype: torch.dtype) -> None:
+    """Compile the forward and the backward that inputs of this dtype need, or load them from the cache."""
+    u = torch.zeros((1, 1, 1), dtype=dtype, requires_grad=True)
+    shared = torch.zeros((1, 1, 1, 1), dtype=dtype)
+    out = selective_scan(u, u, torch.zeros((1, 1)), shared, shared)
+    assert isinstance(out, Tensor)
+    out.sum().backward()
+
+
+class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = _compute_dtype(u)
+        batch, d_inner, seqlen = u.shape
+        blocks = _blocks(d_inner, B.shape[1])
+        keep = any(ctx.needs_input_grad)
+        chunks = -(-seqlen // kernels.CHUNK) if keep else 0
+        out = torch.empty(u.shape, dtype=dtype)
+        last = torch.empty((batch, d_inner, A.shape[1]), dtype=dtype)
+        kept = torch.empty((batch, blocks, chunks, A.shape[1], kernels.LANES), dtype=dtype)
+        arrays = _arrays(dtype, u, delta, A, B, C, D, z, delta_bias)
+        _use_torch_threads()
+        kernels.forward(
+            *arrays, blocks, delta_softplus, z is not None, keep, *_numpy(dtype, out, last, kept)
+        )
+        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, kept)
+        ctx.delta_softplus = delta_softplus
+        ctx.set_materialize_grads(False)
+        return out.to(u.dtype), last
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
+        u, delta, A, B, C, D, z, delta_bias, kept = ctx.saved_tensors
+        dtype = _compute_dtype(u)
+        batch, d_inner, seqlen = u.shape
+        ngroups, d_state = B.shape[1], A.shape[1]
+        blocks = _blocks(d_inner, ngroups)
+        partials = _partials(d_inner, d_state, blocks // ngroups)
+        du, ddelta = torch.empty((2, *u.shape), dtype=dtype)
+        dz = torch.empty(u.shape if z is not None else (0, 0, 0), dtype=dtype)
+        dA = torch.empty((batch, d_inner, d_state), dtype=dtype)
+        dparameters = torch.empty((batch, d_inner, 2), dtype=dtype)
+        dB, dC = torch.zeros((2, partials, batch, ngroups, d_state, seqlen), dtype=dtype)
+        dout = torch.zeros(u.shape, dtype=dtype) if dout is None else dout
+        dlast = torch.zeros(dA.shape, dtype=dtype) if dlast is None else dlast
+        arrays = _arrays(dtype, u, delta, A, B, C, D, z, delta_bias)
+        _use_torch_threads()
+        kernels.backward(
+            *arrays,
+            *_numpy(dtype, dout, dlast, kept),
+            blocks,
+            ctx.delta_softplus,
+            z is not None,
+            *_numpy(dtype, du, ddelta, dz, dA, dparameters, dB, dC),
+        )
+        dbias, dD = dparameters.sum(0).unbind(-1)
+        return (
+            du.to(u.dtype),
+            ddelta.to(u.dtype),
+            dA.sum(0).to(A.dtype),
+            dB.sum(0).to(B.dtype),
+            dC.sum(0).to(C.dtype),
+            None if D is None else dD.to(D.dtype),
+            None if z is None else dz.to(z.dtype),
+            None if delta_bias is None else dbias.to(delta_bias.dtype),
+            None,
+        )
+
+
+def _compute_dtype(u: Tensor) -> torch.dtype:
+    return torch.float64 if u.dtype == torch.float64 else torch.float32
+
+
+def _blocks(d_inner: int, ngroups: int) -> int:
+    return ngroups * -(-(d_inner // ngroups) // kernels.LANES)
+
+
+def _partials(d_inner: int, d_state: int, group_blocks: int) -> int:
+    """Return how many dB and dC are held per group: enough for parallelism, no larger than u and delta.
+
+    It depends on the shape alone, so that the order of additions does too.
+    """
+    return min(group_blocks, max(_LEAST_PARTIALS, d_inner // d_state))
+
+
+def _arrays(
+    dtype: torch.dtype,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> tuple[np.ndarray, ...]:
+    """Return the kernels' leading arguments."""
+    parameters = torch.zeros((u.shape[1], 2), dtype=dtype)
+    for column, parameter in enumerate((delta_bias, D)):
+        if parameter is not None:
+            parameters[:, column] = parameter.detach()
+    rates = A.detach().to(dtype) * kernels.LOG2E
+    gate = torch.empty((0, 0, 0), dtype=dtype) if z is None else z
+    return _numpy(dtype, u, delta, rates, B, C, parameters, gate)
+
+
+def _numpy(dtype: torch.dtype, *tensors: Tensor) -> tuple[np.ndarray, ...]:
+    """View tensors as contiguous arrays of a dtype, copying only where they are not."""
+    return tuple(tensor.detach().to(dtype).contiguous().numpy() for tensor in tensors)
+
+
+def _use_torch_threads() -> None:
+    set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
