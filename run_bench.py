@@ -22,10 +22,9 @@ if (HERE / "pyproject.toml").is_file():  # a checkout, not an installation
 
     load_package(Path(sys.path.pop(0)))
 
+from mambench import __version__
 from mambench.harness import cli_options as options
 from mambench.harness.errors import MambenchError, UsageError
-
-from mambench import __version__
 
 if TYPE_CHECKING:
     from mambench.harness.plan import Plan
@@ -53,7 +52,7 @@ Examples:
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Mamba or attention? Sweep implementations over sizes on this machine and report what is so."""
+    """Mamba or attention? Sweep implementations over sizes on this machine, and report."""
     if os.environ.get("NO_COLOR"):
         context.color = False
 
@@ -150,9 +149,9 @@ def run(
 )
 def report(run_dirs: tuple[Path, ...], output: Path | None) -> None:
     """Write one offline HTML report of one or several runs."""
-    from mambench import reports
+    from mambench.reports import build
 
-    _name_path("report", reports.build(list(run_dirs), output or run_dirs[0] / "report.html"))
+    _name_path("report", build(list(run_dirs), output or run_dirs[0] / "report.html"))
 
 
 @cli.command()
@@ -197,7 +196,7 @@ def completion(context: click.Context, shell: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a mistake of the user's ends in one line on stderr, never a traceback."""
+    """Run the command line; a user's mistake ends in one line on stderr, never a traceback."""
     try:
         code = cli.main(args=arguments, standalone_mode=False)
     except click.ClickException as error:
@@ -276,8 +275,8 @@ def _resumed(path: Path, output: Path | None, asked: Mapping[str, Any]) -> "tupl
     here = machine.detect(made.device.torch_name)
     if here.name != made.device.name:
         raise UsageError(
-            f"the run was made on {made.device.name}, this machine has {here.name}: start a new run; "
-            f"`report` takes both folders."
+            f"the run was made on {made.device.name}, this machine has {here.name}: start a new "
+            f"run; `report` takes both folders."
         )
     now, then = machine.code_version()["id"], folder.manifest["code"].get("id")
     if now != then:
@@ -296,9 +295,9 @@ def _conclude(context: click.Context, path: Path, summary: Any, *, report: bool)
         context.exit(130)
     _name_path("results", path)
     if report:
-        from mambench import reports
+        from mambench.reports import build
 
-        _name_path("report", reports.build([path], path / "report.html"))
+        _name_path("report", build([path], path / "report.html"))
     context.exit(1 if any(outcome.failed and n for outcome, n in summary.counts.items()) else 0)
 
 

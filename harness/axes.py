@@ -1,10 +1,12 @@
 """What an axis is called and how its values are written.
 
-`512`, `1,2,4`, `2^9..2^17` (powers of two), `512..131072:x2` (doubling), `16..256:+16`. A suite file and the command line's `--axis NAME=VALUES` share this notation.
+`512`, `1,2,4`, `2^9..2^17` (powers of two), `512..131072:x2` (doubling), `16..256:+16`. A suite
+file and the command line's `--axis NAME=VALUES` share this notation.
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from mambench.harness.errors import UsageError, unknown_name
 
@@ -57,7 +59,7 @@ def parse_values(name: str, value: object) -> tuple[AxisValue, ...]:
 
     Raises AxisError with what was got and what is allowed.
     """
-    items: Sequence[object] = value if isinstance(value, list | tuple) else [value]  # pyright: ignore[reportUnknownVariableType]
+    items = cast("Sequence[object]", value) if isinstance(value, list | tuple) else [value]
     parse = _booleans if name == "gated" else _sizes
     values = [parsed for item in items for parsed in parse(name, item)]
     if not values:

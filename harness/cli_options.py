@@ -1,6 +1,7 @@
 """What the command line accepts: option types whose errors name the nearest valid value.
 
 Only click is imported here, and the vocabulary where a value is judged: `--help` answers at once.
+ParamType stays without a type argument, because click 8.1 does not know it as generic.
 """
 
 import re
@@ -26,7 +27,7 @@ def parse_duration(text: str) -> float:
     return total_s
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
     """Seconds, minutes and hours, as `parse_duration` reads them."""
 
     name = "duration"
@@ -38,7 +39,7 @@ class Duration(click.ParamType):
         return value if isinstance(value, float) else parse_duration(str(value))
 
 
-class Name(click.ParamType):
+class Name(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
     """A name of a closed set, with completion; a wrong one is answered with the nearest."""
 
     def __init__(self, kind: str, valid: Callable[[], Iterable[str]]) -> None:
@@ -59,7 +60,7 @@ class Name(click.ParamType):
         return _completions(self._valid, incomplete)
 
 
-class Completed(click.ParamType):
+class Completed(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
     """Free text with completion, judged later."""
 
     def __init__(self, kind: str, offered: Callable[[], Iterable[str]]) -> None:
@@ -81,7 +82,7 @@ def _completions(offered: Callable[[], Iterable[str]], incomplete: str) -> list[
 
 
 class NearestGroup(click.Group):
-    """A group whose unknown commands are answered with the nearest one; commands in written order."""
+    """A group whose unknown commands are answered with the nearest; commands as written."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the commands in the order in which they were defined."""
@@ -191,8 +192,8 @@ question_options = _all_of(
         *("--filter", "filters"),
         multiple=True,
         metavar="EXPRESSION",
-        help="Keep only cases with e.g. seqlen>=4096, family=ssd, variant=sdpa-*, or with this text "
-        "in their label. Repeatable; all must hold.",
+        help="Keep only cases with e.g. seqlen>=4096, family=ssd, variant=sdpa-*, or this text in "
+        "their label. Repeatable; all must hold.",
     ),
     plugin_option,
 )

@@ -66,7 +66,7 @@ def plan(made: Plan) -> str:
     runnable = made.runnable
     peak = max((planned.memory_bytes for planned in runnable), default=0)
     lines = [
-        f"Suite {made.suite} on {made.device.torch_name} ({made.device.name}), plan {made.plan_hash}",
+        f"Suite {made.suite} on {made.device.torch_name} ({made.device.name})",
         "",
         table(rows, header=header, right="r  rr"),
         "",

@@ -12,7 +12,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -182,7 +182,8 @@ def gpu_environment(device: Device) -> dict[str, Any] | None:
 def code_version() -> dict[str, Any]:
     """Return what code this is: package version, commit, and a digest of uncommitted changes.
 
-    `id` joins them to one string, for an observation's identity. Outside a git checkout of Mambench itself `commit`, `dirty` and `diff_digest` are None.
+    `id` joins them to one string, for an observation's identity. Outside a git checkout of Mambench
+    itself `commit`, `dirty` and `diff_digest` are None.
     """
     from mambench import __version__
 
@@ -227,8 +228,8 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 @contextmanager
-def _nvml() -> Iterator[Any]:
-    import pynvml
+def _nvml() -> Generator[Any]:
+    import pynvml  # pyright: ignore[reportMissingTypeStubs]
 
     pynvml.nvmlInit()
     try:
@@ -361,7 +362,7 @@ def _container() -> str | None:
         return "docker"
     if Path("/run/.containerenv").exists():
         return "podman"
-    return os.environ.get("container")
+    return os.environ.get("container")  # noqa: SIM112  # systemd-nspawn and others write it so
 
 
 def _read(path: str) -> str:

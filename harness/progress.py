@@ -78,7 +78,7 @@ def make_listener(
         stream: where to write.
         environment: its TERM decides, beside the stream, whether a bar can be drawn.
     """
-    stream = sys.stderr if stream is None else stream
+    stream = stream or sys.stderr
     if quiet:
         return QuietProgress(stream)
     if stream.isatty() and environment.get("TERM", "dumb") not in ("dumb", ""):

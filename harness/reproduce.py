@@ -66,7 +66,8 @@ def find_case(plan: Plan, text: str) -> tuple[int, PlannedCase]:
         return matched[0]
     if not matched:
         raise UsageError(
-            f"no case '{text}': give a number from 1 to {len(plan.cases)} or the beginning of a case_id."
+            f"no case '{text}': give a number from 1 to {len(plan.cases)}, or the beginning of a "
+            f"case_id."
         )
     ids = ", ".join(planned.case.case_id for _, planned in matched[:5])
     raise UsageError(f"'{text}' begins {len(matched)} case_ids ({ids} ...); give more digits.")

@@ -25,10 +25,10 @@ import math
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import yaml
 from mambench.harness import axes
@@ -45,20 +45,15 @@ class AxisValues:
     """An axis' values, the same everywhere or different by device and family."""
 
     everywhere: tuple[axes.AxisValue, ...] = ()
-    by_device: Mapping[DeviceKind, "AxisValues"] = field(default_factory=dict)
-    by_family: Mapping[Family, "AxisValues"] = field(default_factory=dict)
+    by_device: Mapping[DeviceKind, "AxisValues"] | None = None
+    by_family: Mapping[Family, "AxisValues"] | None = None
 
     def resolve(self, device: DeviceKind, family: Family) -> tuple[axes.AxisValue, ...]:
         """Return the values for a device and family, or () where the axis names none for them."""
-        if self.by_device:
-            return (
-                self.by_device[device].resolve(device, family) if device in self.by_device else ()
-            )
-        if self.by_family:
-            return (
-                self.by_family[family].resolve(device, family) if family in self.by_family else ()
-            )
-        return self.everywhere
+        if self.by_device is None and self.by_family is None:
+            return self.everywhere
+        part = (self.by_device or {}).get(device) or (self.by_family or {}).get(family)
+        return part.resolve(device, family) if part else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +75,7 @@ class Suite:
     name: str
     title: str
     question: str = ""
-    settings: Mapping[str, object] = field(default_factory=dict)  # overrides of Settings
+    settings: Mapping[str, object]  # overrides of harness.spec.Settings
     sweeps: tuple[Sweep, ...]
 
 
@@ -121,7 +116,7 @@ def read(path: Path) -> Suite:
 def parse(text: str, path: Path) -> Suite:
     """Validate a suite's text; `path` names it in errors and gives the suite its name."""
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = cast("yaml.Node | None", yaml.compose(text, Loader=yaml.SafeLoader))  # pyright: ignore[reportUnknownMemberType]
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f":{mark.line + 1}" if mark else ""

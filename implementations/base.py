@@ -14,7 +14,7 @@ from mambench.harness.spec import Case, Device, Family
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way an implementation can run: named in the plan, so that a name is always the same code."""
+    """One way an implementation can run; named in the plan, so a name is always the same code."""
 
     name: str
     unavailable: str | None = None  # why it cannot run on this device, and what to install
@@ -31,8 +31,10 @@ class Implementation(ABC):
     - ssd: `op(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None,
       dt_softplus=False, dt_limit=(0.0, inf), return_final_states=False)`; x, z (B, L, H, P); dt
       (B, L, H); A (H,) fp32; B, C (B, L, G, N); D (H,) or (H, P) fp32; dt_bias (H,) fp32;
-      initial_states (B, H, P, N). Returns out (B, L, H, P), or (out, final_states (B, H, P, N) fp32).
-    - attention: `op(q, k, v)`, all (B, L, H, P); causal, softmax scale P ** -0.5. Returns (B, L, H, P).
+      initial_states (B, H, P, N). Returns out (B, L, H, P), or (out, final_states (B, H, P, N)
+      fp32).
+    - attention: `op(q, k, v)`, all (B, L, H, P); causal, softmax scale P ** -0.5. Returns
+      (B, L, H, P).
 
     All are differentiable in every floating-point tensor argument.
     """
@@ -58,5 +60,5 @@ class Implementation(ABC):
         return 0
 
     def launches(self, case: Case) -> int:
-        """Estimate how many operations a forward call launches, one after another (for the plan)."""
+        """Estimate how many operations a forward call launches in sequence (for the plan)."""
         return 10

@@ -1,6 +1,7 @@
-"""Run a module of this package in a new interpreter: `python -P _start.py harness.module [argument ...]`.
+"""Run a module of this package in a new interpreter.
 
-Works in a checkout, where the package is not on `sys.path`, and in an installation alike.
+`python -P _start.py harness.module [argument ...]` works in a checkout, where the package is not on
+`sys.path`, and in an installation alike.
 """
 
 import importlib.util
@@ -20,7 +21,8 @@ def load_package(folder: Path) -> None:
     spec = importlib.util.spec_from_file_location(
         "mambench", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     package = importlib.util.module_from_spec(spec)
     sys.modules["mambench"] = package
     spec.loader.exec_module(package)

@@ -1,0 +1,1 @@
+../../mambench/__init__.py

@@ -1,0 +1,1 @@
+../../mambench/_start.py
