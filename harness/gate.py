@@ -6,18 +6,19 @@ the error of the family's independent solution in the case's own dtype, plus a f
 
     error <= 2 * independent_error + floor
 
-It is applied twice: to the whole tensor, and to the worst of its blocks (64 consecutive time steps of
-one channel, one head, one weight row), so that a fault confined to one channel or to the last steps
-of a long sequence is not averaged away. What counts as a block's own size is at least a tenth of the
-typical block beside it in time: a block that happens to be nearly zero has no relative accuracy.
+It is applied twice: to the whole tensor, and to the worst of its blocks (64 consecutive time steps
+of one channel, one head, one weight row), so that a fault confined to one channel or to the last
+steps of a long sequence is not averaged away. What counts as a block's own size is at least a tenth
+of the typical block beside it in time: a block that happens to be nearly zero has no relative
+accuracy.
 
 The floor is `FLOORS[dtype]`, about the rounding of one element. An error over few values is a noisy
 number, whoever makes it: below 32 values the floor grows as sqrt(32 / values).
 
-Besides, no value may be NaN or infinite anywhere, shapes and dtypes must be the declared ones, inputs
-must be unchanged, and nothing may be left over from an earlier call. To see that, the operation runs
-twice: first on altered inputs while freshly allocated memory is filled with NaN, then on the
-true inputs and exactly as it will be timed.
+Besides, no value may be NaN or infinite anywhere, shapes and dtypes must be the declared ones,
+inputs must be unchanged, and nothing may be left over from an earlier call. To see that, the
+operation runs twice: first on altered inputs while freshly allocated memory is filled with NaN,
+then on the true inputs and exactly as it will be timed.
 """
 
 import gc
@@ -54,8 +55,8 @@ class _Rejected(Exception):
 def check(workload: Workload, case: Case, *, seed: int) -> GateReport:
     """Judge a workload's operation on its inputs, which are the same before and after.
 
-    Everything that is allocated here is released before it returns. Errors that the operation raises
-    (out of memory, a failed launch) pass through.
+    Everything that is allocated here is released before it returns. Errors that the operation
+    raises (out of memory, a failed launch) pass through.
     """
     sample = workload.family.sample(workload.problem, seed=seed)
     judged = _description(sample)
@@ -141,7 +142,7 @@ def _run_candidate(
 def _execute(
     workload: Workload, case: Case, sample: Sample, seed: int
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Run the case's pass once, eagerly; return complete results and the sampled output gradients."""
+    """Run the pass once, eagerly; return complete results and the sampled output gradients."""
     needs_grad = case.pass_.needs_grad
     with torch.set_grad_enabled(needs_grad):
         outputs = workload.forward()

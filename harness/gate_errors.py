@@ -1,4 +1,4 @@
-"""How the gate measures an error: of a whole tensor and of its worst block, each with its budget."""
+"""The errors the gate judges: of a whole tensor and of its worst block, each with its budget."""
 
 import math
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ class ErrorPair:
             where, found = f"{self.name} in the block {self.block_at}", self.block
         return (
             f"{where}: relative error {found.error:.2e}, budget {found.budget:.2e} "
-            f"({FACTOR:g} x {found.independent_error:.2e} of an independent solution + {found.floor:.2e})"
+            f"({FACTOR:g} x {found.independent_error:.2e} independent + {found.floor:.2e})"
         )
 
 

@@ -1,4 +1,4 @@
-"""A case made ready to run: its family, its inputs on the device, and closures that execute it once."""
+"""A case made ready to run: family, inputs on the device, closures that execute it once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -53,7 +53,8 @@ class Workload:
         """Return a closure that executes the pass exactly once and returns what it computed.
 
         - forward: without a graph;
-        - backward: the gradients of all differentiable inputs, from a forward that is done here, once;
+        - backward: the gradients of all differentiable inputs, from a forward that is done here,
+          once;
         - training: forward, then these gradients.
 
         Gradients are returned, never accumulated. The closure holds memory until it is dropped.

@@ -1,11 +1,12 @@
 """What the problems of s6 and ssd share: random inputs, the choice of a sample, slicing.
 
-Parameters are drawn as `mamba_simple.Mamba` and `mamba2.Mamba2` initialise them: the step size after
-softplus is log-uniform in [0.001, 0.1]. Two things differ on purpose. Every parameter carries a little
-noise, so that one read from the wrong channel shows. And every eighth channel (or head) remembers
-longer than the sequence: its step size is small and its decay is scaled so that a state loses about a
-factor e over the whole sequence, while its skip connection D is zero, so that its output is what
-the state carried. A kernel that drops the state anywhere is then wrong by an amount of order one there.
+Parameters are drawn as `mamba_simple.Mamba` and `mamba2.Mamba2` initialise them: the step size
+after softplus is log-uniform in [0.001, 0.1]. Two things differ on purpose. Every parameter carries
+a little noise, so that one read from the wrong channel shows. And every eighth channel (or head)
+remembers longer than the sequence: its step size is small and its decay is scaled so that a state
+loses about a factor e over the whole sequence, while its skip connection D is zero, so that its
+output is what the state carried. A kernel that drops the state anywhere is then wrong by an amount
+of order one there.
 """
 
 import math
@@ -97,7 +98,8 @@ def in_slices(
     """Concatenate `compute` over slices of `count` along `dim`, with bounded memory.
 
     A slice holds as many items as fit into `SLICE_ELEMENTS` at `elements_each` per item. When there
-    is more than one, autograd recomputes each slice in the backward instead of keeping its temporaries.
+    is more than one, autograd recomputes each slice in the backward instead of keeping its
+    temporaries.
     """
     size = max(1, min(count, SLICE_ELEMENTS // max(1, elements_each)))
     if size >= count:

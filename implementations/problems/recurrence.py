@@ -2,7 +2,8 @@
 
 `by_rows` serves the float64 reference and is the recurrence itself: rows of consecutive steps, all
 rows at once. `by_doubling` serves the independent solution and never takes a step: neighbouring
-intervals are merged, then intervals of intervals. Neither is used by an implementation that is compared.
+intervals are merged, then intervals of intervals. Neither is used by an implementation that is
+compared.
 """
 
 from collections.abc import Callable

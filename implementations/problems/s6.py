@@ -97,7 +97,8 @@ class S6Problem(ProblemFamily):
     def independent(self, problem: Problem, inputs: Inputs, sample: Sample) -> Outputs:
         """Merge intervals in fp32, as the fused kernels keep their state, and round y to the dtype.
 
-        With a gate, y is rounded before it is multiplied: a kernel may leave the gate to its caller.
+        With a gate, y is rounded before it is multiplied: a kernel may leave the gate to its
+        caller.
         """
         ungated = {name: value for name, value in inputs.items() if name != "z"}
         y = _selective_scan(problem, ungated, sample, by_doubling).to(inputs["u"].dtype)
@@ -120,7 +121,7 @@ def _selected(value: Tensor, axis: int, sample: Sample) -> Tensor:
 
 
 def _selective_scan(problem: Problem, inputs: Inputs, sample: Sample, solver: Solver) -> Tensor:
-    """Compute y (B, C, L) of the sampled channels, in fp32 at least, a slice of channels at a time."""
+    """Compute y (B, C, L) of the sampled channels, in fp32 at least, some channels at a time."""
     batch, seqlen, channels, d_state = _sizes(problem)
     u, delta = inputs["u"], inputs["delta"]
     wide = torch.promote_types(u.dtype, torch.float32)

@@ -4,9 +4,10 @@
     H[t] = exp(dt[t] A) H[t-1] + dt[t] x[t] B[t]^T          per head, a (P, N) state, A a scalar
     y[t] = (H[t] C[t] + D x[t]) * silu(z[t])                silu(z) only when the problem is gated
 
-Transformers are SSMs (Dao and Gu 2024), sections 5 to 7. The reference splits the sequence into chunks
-of 64 (section 6), in float64. The independent solution never passes a state from chunk to chunk: it
-halves the sequence, and halves the halves, and adds to every right half what its left half left behind.
+Transformers are SSMs (Dao and Gu 2024), sections 5 to 7. The reference splits the sequence into
+chunks of 64 (section 6), in float64. The independent solution never passes a state from chunk to
+chunk: it halves the sequence, and halves the halves, and adds to every right half what its left
+half left behind.
 """
 
 from collections.abc import Callable
@@ -115,7 +116,8 @@ class SsdProblem(ProblemFamily):
     def independent(self, problem: Problem, inputs: Inputs, sample: Sample) -> Outputs:
         """Halve recursively; operands of products rounded to the dtype, sums in fp32, y rounded.
 
-        With a gate, y is rounded before it is multiplied: a kernel may leave the gate to its caller.
+        With a gate, y is rounded before it is multiplied: a kernel may leave the gate to its
+        caller.
         """
         dtype = inputs["x"].dtype
         y = _state_space_dual(problem, inputs, sample, _Halving(dtype)).to(dtype)
@@ -141,7 +143,7 @@ def _gated(y: Tensor, inputs: Inputs) -> Tensor:
 def _state_space_dual(
     problem: Problem, inputs: Inputs, sample: Sample, solver: HeadSolver
 ) -> Tensor:
-    """Compute ungated y (B, L, h, P) of the sampled heads, in fp32 at least, some heads at a time."""
+    """Compute ungated y (B, L, h, P) of the sampled heads in fp32 or wider, some at a time."""
     batch, seqlen, nheads, headdim, d_state = _sizes(problem)
     wide = torch.promote_types(inputs["x"].dtype, torch.float32)
     per_group = nheads // inputs["B"].shape[2]
