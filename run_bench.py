@@ -28,6 +28,7 @@ from mambench.harness.errors import MambenchError, UsageError
 
 if TYPE_CHECKING:
     from mambench.harness.plan import Plan
+    from mambench.harness.runner import RunSummary
     from mambench.harness.store import RunFolder
 
 EPILOG = """\b
@@ -86,7 +87,7 @@ def plan(as_json: bool, **asked: Any) -> None:
     """The cases of a run with estimates of time and memory; runs nothing."""
     from mambench.harness import cli_views
 
-    made = _make_plan(asked)
+    made = _make_plan(asked, time_budget_s=asked["time_budget"])
     if as_json:
         import json
 
@@ -104,6 +105,7 @@ def plan(as_json: bool, **asked: Any) -> None:
     "-o", "--output", type=Path, metavar="DIR", help="The run's folder.  [default: runs/<time>-...]"
 )
 @click.option("--no-report", is_flag=True, help="Measure only.")
+@click.option("--wait", is_flag=True, help="Wait for the GPU if another run holds it.")
 @click.option(
     "-q", "--quiet", is_flag=True, help="Show failures, notes and the report's path only."
 )
@@ -114,6 +116,7 @@ def run(
     retry_failed: bool,
     output: Path | None,
     no_report: bool,
+    wait: bool,
     quiet: bool,
     **asked: Any,
 ) -> None:
@@ -126,7 +129,7 @@ def run(
     finished = {case_id for case_id, _, _ in folder.finished()}
     left = {p.case.case_id: p.estimate_s for p in made.runnable if p.case.case_id not in finished}
     with folder, progress.make_listener(left, quiet=quiet, environment=os.environ) as listener:
-        for note in (*folder.warnings, *made.notes):
+        for note in made.notes:
             listener.on_note(note)
         summary = runner.run(
             made,
@@ -134,6 +137,7 @@ def run(
             listener=listener,
             time_budget_s=asked["time_budget"],
             retry_failed=retry_failed,
+            wait=wait,
         )
     _conclude(context, folder.path, summary, report=not no_report)
 
@@ -214,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _make_plan(asked: Mapping[str, Any]) -> "Plan":
+def _make_plan(asked: Mapping[str, Any], *, time_budget_s: float | None = None) -> "Plan":
     from mambench.harness import axes, machine, plan, reproduce, suite
 
     overrides: dict[str, tuple[axes.AxisValue, ...]] = {}
@@ -234,7 +238,7 @@ def _make_plan(asked: Mapping[str, Any]) -> "Plan":
         filters=asked["filters"],
         settings={**reproduce.parse_settings(asked["settings"]), **settings},
         plugins=asked["plugins"],
-        time_budget_s=asked["time_budget"],
+        time_budget_s=time_budget_s,
     )
 
 
@@ -243,6 +247,8 @@ def _created(output: Path | None, asked: Mapping[str, Any]) -> "tuple[Plan, RunF
     from mambench.harness.spec import SCHEMA_VERSION
     from mambench.harness.store import RunFolder, new_run
 
+    # The budget is left to the runner, which knows what time is really left, and whose skipped cases
+    # a resumed run takes up again.
     made = _make_plan(asked)
     path, run_id, created_at = new_run(Path("runs"), made.suite)
     manifest = {
@@ -284,21 +290,20 @@ def _resumed(path: Path, output: Path | None, asked: Mapping[str, Any]) -> "tupl
     return made, folder
 
 
-def _conclude(context: click.Context, path: Path, summary: Any, *, report: bool) -> None:
+def _conclude(context: click.Context, path: Path, summary: "RunSummary", *, report: bool) -> None:
     """Say how the run ended, write the report, and set the exit code."""
     from mambench.harness.text import duration
 
     counts = ", ".join(f"{count} {outcome}" for outcome, count in summary.counts.items() if count)
     click.echo(f"{counts or 'no case'} in {duration(summary.wall_s)}")
-    if summary.interrupted:
-        click.echo(f"interrupted; go on with: {' '.join(_program())} run --resume {path}")
-        context.exit(130)
     _name_path("results", path)
+    if summary.interrupted:  # the runner has said how to go on
+        context.exit(130)
     if report:
         from mambench.reports import build
 
         _name_path("report", build([path], path / "report.html"))
-    context.exit(1 if any(outcome.failed and n for outcome, n in summary.counts.items()) else 0)
+    context.exit(1 if summary.failed else 0)
 
 
 def _name_path(what: str, path: Path) -> None:

@@ -206,6 +206,8 @@ class _Reader:
         if not isinstance(self.node, yaml.MappingNode):
             return False
         keys = set(self.mapping())
+        if not keys:
+            raise self.fail("is an empty mapping.")
         if not any(keys <= set(members) for members in enums):
             allowed = [" or ".join(members) for members in enums]
             bad = next((key for key in keys if not any(key in set(m) for m in enums)), None)
