@@ -1,0 +1,106 @@
+from collections.abc import Callable
+
+import pytest
+from mambench.harness.timing import StopRule
+
+torch = pytest.importorskip("torch")
+
+from mambench.harness import cuda_timing  # noqa: E402
+
+RULE = StopRule(target_s=0.3, min_samples=10, max_samples=200, relative_error=0.002)
+
+
+def test_kernels_are_split_among_equal_executions() -> None:
+    assert cuda_timing.per_execution([1.0, 2.0, 3.0, 4.0], 2) == [3.0, 7.0]
+
+
+def test_unequal_executions_give_their_mean_only() -> None:
+    assert cuda_timing.per_execution([1.0, 2.0, 3.0], 2) == [3.0]
+
+
+@pytest.fixture
+def side_stream():
+    with torch.cuda.stream(torch.cuda.Stream()):
+        yield
+
+
+def product(size: int) -> Callable[[], object]:
+    a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    return lambda: a @ a
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("side_stream")
+@pytest.mark.parametrize("size", [2048, 4096])
+def test_graph_replay_and_profiler_agree(size: int) -> None:
+    execute = product(size)
+    timing, reusable = cuda_timing.time_gpu(execute, RULE)
+    assert reusable
+    assert timing.method == "cuda-graph"
+    count = 20
+    durations = cuda_timing._kernel_durations_s(execute, count)
+    profiled = sorted(cuda_timing.per_execution(durations, count))[count // 2]
+    assert timing.median_s == pytest.approx(profiled, rel=0.03, abs=2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("side_stream")
+def test_a_known_wait_is_measured() -> None:
+    import triton
+    import triton.language as tl
+    from triton.language.extra.cuda import globaltimer
+
+    @triton.jit
+    def spin(out_ptr, wait_ns):
+        begin = globaltimer()
+        now = begin
+        while now - begin < wait_ns:
+            now = globaltimer()
+        tl.store(out_ptr, now)
+
+    out = torch.zeros(1, dtype=torch.int64, device="cuda")
+    for wait_s in (100e-6, 1e-3):
+        wait_ns = int(1e9 * wait_s)
+        timing, _ = cuda_timing.time_gpu(lambda wait_ns=wait_ns: spin[(1,)](out, wait_ns), RULE)
+        # The timer ticks once a microsecond, and a graph's node costs about one more.
+        assert timing.median_s == pytest.approx(wait_s, rel=0.01, abs=3e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("side_stream")
+def test_launch_gaps_show_in_the_call_time_only() -> None:
+    small = torch.randn(64, 64, device="cuda")
+
+    def execute() -> None:
+        for _ in range(50):
+            small.add_(1)
+
+    timing, _ = cuda_timing.time_gpu(execute, RULE)
+    assert cuda_timing.time_calls(execute, RULE).median_s > 1.5 * timing.median_s
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("side_stream")
+def test_what_cannot_be_captured_is_profiled_and_the_process_given_up() -> None:
+    a = torch.randn(2048, 2048, device="cuda")
+
+    def execute() -> float:
+        return (a @ a).sum().item()  # waits for the device: not allowed in a capture
+
+    timing, reusable = cuda_timing.time_gpu(execute, RULE)
+    assert not reusable
+    assert timing.method == "profiler-kernel-sum"
+    assert timing.details["not_captured"]
+    assert timing.median_s > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("side_stream")
+def test_backward_is_captured() -> None:
+    x = torch.randn(512, 512, device="cuda", requires_grad=True)
+    y = (x @ x).tanh()
+    grad = torch.randn_like(y)
+    timing, reusable = cuda_timing.time_gpu(
+        lambda: torch.autograd.grad(y, x, grad, retain_graph=True), RULE
+    )
+    assert (timing.method, reusable) == ("cuda-graph", True)
