@@ -1,4 +1,4 @@
-"""Building blocks of the Hopper selective scan: conversions, softplus, and the scan over a warp's lanes.
+"""Building blocks of the Hopper selective scan: widening, softplus, the scan over a warp's lanes.
 
 All are Gluon device functions without memory access. The lane functions take tensors of layout
 (channels, 32 lanes) in which every thread holds one value per channel, and are inline PTX because
@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 
 @gluon.jit
 def to_fp32(x):
-    """Widen to fp32; bf16 by pairs, in one instruction an element instead of Triton's one and a half."""
+    """Widen to fp32; bf16 by pairs, one instruction an element (Triton: one and a half)."""
     if x.dtype == gl.bfloat16:
         bits = gl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16;\nand.b32 $1, $2, 0xffff0000;",

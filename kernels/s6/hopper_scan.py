@@ -28,10 +28,6 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-
 from mambench.kernels.s6.hopper_lanes import (
     affine,
     lane_above,
@@ -42,23 +38,60 @@ from mambench.kernels.s6.hopper_lanes import (
     softplus,
     to_fp32,
 )
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 RUN = 16  # steps in a lane's registers
 STATES = 16  # states per block of B and C in shared memory, and per queue of carries
 
 
 @gluon.jit
-def _copy_to_shared(smem, pointer, mask, ASYNC: gl.constexpr):
-    """Copy a tile to shared memory, zero where masked; by cp.async unless elements are too narrow."""
+def _copy_block(smem, pointer, mask, ASYNC: gl.constexpr):
+    """Copy to shared memory, zero where masked; by cp.async unless elements are too narrow."""
     if ASYNC:
         async_copy.async_copy_global_to_shared(smem, pointer, mask=mask)
     else:
         smem.store(gl.load(pointer, mask=mask, other=0.0))
 
 
+@gluon.jit
+def _copy_rows(
+    smem, first, pointer, rows, start, seqlen,
+    ROWS: gl.constexpr, TIME: gl.constexpr, ASYNC: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Copy a tile of ROWS rows, zero past the end or the last row, GROUP rows at a time.
+
+    For rows that are not aligned to 16 bytes: a loop, because copying them all at once needs a
+    register pair for every few bytes.
+    """
+    lanes = gl.arange(0, 32, layout=gl.SliceLayout(1, TIME))
+    steps = gl.arange(0, 16, layout=gl.SliceLayout(0, TIME))
+    time = start + gl.expand_dims(lanes, 1) * 16 + gl.expand_dims(steps, 0)
+    for base in range(0, ROWS, GROUP):
+        if ASYNC:
+            for i in gl.static_range(GROUP):
+                mask = (time < seqlen) & (base + i < rows)
+                at = pointer + (base + i).to(gl.int64) * seqlen + time
+                async_copy.async_copy_global_to_shared(smem.index(first + base + i), at, mask=mask)
+        else:  # all loads of a group before its stores
+            values = ()
+            for i in gl.static_range(GROUP):
+                mask = (time < seqlen) & (base + i < rows)
+                at = pointer + (base + i).to(gl.int64) * seqlen + time
+                values = values + (gl.load(at, mask=mask, other=0.0),)  # noqa: RUF005
+            for i in gl.static_range(GROUP):
+                smem.index(first + base + i).store(values[i])
+
+
 @gluon.jit(
     do_not_specialize=[
-        "seqlen_units", "d_inner", "ngroups", "d_state", "blocks_per_group", "n_checkpoints",
+        "seqlen_units",
+        "d_inner",
+        "ngroups",
+        "d_state",
+        "blocks_per_group",
+        "n_checkpoints",
     ]
 )
 def scan_forward_kernel(
@@ -88,7 +121,10 @@ def scan_forward_kernel(
     CHAN: gl.constexpr = gl.SliceLayout(1, RUNS)
     element: gl.constexpr = u_ptr.dtype.element_ty
     WIDTH: gl.constexpr = element.primitive_bitwidth // 8
-    ASYNC: gl.constexpr = UNIT * WIDTH >= 4
+    ASYNC: gl.constexpr = UNIT * WIDTH >= 4  # cp.async copies 4, 8 or 16 bytes
+    ALIGNED: gl.constexpr = UNIT * WIDTH >= 16
+    STAGED: gl.constexpr = WIDTH == 2  # z and out by shared memory; in fp32 there is no room
+    GROUP: gl.constexpr = 4
     VEC: gl.constexpr = UNIT if UNIT * WIDTH <= 16 else 16 // WIDTH
     # a lane's run is 32 or 64 bytes: the swizzle spreads 16-byte pieces over all banks
     SWIZZLE: gl.constexpr = gl.SwizzledSharedLayout(16 // WIDTH, 8 // WIDTH, WIDTH, [1, 0])
@@ -131,21 +167,34 @@ def scan_forward_kernel(
         0, BLOCK, layout=gl.SliceLayout(1, gl.SliceLayout(2, COPY3))
     )
     io_live = gl.expand_dims(gl.expand_dims(io_in_group < group_channels, 1), 2)
-    io_in_group = gl.minimum(io_in_group, group_channels - 1)
-    io_row = (batch * d_inner + group * group_channels + io_in_group) * seqlen
     io_lanes = gl.arange(0, 32, layout=gl.SliceLayout(1, gl.SliceLayout(0, COPY3)))
     io_steps = gl.arange(0, RUN, layout=gl.SliceLayout(0, gl.SliceLayout(0, COPY3)))
     io_time = gl.expand_dims(gl.expand_dims(io_lanes, 1) * RUN + gl.expand_dims(io_steps, 0), 0)
+    io_time = io_time + gl.full([BLOCK, 32, RUN], 0, gl.int32, layout=COPY3)
+    io_row = (batch * d_inner + group * group_channels + io_in_group) * seqlen
     io_offset = gl.expand_dims(gl.expand_dims(io_row, 1), 2) + io_time
-    io_mask = io_time + gl.full([BLOCK, 32, RUN], 0, gl.int32, layout=COPY3) < seqlen
+    block_row = (batch * d_inner + group * group_channels + first_channel) * seqlen
+    block_channels = group_channels - first_channel
     u_smem = gl.allocate_shared_memory(element, [BLOCK, 32, RUN], SWIZZLE3)
     delta_smem = gl.allocate_shared_memory(element, [BLOCK, 32, RUN], SWIZZLE3)
-    _copy_to_shared(u_smem, u_ptr + io_offset, io_mask, ASYNC)
-    _copy_to_shared(delta_smem, delta_ptr + io_offset, io_mask, ASYNC)
-    if HAS_Z:
+    u_rows = u_smem._reinterpret(element, [BLOCK, 32, RUN], SWIZZLE)
+    delta_rows = delta_smem._reinterpret(element, [BLOCK, 32, RUN], SWIZZLE)
+    if ALIGNED:
+        _copy_block(u_smem, u_ptr + io_offset, (io_time < seqlen) & io_live, ASYNC)
+        _copy_block(delta_smem, delta_ptr + io_offset, (io_time < seqlen) & io_live, ASYNC)
+    else:
+        _copy_rows(
+            u_rows, 0, u_ptr + block_row, block_channels, 0, seqlen, BLOCK, COPY, ASYNC, GROUP
+        )
+        _copy_rows(
+            delta_rows, 0, delta_ptr + block_row, block_channels, 0, seqlen,
+            BLOCK, COPY, ASYNC, GROUP,
+        )  # fmt: skip
+    if HAS_Z and STAGED:
         z_smem = gl.allocate_shared_memory(element, [BLOCK, 32, RUN], SWIZZLE3)
+        z_rows = z_smem._reinterpret(element, [BLOCK, 32, RUN], SWIZZLE)
 
-    # B and C: two buffers of N states of a tile, as rows of (state, lane) and as (state), (lane, step)
+    # B and C: two buffers of N states of a tile, also as rows of (state, lane)
     B_smem = gl.allocate_shared_memory(element, [2 * N, 32, RUN], SWIZZLE)
     C_smem = gl.allocate_shared_memory(element, [2 * N, 32, RUN], SWIZZLE)
     B_rows = B_smem._reinterpret(element, [2, N * 32, RUN], SWIZZLE)
@@ -167,8 +216,12 @@ def scan_forward_kernel(
     copy_mask = copy_time < seqlen
     if MASK_STATES:
         copy_mask = copy_mask & (copy_state < d_state)
-    _copy_to_shared(B_rows.index(0), B_row, copy_mask, ASYNC)
-    _copy_to_shared(C_rows.index(0), C_row, copy_mask, ASYNC)
+    if ALIGNED:
+        _copy_block(B_rows.index(0), B_row, copy_mask, ASYNC)
+        _copy_block(C_rows.index(0), C_row, copy_mask, ASYNC)
+    else:
+        _copy_rows(B_smem, 0, B_ptr + group_row, d_state, 0, seqlen, N, COPY, ASYNC, GROUP)
+        _copy_rows(C_smem, 0, C_ptr + group_row, d_state, 0, seqlen, N, COPY, ASYNC, GROUP)
     async_copy.commit_group()
 
     queue = gl.full([BLOCK, 32], 0.0, gl.float32, layout=RUNS)
@@ -196,23 +249,51 @@ def scan_forward_kernel(
             if STATE_BLOCKS > 1:
                 async_copy.wait_group(0)
             gl.thread_barrier()  # the other buffer is free, and so are those of u and delta
-            # fetch the next block of states, or the next tile's first, and once a tile its u and delta
+            # fetch the next block of states, or the next tile's first; once a tile its u and delta
             wrap = k + 1 == STATE_BLOCKS
             next_start = gl.where(wrap, start + TILE, start)
             next_state = gl.where(wrap, 0, (k + 1) * N)
-            next_mask = next_start + copy_time < seqlen
-            if MASK_STATES:
-                next_mask = next_mask & (next_state + copy_state < d_state)
             next_offset = next_state.to(gl.int64) * seqlen + next_start
-            _copy_to_shared(B_rows.index(buffer ^ 1), B_row + next_offset, next_mask, ASYNC)
-            _copy_to_shared(C_rows.index(buffer ^ 1), C_row + next_offset, next_mask, ASYNC)
+            if ALIGNED:
+                next_mask = next_start + copy_time < seqlen
+                if MASK_STATES:
+                    next_mask = next_mask & (next_state + copy_state < d_state)
+                _copy_block(B_rows.index(buffer ^ 1), B_row + next_offset, next_mask, ASYNC)
+                _copy_block(C_rows.index(buffer ^ 1), C_row + next_offset, next_mask, ASYNC)
+            else:
+                next_row = group_row + next_state.to(gl.int64) * seqlen
+                left = d_state - next_state
+                other = (buffer ^ 1) * N
+                _copy_rows(
+                    B_smem, other, B_ptr + next_row, left, next_start, seqlen, N, COPY, ASYNC, GROUP
+                )
+                _copy_rows(
+                    C_smem, other, C_ptr + next_row, left, next_start, seqlen, N, COPY, ASYNC, GROUP
+                )
             if k == 0:
-                io_mask = start + TILE + io_time + gl.full([BLOCK, 32, RUN], 0, gl.int32, layout=COPY3) < seqlen
-                _copy_to_shared(u_smem, u_ptr + (start + TILE) + io_offset, io_mask, ASYNC)
-                _copy_to_shared(delta_smem, delta_ptr + (start + TILE) + io_offset, io_mask, ASYNC)
-                if HAS_Z:
-                    io_mask = start + io_time + gl.full([BLOCK, 32, RUN], 0, gl.int32, layout=COPY3) < seqlen
-                    _copy_to_shared(z_smem, z_ptr + start + io_offset, io_mask, ASYNC)
+                after = start + TILE
+                if ALIGNED:
+                    io_mask = (after + io_time < seqlen) & io_live
+                    _copy_block(u_smem, u_ptr + after + io_offset, io_mask, ASYNC)
+                    _copy_block(delta_smem, delta_ptr + after + io_offset, io_mask, ASYNC)
+                else:
+                    _copy_rows(
+                        u_rows, 0, u_ptr + block_row, block_channels, after, seqlen,
+                        BLOCK, COPY, ASYNC, GROUP,
+                    )  # fmt: skip
+                    _copy_rows(
+                        delta_rows, 0, delta_ptr + block_row, block_channels, after, seqlen,
+                        BLOCK, COPY, ASYNC, GROUP,
+                    )  # fmt: skip
+                if HAS_Z and STAGED:
+                    if ALIGNED:
+                        io_mask = (start + io_time < seqlen) & io_live
+                        _copy_block(z_smem, z_ptr + start + io_offset, io_mask, ASYNC)
+                    else:
+                        _copy_rows(
+                            z_rows, 0, z_ptr + block_row, block_channels, start, seqlen,
+                            BLOCK, COPY, ASYNC, GROUP,
+                        )  # fmt: skip
             async_copy.commit_group()
             if WIDE:
                 B_wide_rows.store(to_fp32(B_rows.index(buffer).load(COPY)))
@@ -274,15 +355,20 @@ def scan_forward_kernel(
             if STATE_BLOCKS > 1:
                 queues.index(k).store(queue)
             buffer = buffer ^ 1
-        if HAS_Z:
-            async_copy.wait_group(0)
-            gl.thread_barrier()
-            y *= silu(to_fp32(z_smem.load(FULL)))
-        out = gl.convert_layout(y.to(element), COPY3)
-        keep = start + io_time < seqlen
-        if MASK_CHANNELS:
-            keep = keep & io_live
-        gl.store(out_ptr + start + io_offset, out, mask=keep)
+        if STAGED:
+            if HAS_Z:
+                async_copy.wait_group(0)
+                gl.thread_barrier()
+                y *= silu(to_fp32(z_smem.load(FULL)))
+            out = gl.convert_layout(y.to(element), COPY3)
+            keep = (start + io_time < seqlen) & io_live
+            gl.store(out_ptr + start + io_offset, out, mask=keep)
+        else:
+            at = gl.expand_dims(gl.expand_dims(row * seqlen, 1), 2) + (start + time)
+            keep = (start + time < seqlen) & gl.expand_dims(gl.expand_dims(live, 1), 2)
+            if HAS_Z:
+                y *= silu(gl.load(z_ptr + at, mask=keep, other=0.0))
+            gl.store(out_ptr + at, y, mask=keep)
     async_copy.wait_group(0)
 
     # a queue holds state 0 in lane 0 and state n in lane 16 + n
@@ -314,17 +400,15 @@ DEFAULT = Config()
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def supported(*, d_state: int, dtype: torch.dtype, gated: bool = False) -> str | None:
-    """Return why the kernel cannot serve a problem, or None; sequence length, channels and groups are free.
+def supported(*, d_state: int, dtype: torch.dtype) -> str | None:
+    """Return why the kernel cannot serve a problem, or None; lengths, channels and groups are free.
 
-    Needs a device of compute capability 9.0 or newer of that family, which is the caller's to check.
+    That the device has compute capability 9.0 is the caller's to check.
     """
     if dtype not in _DTYPES:
         return f"dtype {dtype}: the Hopper scan takes bfloat16, float16 and float32"
     if not 1 <= d_state <= 256:
         return f"d_state {d_state}: the Hopper scan takes 1 to 256"
-    if dtype == torch.float32 and gated and d_state > 64:
-        return f"d_state {d_state} with z in float32 exceeds the shared memory of an SM (at most 64)"
     return None
 
 
@@ -345,13 +429,14 @@ def scan_forward(
     """Run the selective scan forward on a Hopper GPU.
 
     u, delta, z (B, D, L) and B, C (B, G, N, L) of one dtype (bf16, fp16 or fp32); A (D, N), D and
-    delta_bias (D,) fp32; G divides the channels. Returns out (B, D, L) in the inputs' dtype, the last
-    state (B, D, N) fp32, and, with checkpoint_every = K (a multiple of 16), the fp32 states
-    (B, D, ceil(L / K), N) before the steps 0, K, 2 K, ... Raises ValueError for what `supported` refuses.
+    delta_bias (D,) fp32; G divides the channels. Returns out (B, D, L) in the inputs' dtype, the
+    last state (B, D, N) fp32, and, with checkpoint_every = K (a multiple of 16), the fp32 states
+    (B, D, ceil(L / K), N) before the steps 0, K, 2 K, ... Raises ValueError for what `supported`
+    refuses.
     """
     batch, d_inner, seqlen = u.shape
     ngroups, d_state = B.shape[1], B.shape[2]
-    reason = supported(d_state=d_state, dtype=u.dtype, gated=z is not None)
+    reason = supported(d_state=d_state, dtype=u.dtype)
     if reason is None and checkpoint_every is not None and checkpoint_every % RUN:
         reason = f"checkpoint_every {checkpoint_every} is not a multiple of {RUN}"
     if reason is not None:
