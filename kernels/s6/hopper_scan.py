@@ -458,16 +458,15 @@ def scan_forward(
     group_channels = d_inner // ngroups
     block = config.channels * config.warps
     blocks_per_group = triton.cdiv(group_channels, block)
+    constants = specialisation(
+        d_inner=d_inner, ngroups=ngroups, d_state=d_state, dtype=u.dtype, unit=unit,
+        has_D=D is not None, has_z=z is not None, has_bias=delta_bias is not None,
+        softplus=delta_softplus, checkpoint_every=checkpoint_every, config=config,
+    )  # fmt: skip
     scan_forward_kernel[(batch * ngroups * blocks_per_group,)](
         u, delta, A, B, C, D, z, delta_bias, out, last_state, checkpoints,
         seqlen // unit, d_inner, ngroups, d_state, blocks_per_group, n_checkpoints,
-        HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
-        SOFTPLUS=delta_softplus, CHECKPOINT_EVERY=checkpoint_every or 0,
-        MASK_CHANNELS=group_channels % block != 0, MASK_STATES=d_state % STATES != 0,
-        STATE_BLOCKS=triton.cdiv(d_state, STATES), UNIT=unit,
-        WIDE=config.wide and u.dtype != torch.float32, PIPELINE=config.pipeline,
-        UNROLL=config.unroll, CHANNELS=config.channels, WARPS=config.warps,
-        num_warps=config.warps,
+        **constants, num_warps=config.warps,
     )  # fmt: skip
     return out, last_state, checkpoints
 
@@ -477,3 +476,27 @@ def row_unit(seqlen: int, tensors: tuple[torch.Tensor, ...]) -> int:
     if any(t.data_ptr() % 16 for t in tensors):
         return 1
     return next(unit for unit in (8, 2, 1) if seqlen % unit == 0)
+
+
+def specialisation(
+    *, d_inner: int, ngroups: int, d_state: int, dtype: torch.dtype, unit: int,
+    has_D: bool, has_z: bool, has_bias: bool, softplus: bool,
+    checkpoint_every: int | None, config: Config,
+) -> dict[str, int | bool]:  # fmt: skip
+    """Return the kernel's compile-time arguments for a problem."""
+    return {
+        "HAS_D": has_D,
+        "HAS_Z": has_z,
+        "HAS_BIAS": has_bias,
+        "SOFTPLUS": softplus,
+        "CHECKPOINT_EVERY": checkpoint_every or 0,
+        "MASK_CHANNELS": d_inner // ngroups % (config.channels * config.warps) != 0,
+        "MASK_STATES": d_state % STATES != 0,
+        "STATE_BLOCKS": triton.cdiv(d_state, STATES),
+        "UNIT": unit,
+        "WIDE": config.wide and dtype != torch.float32,
+        "PIPELINE": config.pipeline,
+        "UNROLL": config.unroll,
+        "CHANNELS": config.channels,
+        "WARPS": config.warps,
+    }
