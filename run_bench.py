@@ -212,9 +212,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         code = 130
-    except BrokenPipeError:  # `run_bench.py list | head`: the reader has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -247,8 +244,8 @@ def _created(output: Path | None, asked: Mapping[str, Any]) -> "tuple[Plan, RunF
     from mambench.harness.spec import SCHEMA_VERSION
     from mambench.harness.store import RunFolder, new_run
 
-    # The budget is left to the runner, which knows what time is really left, and whose skipped cases
-    # a resumed run takes up again.
+    # The budget is left to the runner: it knows what time is really left, and a resumed run takes up
+    # again what it skipped.
     made = _make_plan(asked)
     path, run_id, created_at = new_run(Path("runs"), made.suite)
     manifest = {

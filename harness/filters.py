@@ -1,10 +1,10 @@
 """`--filter`: which of a plan's cases to keep.
 
 A filter is a comparison, `NAME OP VALUE` with OP one of `= != < <= > >=`, or else a piece of text
-that must occur in the case's label (in any case of letters). NAME is an axis (`seqlen>=4096`), or
-`implementation`, `variant`, `family`, `level`, `pass` or `dtype`, for which `=` and `!=` take globs
-(`variant=sdpa-*`). A case without the size that is compared is kept: attention has no d_state and
-is the reference against every d_state. Of several filters all must hold.
+that must occur in the case's label (in any case of letters). NAME is an axis (`seqlen>=4096`; as in
+labels also B, L, D, N), or `implementation`, `variant`, `family`, `level`, `pass` or `dtype`, for
+which `=` and `!=` take globs (`variant=sdpa-*`). A case without the size that is compared is kept:
+attention has no d_state and is the reference against every one. Of several filters all must hold.
 """
 
 import fnmatch
@@ -30,6 +30,8 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
 }
 _CLOSED = {"family": Family, "level": Level, "pass": Pass, "dtype": DType}
+# The letters of a case's label.
+_LETTERS = {"B": "batch", "L": "seqlen", "D": "d_inner", "N": "d_state"}
 NAMES = (*AXES, "implementation", "variant", *_CLOSED)
 
 
@@ -44,6 +46,7 @@ def compile_filter(text: str) -> Predicate:
             )
         return lambda case: wanted in case.label.lower()
     name, symbol, value = match.groups()
+    name = _LETTERS.get(name, name)
     if name not in NAMES:
         raise UsageError(f"filter '{text}': {unknown_name('name', name, NAMES)}")
     if name in AXES:

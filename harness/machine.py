@@ -88,6 +88,8 @@ def gpus() -> GpuAccess:
             devices = tuple(_gpu(nvml, handle, i) for i, handle in enumerate(handles))
     except ImportError:
         return GpuAccess(problem="nvidia-ml-py is not installed: pip install nvidia-ml-py")
+    except LookupError as error:
+        return GpuAccess(problem=str(error))
     except Exception as error:  # NVML raises one class per code, made at import
         return GpuAccess(problem=f"NVML does not answer ({error}); is the NVIDIA driver installed?")
     if not devices:
@@ -266,7 +268,7 @@ def _handle(nvml: Any, item: int | str) -> Any:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         if _text(nvml.nvmlDeviceGetUUID(handle)).startswith(item):
             return handle
-    raise LookupError(f"CUDA_VISIBLE_DEVICES names '{item}', which is not here")
+    raise LookupError(f"CUDA_VISIBLE_DEVICES names {item}, and there is no such GPU")
 
 
 def _gpu(nvml: Any, handle: Any, index: int) -> Device:

@@ -131,7 +131,7 @@ def _import_plugin(plugin: str) -> ModuleType:
         return importlib.import_module(plugin)
     except PluginError:
         raise
-    except Exception as error:  # see above
+    except (Exception, SystemExit) as error:  # see above; a script may also end itself
         raise PluginError(f"plugin '{plugin}' cannot be imported: {_brief(error)}") from error
 
 
