@@ -13,7 +13,9 @@ of the typical block beside it in time: a block that happens to be nearly zero h
 accuracy.
 
 The floor is `FLOORS[dtype]`, about the rounding of one element. An error over few values is a noisy
-number, whoever makes it: below 32 values the floor grows as sqrt(32 / values).
+number, whoever makes it: below 32 values the floor grows as sqrt(32 / values). And a gradient of
+few values, each a sum over the whole sequence, may by chance nearly cancel: when only such ones
+exceed their budget, more output gradients are drawn, and sums of squares over all draws are judged.
 
 Besides, no value may be NaN or infinite anywhere, shapes and dtypes must be the declared ones,
 inputs must be unchanged, and nothing may be left over from an earlier call. To see that, the
@@ -28,12 +30,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from mambench.harness.gate_errors import ErrorPair, compare
+from mambench.harness.gate_errors import Energies, ErrorPair, judge, measure
 from mambench.harness.spec import Case
 from mambench.implementations.problems.base import TORCH_DTYPES, Sample
 from mambench.implementations.workload import Workload
 from torch import Tensor
 
+NOISY_VALUES = 1 << 10  # a gradient of at most so many values is judged again if it fails
+MAX_DRAWS = 8
 HASH_CHUNK = 1 << 22  # elements hashed at once: the hash of an input needs 96 MiB beside it
 HASH_PRIME = 0x100000001B3
 
@@ -68,28 +72,53 @@ def check(workload: Workload, case: Case, *, seed: int) -> GateReport:
         return GateReport(passed=False, reason=str(rejection), judged=judged)
     finally:
         _release()
-    errors = {name: found for pair in pairs for name, found in pair.as_dicts().items()}
-    worst = max(pairs, key=lambda pair: pair.excess)
+    errors = {name: pair.as_dict() for name, pair in pairs.items()}
+    worst = max(pairs.values(), key=lambda pair: pair.excess)
     if worst.excess <= 1:
         return GateReport(passed=True, errors=errors, judged=judged)
     return GateReport(passed=False, reason=worst.sentence(), errors=errors, judged=judged)
 
 
-def _judge(workload: Workload, case: Case, sample: Sample, seed: int) -> list[ErrorPair]:
-    """Run the candidate, the reference and the independent solution; compare tensor by tensor."""
+def _judge(workload: Workload, case: Case, sample: Sample, seed: int) -> dict[str, ErrorPair]:
+    """Run the candidate and judge each tensor; draw again while only noisy ones fail."""
+    rules = {"dtype": case.dtype, "seqlen": workload.problem.seqlen}
+    results, grad_outputs = _run_candidate(workload, case, sample, seed)
+    pairs: dict[str, ErrorPair] = {}
+    noisy: dict[str, Energies] = {}
+    for name, energies in _measured(workload, case, sample, results, grad_outputs):
+        pairs[name] = judge(name, energies, **rules)
+        if name.startswith("grad_") and energies.size.numel() <= NOISY_VALUES:
+            noisy[name] = energies
+    for draw in range(1, MAX_DRAWS):
+        failed = {name for name, pair in pairs.items() if pair.excess > 1}
+        if not failed or not failed <= noisy.keys():
+            break
+        results, grad_outputs = _execute(workload, case, sample, seed + draw)
+        results = _select(workload, results, sample)
+        for name, energies in _measured(workload, case, sample, results, grad_outputs):
+            if name in failed:
+                noisy[name] += energies
+                pairs[name] = judge(name, noisy[name], **rules)
+    return pairs
+
+
+def _measured(
+    workload: Workload,
+    case: Case,
+    sample: Sample,
+    results: Mapping[str, Tensor],
+    grad_outputs: Sequence[Tensor],
+) -> Iterator[tuple[str, Energies]]:
+    """Solve the sample in float64 and independently; yield each result's squares and errors."""
     family, problem = workload.family, workload.problem
-    candidate, grad_outputs = _run_candidate(workload, case, sample, seed)
-    selected = {
-        name: tensor.detach()
-        for name, tensor in family.select_inputs(problem, workload.inputs, sample).items()
-    }
+    narrow = family.select_inputs(problem, workload.inputs, sample)
     wide = {
         name: tensor.double() if tensor.is_floating_point() else tensor
-        for name, tensor in selected.items()
+        for name, tensor in narrow.items()
     }
+    names = family.differentiable(problem) if case.pass_.needs_grad else ()
     solutions: list[dict[str, Tensor]] = []
-    for solve, inputs in ((family.reference, wide), (family.independent, selected)):
-        names = family.differentiable(problem) if case.pass_.needs_grad else ()
+    for solve, inputs in ((family.reference, wide), (family.independent, narrow)):
         leaves = {name: tensor.detach() for name, tensor in inputs.items()}
         for name in names:
             leaves[name].requires_grad_()
@@ -98,22 +127,11 @@ def _judge(workload: Workload, case: Case, sample: Sample, seed: int) -> list[Er
         grads = _gradients(outputs, {name: leaves[name] for name in names}, grad_outputs)
         solutions.append(_named(outputs, grads))
     reference, independent = solutions
-    for name, tensor in candidate.items():
-        if tensor.shape != reference[name].shape:
-            raise _Rejected(
-                f"{name}: shape {tuple(tensor.shape)}, expected {tuple(reference[name].shape)}"
-            )
-    return [
-        compare(
-            name,
-            tensor,
-            reference=reference[name],
-            independent=independent[name],
-            dtype=case.dtype,
-            seqlen=problem.seqlen,
-        )
-        for name, tensor in candidate.items()
-    ]
+    for name, tensor in results.items():
+        expected = reference[name].shape
+        if tensor.shape != expected:
+            raise _Rejected(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(expected)}")
+        yield name, measure(tensor, reference=reference[name], independent=independent[name])
 
 
 def _run_candidate(

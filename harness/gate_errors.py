@@ -11,7 +11,7 @@ FACTOR = 2.0  # how many times the independent solution's error is allowed
 FLOORS = {DType.FP64: 1e-10, DType.FP32: 5e-5, DType.FP16: 2.5e-4, DType.BF16: 2e-3}
 FEW_VALUES = 32  # an error over fewer values is noisy
 SEGMENT = 64  # time steps of a block
-VECTOR_SEGMENT = 16  # neighbouring elements of a one-dimensional tensor that make a block
+VECTOR_SEGMENT = 32  # neighbouring elements of a one-dimensional tensor that make a block
 TYPICAL_FRACTION = 0.1  # of a typical block's size, that a smaller block is taken to have
 TINY = 1e-30
 
@@ -51,14 +51,14 @@ class ErrorPair:
         """The larger of the two."""
         return max(self.whole.excess, self.block.excess)
 
-    def as_dicts(self) -> dict[str, dict[str, float]]:
-        """Return JSON values: the errors under the tensor's name, of blocks with a prefix."""
+    def as_dict(self) -> dict[str, float]:
+        """Return plain JSON values; those of the worst block have a prefix."""
         values = {"max_abs": self.max_abs}
         for prefix, found in (("", self.whole), ("block_", self.block)):
             values[f"{prefix}error"] = found.error
             values[f"{prefix}budget"] = found.budget
             values[f"{prefix}independent_error"] = found.independent_error
-        return {self.name: values}
+        return values
 
     def sentence(self) -> str:
         """Return the reason of a failure: the tensor, its error and its budget."""
@@ -71,27 +71,42 @@ class ErrorPair:
         )
 
 
-def compare(
-    name: str,
-    candidate: Tensor,
-    *,
-    reference: Tensor,
-    independent: Tensor,
-    dtype: DType,
-    seqlen: int,
-) -> ErrorPair:
-    """Measure a tensor against the float64 reference of the same shape."""
-    size = _energy(reference)
-    wrong, allowed = (
-        _energy(candidate.double() - reference),
-        _energy(independent.double() - reference),
+@dataclass(frozen=True, kw_only=True)
+class Energies:
+    """Squares, by element, of the reference and of the two errors; they add up over draws."""
+
+    size: Tensor  # fp64, as are the others
+    wrong: Tensor  # candidate - reference
+    allowed: Tensor  # independent - reference
+    draws: int = 1
+
+    def __add__(self, other: "Energies") -> "Energies":
+        return Energies(
+            size=self.size + other.size,
+            wrong=self.wrong + other.wrong,
+            allowed=self.allowed + other.allowed,
+            draws=self.draws + other.draws,
+        )
+
+
+def measure(candidate: Tensor, *, reference: Tensor, independent: Tensor) -> Energies:
+    """Compare a tensor with the float64 reference, all of one shape."""
+    return Energies(
+        size=reference.double().square(),
+        wrong=(candidate.double() - reference).square(),
+        allowed=(independent.double() - reference).square(),
     )
+
+
+def judge(name: str, energies: Energies, *, dtype: DType, seqlen: int) -> ErrorPair:
+    """Put a tensor's errors, as a whole and by block, beside their budgets."""
+    size, wrong, allowed, draws = energies.size, energies.wrong, energies.allowed, energies.draws
     whole = TensorError(
         error=_ratio(wrong.sum(), size.sum()),
         independent_error=_ratio(allowed.sum(), size.sum()),
-        floor=_floor(dtype, reference.numel()),
+        floor=_floor(dtype, size.numel() * draws),
     )
-    blocks = _Blocks(tuple(reference.shape), seqlen)
+    blocks = _Blocks(tuple(size.shape), seqlen)
     counts = blocks.fold(torch.ones_like(size))
     scale = _scales(blocks, blocks.fold(size), counts)
     errors = (blocks.fold(wrong) / scale).sqrt()
@@ -102,7 +117,7 @@ def compare(
         block=TensorError(
             error=float(errors.flatten()[worst]),
             independent_error=float((blocks.fold(allowed) / scale).sqrt().max()),
-            floor=_floor(dtype, int(counts.min())),
+            floor=_floor(dtype, int(counts.min()) * draws),
         ),
         block_at=blocks.describe(worst, tuple(errors.shape)),
         max_abs=float(wrong.max().sqrt()),
@@ -160,10 +175,6 @@ def _scales(blocks: _Blocks, sizes: Tensor, counts: Tensor) -> Tensor:
     else:
         typical = mean.median()
     return torch.maximum(mean, TYPICAL_FRACTION**2 * typical).clamp(min=TINY) * counts
-
-
-def _energy(values: Tensor) -> Tensor:
-    return values.detach().double().square()
 
 
 def _ratio(wrong: Tensor, size: Tensor) -> float:

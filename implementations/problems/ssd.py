@@ -33,7 +33,8 @@ CHUNK_SIZE = (
 JUDGED_STATES = (
     1 << 34
 )  # batch * seqlen * heads * headdim * d_state judged at most, 4 heads at least
-LEAF = 64  # steps solved by one quadratic form
+CHUNK = 64  # of the float64 reference
+LEAF = 32  # steps that the independent solution takes by one quadratic form
 
 # Computes y (B, h, L, P) from x (B, h, L, P), dt and log_decay (B, h, L), B and C (B, h, L, N).
 HeadSolver = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -114,7 +115,7 @@ class SsdProblem(ProblemFamily):
         return (_gated(y, inputs),)
 
     def independent(self, problem: Problem, inputs: Inputs, sample: Sample) -> Outputs:
-        """Halve recursively; operands of products rounded to the dtype, sums in fp32, y rounded.
+        """Halve recursively; x dt and operands of products rounded to the dtype, sums in fp32.
 
         With a gate, y is rounded before it is multiplied: a kernel may leave the gate to its
         caller.
@@ -158,7 +159,7 @@ def _state_space_dual(
         y = solver(x, dt, log_decay, B, C) + inputs["D"][part, None, None] * x
         return y.transpose(1, 2)
 
-    each = batch * seqlen * max(headdim, d_state, LEAF)
+    each = batch * seqlen * max(headdim, d_state, CHUNK)
     return in_slices(output, inputs["x"].shape[2], elements_each=each, dim=2)
 
 
@@ -180,8 +181,8 @@ def _interval_decay(log_decay: Tensor) -> Tensor:
 
 def _by_chunks(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -> Tensor:
     seqlen = x.shape[2]
-    x, B, C = (_folded(value, LEAF) for value in (x * dt[..., None], B, C))  # (B, h, chunks, Q, .)
-    log_decay = _folded(log_decay, LEAF)
+    x, B, C = (_folded(value, CHUNK) for value in (x * dt[..., None], B, C))  # (B, h, chunks, Q, .)
+    log_decay = _folded(log_decay, CHUNK)
     total = torch.cumsum(log_decay, dim=-1)  # (B, h, chunks, Q)
     within = ((C @ B.mT) * _interval_decay(log_decay)) @ x
     left_behind = (B * torch.exp(total[..., -1:] - total)[..., None]).mT @ x  # (..., N, P)
@@ -200,26 +201,27 @@ class _Halving:
     def __call__(self, x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -> Tensor:
         seqlen = x.shape[2]
         width = LEAF
-        y = self._leaves(x, dt, log_decay, B, C)[:, :, :seqlen]
+        x = (x * dt[..., None]).to(self.dtype).to(x.dtype)  # the gradient is rounded too
+        y = self._leaves(x, log_decay, B, C)[:, :, :seqlen]
         while width < seqlen:
-            y = y + self._from_left_halves(x, dt, log_decay, B, C, width)[:, :, :seqlen]
+            y = y + self._from_left_halves(x, log_decay, B, C, width)[:, :, :seqlen]
             width *= 2
         return y
 
-    def _leaves(self, x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        x, dt, log_decay, B, C = (_folded(value, LEAF) for value in (x, dt, log_decay, B, C))
-        weights = self._product(C, B.mT) * _interval_decay(log_decay) * dt[..., None, :]
+    def _leaves(self, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        x, log_decay, B, C = (_folded(value, LEAF) for value in (x, log_decay, B, C))
+        weights = self._product(C, B.mT) * _interval_decay(log_decay)
         return self._product(weights, x).flatten(2, 3)
 
     def _from_left_halves(
-        self, x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, width: int
+        self, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, width: int
     ) -> Tensor:
         """Return what the right half of each interval of 2 * width steps owes to its left half."""
-        x, dt, log_decay, B, C = (
-            _folded(value, 2 * width).unflatten(3, (2, width)) for value in (x, dt, log_decay, B, C)
+        x, log_decay, B, C = (
+            _folded(value, 2 * width).unflatten(3, (2, width)) for value in (x, log_decay, B, C)
         )
         left, right = log_decay[:, :, :, 0], log_decay[:, :, :, 1]
-        to_the_middle = _exclusive_suffix_sum(left).exp() * dt[:, :, :, 0]
+        to_the_middle = _exclusive_suffix_sum(left).exp()
         state = self._product((B[:, :, :, 0] * to_the_middle[..., None]).mT, x[:, :, :, 0])
         from_the_middle = torch.cumsum(right, dim=-1).exp()
         owed = self._product(C[:, :, :, 1], state) * from_the_middle[..., None]
