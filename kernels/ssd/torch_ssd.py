@@ -1,0 +1,407 @@
+"""State-space duality (Mamba-2) in torch products, chunk after chunk, with a frugal backward.
+
+For every batch element and head, with dt after bias, softplus and limits:
+
+    state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_t^T          (P, N)
+    y_t     = state_t C_t + D x_t
+    out_t   = y_t silu(z_t)
+
+One chunk of Q tokens is a handful of batched products over all batch elements and heads: scores
+C B^T once per group; the scores, weighted by the decay between their tokens, times x; C times the
+entering state and B^T x into it, each as one product per group that shares B and C among its heads.
+Only one chunk's (H, Q, Q) weights exist at a time. fp16 and bf16 inputs are computed in fp32, fp64
+in fp64. The backward walks the chunks in reverse; the forward keeps every `_KEEP`-th chunk's
+entering state and the backward recomputes those between, so that no state per chunk is held.
+
+States are laid out (B, G, N, H/G * P) inside, so that products over a group are plain ones. Any
+device, any seqlen. Source: section 6 of "Transformers are SSMs" (2024); the gradients are those
+derived in triton_ssd_backward.py.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mambench.kernels.ssd.arguments import check_arguments, check_dtype
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+LARGEST_CHUNK = 64  # longer chunks do more arithmetic per token than they save in calls
+_KEEP = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """Shapes and options of one call."""
+
+    batch: int
+    seqlen: int
+    nheads: int
+    headdim: int
+    ngroups: int
+    d_state: int
+    chunk: int
+    dt_softplus: bool
+    dt_limit: tuple[float, float]
+    dtype: torch.dtype  # of the arithmetic
+
+    def chunks(self) -> list[slice]:
+        """Return the tokens of every chunk, the last one possibly shorter."""
+        starts = range(0, self.seqlen, self.chunk)
+        return [slice(start, min(start + self.chunk, self.seqlen)) for start in starts]
+
+
+def _flat_state(states: Tensor, s: _Sizes) -> Tensor:
+    """(B, H, P, N) to (B, G, N, H/G * P)."""
+    grouped = states.to(s.dtype).view(s.batch, s.ngroups, -1, s.headdim, s.d_state)
+    return grouped.permute(0, 1, 4, 2, 3).reshape(s.batch, s.ngroups, s.d_state, -1)
+
+
+def _interface_state(flat: Tensor, s: _Sizes) -> Tensor:
+    """(B, G, N, H/G * P) to (B, H, P, N)."""
+    shape = (s.batch, s.ngroups, s.d_state, s.nheads // s.ngroups, s.headdim)
+    states = flat.view(shape).permute(0, 1, 3, 4, 2)
+    return states.reshape(s.batch, s.nheads, s.headdim, s.d_state)
+
+
+def _heads_first(x: Tensor, s: _Sizes) -> Tensor:
+    """(B, q, H, P) to (B, H, q, P), contiguous, in the arithmetic's dtype."""
+    return x.transpose(1, 2).to(s.dtype).contiguous()
+
+
+def _by_group(x: Tensor, s: _Sizes) -> Tensor:
+    """(B, H, q, P) to (B, G, q, H/G * P), contiguous."""
+    q = x.shape[2]
+    grouped = x.view(s.batch, s.ngroups, -1, q, s.headdim).transpose(2, 3)
+    return grouped.reshape(s.batch, s.ngroups, q, -1)
+
+
+def _by_head(x: Tensor, s: _Sizes) -> Tensor:
+    """(B, G, q, H/G * P) to (B, H, q, P), contiguous."""
+    q = x.shape[2]
+    grouped = x.view(s.batch, s.ngroups, q, -1, s.headdim).transpose(2, 3)
+    return grouped.reshape(s.batch, s.nheads, q, s.headdim)
+
+
+def _decay_rows(log_decay: Tensor, s: _Sizes) -> Tensor:
+    """(B, H) log-decay to a factor of a flat state: (B, G, 1, H/G * P)."""
+    factor = log_decay.exp().view(s.batch, s.ngroups, 1, -1, 1)
+    return factor.expand(-1, -1, -1, -1, s.headdim).reshape(s.batch, s.ngroups, 1, -1)
+
+
+class _Chunk:
+    """What both passes need of one chunk: B, C, their scores, decays and dt."""
+
+    def __init__(self, s: _Sizes, t: slice, B: Tensor, C: Tensor, dt: Tensor, A: Tensor) -> None:
+        self.B = B[:, t].transpose(1, 2).to(s.dtype).contiguous()  # (B, G, q, N)
+        self.C = C[:, t].transpose(1, 2).to(s.dtype).contiguous()
+        self.dt = dt[:, t].transpose(1, 2).contiguous()  # (B, H, q)
+        self.cum = (self.dt * A[:, None]).cumsum(2)  # (B, H, q)
+        self.total = self.cum[:, :, -1]  # (B, H)
+        self.to_end = (self.total[:, :, None] - self.cum).exp()
+
+    def scores(self, s: _Sizes) -> Tensor:
+        """C_i . B_j, (B, G, 1, q, q)."""
+        return (self.C @ self.B.transpose(2, 3))[:, :, None]
+
+    def decay(self) -> Tensor:
+        """exp(cum_i - cum_j) for j <= i, else 0: (B, H, q, q); masked before the exponential."""
+        gap = self.cum[:, :, :, None] - self.cum[:, :, None, :]
+        q = gap.shape[-1]
+        future = torch.ones(q, q, dtype=torch.bool, device=gap.device).triu_(1)
+        return gap.masked_fill_(future, -math.inf).exp_()
+
+    def next_state(self, s: _Sizes, state: Tensor, x: Tensor) -> Tensor:
+        """Return the state that leaves the chunk; x is (B, H, q, P)."""
+        weighted = _by_group(x * (self.dt * self.to_end)[..., None], s)
+        return torch.addcmul(self.B.transpose(2, 3) @ weighted, state, _decay_rows(self.total, s))
+
+    def output(self, s: _Sizes, state: Tensor, x: Tensor) -> Tensor:
+        """Return y without the skip, (B, H, q, P)."""
+        weights = self.decay().mul_(self.dt[:, :, None, :])
+        q = weights.shape[-1]
+        grouped = weights.view(s.batch, s.ngroups, -1, q, q)
+        grouped *= self.scores(s)
+        y = _by_head(self.C @ state, s).mul_(self.cum.exp()[..., None])
+        return y.add_(weights @ x)
+
+
+def _discretise(s: _Sizes, dt: Tensor, dt_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return dt before softplus and after softplus and limits, (B, L, H)."""
+    raw = dt.to(s.dtype)
+    if dt_bias is not None:
+        raw = raw + dt_bias.to(s.dtype)
+    return raw, (F.softplus(raw) if s.dt_softplus else raw).clamp(*s.dt_limit)
+
+
+def _skip(D: Tensor | None, s: _Sizes) -> Tensor | None:
+    """Return D as a factor of (B, H, q, P)."""
+    return None if D is None else D.to(s.dtype).view(s.nheads, 1, -1)
+
+
+def _forward(
+    s: _Sizes, tensors: tuple[Tensor | None, ...], *, keep: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return out, the final states and, if wanted, every `_KEEP`-th chunk's entering state."""
+    x, dt_raw, A, B, C, D, z, dt_bias, initial = tensors
+    _, dt = _discretise(s, dt_raw, dt_bias)
+    A, skip = A.to(s.dtype), _skip(D, s)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    state = _entering(s, x, initial)
+    kept = []
+    for index, t in enumerate(s.chunks()):
+        if keep and index % _KEEP == 0:
+            kept.append(state)
+        chunk = _Chunk(s, t, B, C, dt, A)
+        x_chunk = _heads_first(x[:, t], s)
+        y = chunk.output(s, state, x_chunk)
+        if skip is not None:
+            y.addcmul_(x_chunk, skip)
+        if z is not None:
+            y *= F.silu(_heads_first(z[:, t], s))
+        out[:, t] = y.transpose(1, 2)
+        state = chunk.next_state(s, state, x_chunk)
+    return out, _interface_state(state, s), kept
+
+
+def _entering(s: _Sizes, x: Tensor, initial: Tensor | None) -> Tensor:
+    """Return the state before the first token, flat."""
+    if initial is not None:
+        return _flat_state(initial, s)
+    columns = s.nheads // s.ngroups * s.headdim
+    return torch.zeros(s.batch, s.ngroups, s.d_state, columns, dtype=s.dtype, device=x.device)
+
+
+class _Gradients:
+    """Accumulates the gradients of all inputs while the chunks are walked in reverse."""
+
+    def __init__(self, s: _Sizes, tensors: tuple[Tensor | None, ...], dout: Tensor) -> None:
+        self.s = s
+        self.x, dt_raw, A, self.B, self.C, self.D, self.z, self.dt_bias, _ = tensors
+        self.raw, self.dt = _discretise(s, dt_raw, self.dt_bias)
+        self.A, self.skip, self.dout = A.to(s.dtype), _skip(self.D, s), dout
+        self.grad_x = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
+        self.grad_z = None if self.z is None else torch.empty_like(self.grad_x)
+        self.grad_B = torch.empty(self.B.shape, dtype=self.B.dtype, device=self.x.device)
+        self.grad_C = torch.empty_like(self.grad_B)
+        self.grad_dt = torch.empty_like(self.dt)
+        self.grad_A = torch.zeros_like(self.A)
+        self.grad_D = None if self.skip is None else torch.zeros_like(self.skip)
+
+    def step(self, t: slice, state: Tensor, grad_state: Tensor) -> Tensor:
+        """Take one chunk: `state` enters it; return its gradient, given that of what leaves."""
+        s = self.s
+        chunk = _Chunk(s, t, self.B, self.C, self.dt, self.A)
+        x = _heads_first(self.x[:, t], s)
+        grad_y = self._ungate(t, chunk, state, x)
+        if self.grad_D is not None:
+            skip_gradient = (grad_y * x).sum((0, 2))[:, None]
+            self.grad_D += skip_gradient.sum_to_size(self.grad_D.shape)
+        into = chunk.cum.exp()[..., None]  # (B, H, q, 1)
+        from_end = chunk.to_end[..., None]
+
+        decay, scores = chunk.decay(), chunk.scores(s)
+        q = decay.shape[-1]
+        grouped = (s.batch, s.ngroups, -1, q, q)
+        product = (grad_y @ x.transpose(2, 3)).mul_(decay)  # [i, j]: grad_y_i . x_j
+        grad_scores = (product * chunk.dt[:, :, None, :]).view(grouped).sum(2)
+        product.view(grouped).mul_(scores)
+        decay.view(grouped).mul_(scores)
+        read = product.sum(2)  # grad_u_j . x_j within the chunk
+        written = torch.matmul(product, chunk.dt[..., None])[..., 0]
+
+        to_state = _by_head(chunk.B @ grad_state, s).mul_(from_end)
+        kept = (to_state * x).sum(3)  # grad_u_j . x_j through the state
+        grad_u = to_state.add_(decay.transpose(2, 3) @ grad_y)
+        grad_x = grad_u * chunk.dt[..., None]
+        if self.skip is not None:
+            grad_x.addcmul_(grad_y, self.skip)
+        self.grad_x[:, t] = grad_x.transpose(1, 2)
+
+        gated_in = _by_group(grad_y * into, s)
+        weighted = _by_group(x * (chunk.dt[..., None] * from_end), s)
+        outgoing = (_by_head(chunk.C @ state, s) * grad_y).sum(3) * into[..., 0]
+        grad_C = grad_scores @ chunk.B + gated_in @ state.transpose(2, 3)
+        grad_B = grad_scores.transpose(2, 3) @ chunk.C + weighted @ grad_state.transpose(2, 3)
+        self.grad_C[:, t] = grad_C.transpose(1, 2)
+        self.grad_B[:, t] = grad_B.transpose(1, 2)
+
+        rows = _decay_rows(chunk.total, s)
+        decayed = grad_state * rows
+        passed = (decayed * state).sum(2).view(s.batch, s.nheads, s.headdim).sum(2)
+        after = (outgoing + written - read * chunk.dt).flip(2).cumsum(2).flip(2)
+        before = (kept * chunk.dt).cumsum(2) - kept * chunk.dt
+        grad_a = after + before + passed[:, :, None]
+        self.grad_A += (grad_a * chunk.dt).sum((0, 2))
+        self.grad_dt[:, t] = (grad_a * self.A[:, None] + read + kept).transpose(1, 2)
+        return decayed.add_(chunk.C.transpose(2, 3) @ gated_in)
+
+    def _ungate(self, t: slice, chunk: _Chunk, state: Tensor, x: Tensor) -> Tensor:
+        """Return the gradient of y before the gate, (B, H, q, P); stores the gate's gradient."""
+        s = self.s
+        dout = _heads_first(self.dout[:, t], s)
+        if self.z is None or self.grad_z is None:
+            return dout
+        y = chunk.output(s, state, x)
+        if self.skip is not None:
+            y.addcmul_(x, self.skip)
+        z = _heads_first(self.z[:, t], s)
+        gate = z.sigmoid()
+        grad_z = dout * y * gate * (1 + z * (1 - gate))
+        self.grad_z[:, t] = grad_z.transpose(1, 2)
+        return dout * z * gate
+
+    def finish(self, grad_initial: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients in the order of the inputs, before they are cast to their dtypes."""
+        s = self.s
+        grad_dt = self.grad_dt
+        free = F.softplus(self.raw) if s.dt_softplus else self.raw
+        lowest, highest = s.dt_limit
+        grad_dt = grad_dt * ((free >= lowest) & (free <= highest))
+        if s.dt_softplus:
+            grad_dt = grad_dt * self.raw.sigmoid()
+        grad_bias = None if self.dt_bias is None else grad_dt.sum((0, 1))
+        grad_D = None
+        if self.D is not None and self.grad_D is not None:
+            grad_D = self.grad_D.reshape(self.D.shape)
+        return (
+            self.grad_x, grad_dt, self.grad_A, self.grad_B, self.grad_C,
+            grad_D, self.grad_z, grad_bias, grad_initial,
+        )  # fmt: skip
+
+
+def _backward(
+    s: _Sizes,
+    tensors: tuple[Tensor | None, ...],
+    kept: tuple[Tensor, ...],
+    dout: Tensor | None,
+    dfinal: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients in the order of the inputs."""
+    x = tensors[0]
+    dout = torch.zeros_like(x) if dout is None else dout
+    grad_state = torch.zeros_like(kept[0]) if dfinal is None else _flat_state(dfinal, s)
+    gradients = _Gradients(s, tensors, dout)
+    chunks = s.chunks()
+    for first in reversed(range(0, len(chunks), _KEEP)):
+        run = chunks[first : first + _KEEP]
+        states = [kept[first // _KEEP]]
+        for t in run[:-1]:
+            chunk = _Chunk(s, t, gradients.B, gradients.C, gradients.dt, gradients.A)
+            states.append(chunk.next_state(s, states[-1], _heads_first(x[:, t], s)))
+        for t in reversed(run):
+            grad_state = gradients.step(t, states.pop(), grad_state)
+    return gradients.finish(_interface_state(grad_state, s))
+
+
+class _Ssd(torch.autograd.Function):
+    """Saves the inputs and every `_KEEP`-th chunk's entering state."""
+
+    @staticmethod
+    def forward(ctx: Any, s: _Sizes, keep: bool, *tensors: Tensor | None) -> Any:
+        out, final, kept = _forward(s, tensors, keep=keep)
+        ctx.s, ctx.given = s, len(tensors)
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.set_materialize_grads(False)
+        return out, final if s.dtype is torch.float64 else final.float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> Any:
+        saved = ctx.saved_tensors
+        tensors, kept = saved[: ctx.given], saved[ctx.given :]
+        gradients = _backward(ctx.s, tensors, kept, dout, dfinal)
+        cast = (
+            gradient.to(tensor.dtype) if tensor is not None and wanted else None
+            for tensor, gradient, wanted in zip(
+                tensors, gradients, ctx.needs_input_grad[2:], strict=True
+            )
+        )
+        return None, None, *cast
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute the SSD operation in torch products; semantics of mamba_chunk_scan_combined.
+
+    Args:
+        x: (B, L, H, P), fp64, fp32, fp16 or bf16.
+        dt: (B, L, H), any floating dtype.
+        A: (H,), not positive.
+        B: (B, L, G, N), dtype of x.
+        C: (B, L, G, N), dtype of x.
+        chunk_size: tokens per chunk, at most `LARGEST_CHUNK`; results do not depend on it.
+        D: (H,) or (H, P).
+        z: (B, L, H, P), dtype of x.
+        dt_bias: (H,).
+        initial_states: (B, H, P, N).
+        dt_softplus: whether dt goes through softplus, after the bias.
+        dt_limit: range that dt is clamped to, last.
+        return_final_states: whether to return the final states too.
+
+    Returns:
+        out (B, L, H, P) in x's dtype, or (out, final_states (B, H, P, N)); the states are fp32, for
+        fp64 inputs fp64. Differentiable once.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype or device.
+    """
+    check_dtype(x, DTYPES)
+    check_arguments(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_limit)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is at least 1, got {chunk_size}")
+    batch, seqlen, nheads, headdim = x.shape
+    s = _Sizes(
+        batch=batch,
+        seqlen=seqlen,
+        nheads=nheads,
+        headdim=headdim,
+        ngroups=B.shape[2],
+        d_state=B.shape[3],
+        chunk=min(chunk_size, LARGEST_CHUNK),
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+        dtype=torch.float64 if x.dtype is torch.float64 else torch.float32,
+    )
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    out, final = _Ssd.apply(s, keep, *tensors)
+    return (out, final) if return_final_states else out
+
+
+def workspace_bytes(
+    *,
+    batch: int,
+    seqlen: int,
+    nheads: int,
+    headdim: int,
+    d_state: int,
+    itemsize: int,
+    needs_grad: bool,
+) -> int:
+    """Estimate the bytes needed beyond inputs, outputs and gradients.
+
+    Two dt-sized tensors; a chunk's weights and a few tiles; kept states (the forward keeps them
+    only for a gradient) and those that the backward recomputes.
+    """
+    width = 8 if itemsize == 8 else 4
+    per_head = batch * nheads * width
+    states = -(-seqlen // (LARGEST_CHUNK * _KEEP)) + _KEEP if needs_grad else 2
+    tiles = 4 * LARGEST_CHUNK * (LARGEST_CHUNK + 2 * headdim)
+    return per_head * (3 * seqlen + states * headdim * d_state + tiles)

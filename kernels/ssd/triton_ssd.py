@@ -1,0 +1,231 @@
+"""State-space duality (Mamba-2) in Triton: a chunked scan in two to four launches, with gradients.
+
+For every batch element and head, with dt after bias, softplus and limits:
+
+    state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_t^T          (P, N)
+    y_t     = state_t C_t + D x_t
+    out_t   = y_t silu(z_t)
+
+A chunk of Q tokens is computed with four products: the scores C B^T, weighted by the decay between
+their tokens, times x; C times the state that enters the chunk; and B^T x added to the state. The
+state stays in registers from chunk to chunk, so none is written to memory except at the ends of
+segments, which run in parallel when batch and heads alone do not fill the GPU:
+
+    dt_kernel       dt and its log-decay's running sum in each chunk
+    state_kernel    each segment's own contribution to the state    (more than one segment only)
+    prefix_kernel   what enters each segment                        (more than one segment only)
+    scan_kernel     the outputs
+
+Accumulation is in fp32; products take their operands in the input's dtype, for fp32 inputs as
+three tf32 products each, which is accurate to fp32. Any seqlen; headdim to 128, d_state to 256;
+fp32, fp16, bf16. A must not be positive. Deterministic.
+Source: section 6 of "Transformers are SSMs" (2024).
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from mambench.kernels.ssd import triton_parts as parts
+from mambench.kernels.ssd.arguments import check_arguments, check_dtype
+from mambench.kernels.ssd.triton_launch import (
+    Launch,
+    Operands,
+    on_device,
+    plan_launch,
+    run_dt,
+    segment_entries,
+    strides3,
+)
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit(do_not_specialize=["seqlen", "nchunks", "nsegments", "segment_chunks", "nheads"])
+def scan_kernel(
+    x_ptr, z_ptr, B_ptr, C_ptr, D_ptr, cum_ptr, cumj_ptr, entry_ptr, out_ptr, final_ptr,
+    seqlen, nchunks, nsegments, segment_chunks, nheads, heads_per_group,
+    stride_x_batch, stride_x_token, stride_x_head,
+    stride_z_batch, stride_z_token, stride_z_head,
+    stride_B_batch, stride_B_token, stride_B_group,
+    stride_C_batch, stride_C_token, stride_C_group,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    D_DIMS: tl.constexpr, HAS_Z: tl.constexpr, HAS_ENTRY: tl.constexpr,
+    STORE_FINAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One segment of BLOCK_P channels of one head; the state enters from its slot."""
+    nblocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    segment = tl.program_id(0) // nblocks
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    group = (h // heads_per_group).to(tl.int64)
+    first = segment * segment_chunks
+    count = tl.minimum(segment_chunks, nchunks - first)
+    q = tl.arange(0, Q)
+    p = (tl.program_id(0) % nblocks) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = tl.arange(0, BLOCK_N)
+    head = b * nheads + h
+    x_ptr += b * stride_x_batch + h.to(tl.int64) * stride_x_head
+    if HAS_Z:
+        z_ptr += b * stride_z_batch + h.to(tl.int64) * stride_z_head
+    B_ptr += b * stride_B_batch + group * stride_B_group
+    C_ptr += b * stride_C_batch + group * stride_C_group
+    out_ptr += b * seqlen * nheads * P + h * P
+    tile = parts.state_offsets(n, p, N)
+    tile_mask = parts.state_mask(n, p, P, N)
+    state = tl.zeros([BLOCK_N, BLOCK_P], dtype=tl.float32)
+    if HAS_ENTRY:
+        slot = (head * nsegments + segment) * P * N
+        state = tl.load(entry_ptr + slot + tile, mask=tile_mask, other=0.0).to(tl.float32)
+    if D_DIMS == 1:
+        skip = tl.load(D_ptr + h).to(tl.float32)
+    elif D_DIMS == 2:
+        skip = tl.load(D_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
+    causal = q[:, None] >= q[None, :]
+    for k in tl.range(0, count, num_stages=STAGES):
+        t0 = ((first + k) * Q).to(tl.int64)
+        rows = (first + k) * Q + q < seqlen
+        mask_p = parts.column_mask(rows, p, P, BLOCK_P * nblocks)
+        mask_n = parts.column_mask(rows, n, N, BLOCK_N)
+        offsets_x = t0 * stride_x_token + (q[:, None] * stride_x_token + p[None, :])
+        offsets_B = t0 * stride_B_token + (q[:, None] * stride_B_token + n[None, :])
+        offsets_C = t0 * stride_C_token + (q[:, None] * stride_C_token + n[None, :])
+        x = tl.load(x_ptr + offsets_x, mask=mask_p, other=0.0)
+        B = tl.load(B_ptr + offsets_B, mask=mask_n, other=0.0)
+        C = tl.load(C_ptr + offsets_C, mask=mask_n, other=0.0)
+        cum_row = head * nchunks * Q + t0
+        cum = tl.load(cum_ptr + cum_row + q)
+        cumj = tl.load(cumj_ptr + cum_row + q)
+        total = tl.load(cum_ptr + cum_row + Q - 1)
+
+        scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
+        y = tl.dot(C, state.to(x.dtype), input_precision=PRECISION)
+        gap = tl.where(causal, cum[:, None] - cumj[None, :], float("-inf"))
+        weights = (scores * tl.exp2(gap)).to(x.dtype)
+        y = tl.dot(weights, x, acc=y * tl.exp2(cum)[:, None], input_precision=PRECISION)
+        xf = x.to(tl.float32)
+        weighted = (xf * tl.exp2(total - cumj)[:, None]).to(x.dtype)
+        state = tl.dot(tl.trans(B), weighted, acc=state * tl.exp2(total), input_precision=PRECISION)
+        if D_DIMS > 0:
+            y += xf * skip
+        if HAS_Z:
+            offsets_z = t0 * stride_z_token + (q[:, None] * stride_z_token + p[None, :])
+            z = tl.load(z_ptr + offsets_z, mask=mask_p, other=0.0).to(tl.float32)
+            y *= z * parts.sigmoid(z)
+        offsets_out = t0 * nheads * P + (q[:, None] * (nheads * P) + p[None, :])
+        tl.store(out_ptr + offsets_out, y.to(out_ptr.dtype.element_ty), mask=mask_p)
+    if STORE_FINAL and segment == nsegments - 1:
+        tl.store(final_ptr + head * P * N + tile, state, mask=tile_mask)
+
+
+def run_forward(
+    launch: Launch,
+    tensors: Operands,
+    *,
+    return_final_states: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return out, the final states if wanted, and what enters each segment."""
+    x, z, B, C, D = tensors.x, tensors.z, tensors.B, tensors.C, tensors.D
+    tiles = launch.tiling
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    final = None
+    if return_final_states:
+        shape = (launch.batch, launch.nheads, launch.headdim, launch.d_state)
+        final = torch.empty(shape, dtype=torch.float32, device=x.device)
+    with on_device(x):
+        cum, cumj, _ = run_dt(launch, tensors.dt, tensors.A, tensors.dt_bias, store_dt=False)
+        start = tensors.initial_states
+        entries = segment_entries(launch, x, None, B, cum, cumj, start, reverse=False)
+        grid = (launch.nsegments * launch.blocks_p, launch.nheads, launch.batch)
+        scan_kernel[grid](
+            x, z, B, C, D, cum, cumj, entries, out, final, *launch.sizes,
+            *strides3(x), *strides3(z), *strides3(B), *strides3(C),
+            P=launch.headdim, N=launch.d_state, Q=launch.chunk,
+            BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n, STAGES=tiles.scan_stages,
+            D_DIMS=0 if D is None else D.dim(), HAS_Z=z is not None,
+            HAS_ENTRY=entries is not None, STORE_FINAL=final is not None,
+            PRECISION=tiles.precision, num_warps=tiles.scan_warps,
+        )  # fmt: skip
+    return out, final, entries
+
+
+class _Ssd(torch.autograd.Function):
+    """Saves the inputs and what enters each segment, nothing of the sequence's size besides."""
+
+    @staticmethod
+    def forward(ctx: Any, options: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+        dt_softplus, dt_limit, return_final_states, segments = options
+        operands = Operands.laid_out(*tensors)
+        launch = plan_launch(
+            operands.x, operands.B, dt_softplus=dt_softplus, dt_limit=dt_limit, segments=segments
+        )
+        out, final, entries = run_forward(launch, operands, return_final_states=return_final_states)
+        ctx.launch = launch
+        ctx.save_for_backward(*operands.all(), entries)
+        ctx.set_materialize_grads(False)
+        return out, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> Any:
+        from mambench.kernels.ssd.triton_ssd_backward import run_backward
+
+        *tensors, entries = ctx.saved_tensors
+        names = Operands.__dataclass_fields__
+        operands = Operands(**dict(zip(names, tensors, strict=True)))
+        wanted = dict(zip(names, ctx.needs_input_grad[1:], strict=True))
+        gradients = run_backward(ctx.launch, operands, entries, dout, dfinal)
+        return None, *(gradients.get(name) if wanted[name] else None for name in names)
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+    *,
+    segments: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute the SSD operation on a GPU; semantics of mamba_chunk_scan_combined.
+
+    Args:
+        x: (B, L, H, P), fp32, fp16 or bf16.
+        dt: (B, L, H), any floating dtype.
+        A: (H,), not positive.
+        B: (B, L, G, N), dtype of x.
+        C: (B, L, G, N), dtype of x.
+        chunk_size: accepted for the interface; the kernels choose their own.
+        D: (H,) or (H, P).
+        z: (B, L, H, P), dtype of x.
+        dt_bias: (H,).
+        initial_states: (B, H, P, N).
+        dt_softplus: whether dt goes through softplus, after the bias.
+        dt_limit: range that dt is clamped to, last.
+        return_final_states: whether to return the final states too.
+        segments: into how many segments time is divided; None: as fills the device.
+
+    Returns:
+        out (B, L, H, P) in x's dtype, or (out, final_states (B, H, P, N) fp32).
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype or device, or is beyond the kernels' sizes.
+    """
+    check_dtype(x, DTYPES)
+    check_arguments(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_limit)
+    options = (dt_softplus, dt_limit, return_final_states, segments)
+    out, final = _Ssd.apply(options, x, dt, A, B, C, D, z, dt_bias, initial_states)
+    return (out, final) if return_final_states else out

@@ -1,0 +1,473 @@
+"""Gradients of the SSD operation in Triton, deterministic: no atomics anywhere.
+
+With u = dt x, grad_y the gradient before the gate, S_c the state that enters chunk c, G_c the
+gradient of the state that leaves it, and in a chunk w_ij = exp(cum_i - cum_j) for i >= j:
+
+    grad_u_j = sum_i w_ij (C_i . B_j) grad_y_i + exp(total - cum_j) G B_j
+    grad_B_j = sum over heads: sum_i w_ij (grad_y_i . u_j) C_i + exp(total - cum_j) G^T u_j
+    grad_C_i = sum over heads: sum_j w_ij (grad_y_i . u_j) B_j + exp(cum_i) S^T grad_y_i
+
+The log-decay a_t of token t takes part in everything that passes from before t to t or after it:
+
+    grad_a_t = sum over i >= t > j of w_ij (C_i . B_j) (grad_y_i . u_j)      within the chunk
+             + sum over i >= t of v_i,  v_i = exp(cum_i) grad_y_i . (S C_i)  state to outputs
+             + sum over j < t of e_j,   e_j = exp(total - cum_j) u_j . (G B_j)  inputs to state
+             + exp(total) <G, S>                                             state to state
+
+so no sum runs longer than a chunk and nothing large cancels. Launches:
+
+    dt_kernel               dt and its log-decay's running sum
+    state_kernel, prefix    gradient of the state that leaves each segment  (several segments only)
+    state_kernel twice      S of every chunk, from what entered the segments; G of every chunk
+    grad_c_kernel           grad_C from S, v, grad_z
+    grad_b_kernel           grad_x, grad_dt, grad_B, the rest of grad_C, sums of grad_A, grad_D
+    sum_kernel              grad_B and grad_C over blocks of heads          (several blocks only)
+
+The gradient kernels take one chunk and a block of heads of one group: B, C and their product are
+read and computed once for the block, and grad_B and grad_C leave the chip summed over it. The part
+of both that stays in the chunk needs only a [Q, Q] tile, the sum over heads of w_ij (grad_y_i . u_j).
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from mambench.kernels.ssd import triton_parts as parts
+from mambench.kernels.ssd.triton_config import heads_per_program
+from mambench.kernels.ssd.triton_launch import (
+    Launch,
+    Operands,
+    multiprocessors,
+    on_device,
+    run_dt,
+    segment_entries,
+    strides3,
+    unit_last,
+)
+from torch import Tensor
+
+_SUM_BLOCK = 1024
+_SIZES = ["seqlen", "nchunks", "nheads", "heads_per_group", "block_heads", "ngroups"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def grad_c_kernel(
+    x_ptr, z_ptr, B_ptr, C_ptr, D_ptr, dout_ptr, cum_ptr, cumj_ptr, states_ptr, grad_states_ptr,
+    grad_C_ptr, v_ptr, grad_z_ptr,
+    seqlen, nchunks, nheads, heads_per_group, block_heads, ngroups,
+    stride_x_batch, stride_x_token, stride_x_head,
+    stride_z_batch, stride_z_token, stride_z_head,
+    stride_B_batch, stride_B_token, stride_B_group,
+    stride_C_batch, stride_C_token, stride_C_group,
+    stride_dout_batch, stride_dout_token, stride_dout_head,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+    BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
+    D_DIMS: tl.constexpr, HAS_Z: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One chunk, a block of heads of one group: what the entering states S contribute.
+
+    Stores the block's sum of exp(cum) S^T grad_y as (blocks, B, L, G, N) fp32; per head v, to whose
+    last token exp(total) <G, S> is added (every token's grad_a includes it); and grad_z.
+    """
+    chunk = tl.program_id(0)
+    group, block, first_head, count = head_block(heads_per_group, block_heads)
+    b = tl.program_id(2).to(tl.int64)
+    q = tl.arange(0, Q)
+    n = tl.arange(0, BLOCK_N)
+    t0 = (chunk * Q).to(tl.int64)
+    rows = chunk * Q + q < seqlen
+    mask_n = parts.column_mask(rows, n, N, BLOCK_N)
+    C_ptr += b * stride_C_batch + t0 * stride_C_token + group.to(tl.int64) * stride_C_group
+    C = tl.load(C_ptr + q[:, None] * stride_C_token + n[None, :], mask=mask_n, other=0.0)
+    grad_C = tl.zeros([Q, BLOCK_N], dtype=tl.float32)
+    if HAS_Z:
+        B_ptr += b * stride_B_batch + t0 * stride_B_token + group.to(tl.int64) * stride_B_group
+        B = tl.load(B_ptr + q[:, None] * stride_B_token + n[None, :], mask=mask_n, other=0.0)
+        scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
+        causal = q[:, None] >= q[None, :]
+    for k in tl.range(0, count, num_stages=STAGES, disable_licm=True):
+        h = (first_head + k).to(tl.int64)
+        head = b * nheads + h
+        token = head * nchunks * Q + t0
+        cum = tl.load(cum_ptr + token + q)
+        total = tl.load(cum_ptr + token + Q - 1)
+        if HAS_Z:
+            cumj = tl.load(cumj_ptr + token + q)
+            gap = tl.where(causal, cum[:, None] - cumj[None, :], float("-inf"))
+            weights = (scores * tl.exp2(gap)).to(C.dtype)
+        slot = (head * nchunks + chunk) * P * N
+        row_x = b * stride_x_batch + t0 * stride_x_token + h * stride_x_head
+        row_z = b * stride_z_batch + t0 * stride_z_token + h * stride_z_head
+        row_dout = b * stride_dout_batch + t0 * stride_dout_token + h * stride_dout_head
+        row_out = ((b * seqlen + t0) * nheads + h) * P
+        v = tl.zeros([Q], dtype=tl.float32)
+        passed = tl.zeros([BLOCK_P], dtype=tl.float32)
+        for block_p in tl.range(0, P_BLOCKS, disable_licm=True):
+            p = block_p * BLOCK_P + tl.arange(0, BLOCK_P)
+            mask_p = parts.column_mask(rows, p, P, BLOCK_P * P_BLOCKS)
+            tile = slot + parts.state_offsets(n, p, N)
+            tile_mask = parts.state_mask(n, p, P, N)
+            state = tl.load(states_ptr + tile, mask=tile_mask, other=0.0)
+            grad_state = tl.load(grad_states_ptr + tile, mask=tile_mask, other=0.0)
+            passed += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 0)
+            y = tl.dot(C, state, input_precision=PRECISION) * tl.exp2(cum)[:, None]
+            tile_dout = row_dout + q[:, None] * stride_dout_token + p[None, :]
+            grad_y = tl.load(dout_ptr + tile_dout, mask=mask_p, other=0.0).to(tl.float32)
+            if HAS_Z:
+                tile_z = row_z + q[:, None] * stride_z_token + p[None, :]
+                z = tl.load(z_ptr + tile_z, mask=mask_p, other=0.0).to(tl.float32)
+                gate = parts.sigmoid(z)
+                slope = grad_y * gate * (1.0 + z * (1.0 - gate))
+                grad_y *= z * gate
+            v += tl.sum(grad_y * y, 1)
+            weighted = (grad_y * tl.exp2(cum)[:, None]).to(C.dtype)
+            grad_C = tl.dot(weighted, tl.trans(state), acc=grad_C, input_precision=PRECISION)
+            if HAS_Z:
+                tile_x = row_x + q[:, None] * stride_x_token + p[None, :]
+                x = tl.load(x_ptr + tile_x, mask=mask_p, other=0.0)
+                if D_DIMS == 1:
+                    y += x.to(tl.float32) * tl.load(D_ptr + h).to(tl.float32)
+                elif D_DIMS == 2:
+                    skip = tl.load(D_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)
+                    y += x.to(tl.float32) * skip[None, :]
+                y = tl.dot(weights, x, acc=y, input_precision=PRECISION)
+                tile_out = row_out + q[:, None] * (nheads * P) + p[None, :]
+                grad_z = (slope * y).to(grad_z_ptr.dtype.element_ty)
+                tl.store(grad_z_ptr + tile_out, grad_z, mask=mask_p)
+        v += tl.where(q == Q - 1, tl.sum(passed) * tl.exp2(total), 0.0)
+        tl.store(v_ptr + token + q, v)
+    row = ((block * tl.num_programs(2) + b) * seqlen + t0) * ngroups + group
+    out = grad_C_ptr + row * N + q[:, None] * (ngroups * N) + n[None, :]
+    tl.store(out, grad_C, mask=mask_n)
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "dt_min", "dt_max"])
+def grad_b_kernel(
+    x_ptr, z_ptr, B_ptr, C_ptr, D_ptr, A_ptr, dt_raw_ptr, bias_ptr,
+    dout_ptr, cum_ptr, dt_ptr, v_ptr, grad_states_ptr, partial_C_ptr,
+    grad_x_ptr, grad_dt_ptr, grad_B_ptr, grad_C_ptr, partial_heads_ptr, partial_D_ptr,
+    seqlen, nchunks, nheads, heads_per_group, block_heads, ngroups, dt_min, dt_max,
+    stride_x_batch, stride_x_token, stride_x_head,
+    stride_z_batch, stride_z_token, stride_z_head,
+    stride_B_batch, stride_B_token, stride_B_group,
+    stride_C_batch, stride_C_token, stride_C_group,
+    stride_dt_batch, stride_dt_token, stride_dt_head,
+    stride_dout_batch, stride_dout_token, stride_dout_head,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+    BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
+    D_DIMS: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One chunk, a block of heads of one group: all gradients that are not of the gate.
+
+    [j, i] tiles have the token that is read (j) in rows and the one that is written (i) in columns.
+    partial_heads is (B * chunks, 3, H) fp32: grad_A, grad_dt_bias and grad_D of the chunk.
+    """
+    chunk = tl.program_id(0)
+    group, block, first_head, count = head_block(heads_per_group, block_heads)
+    b = tl.program_id(2).to(tl.int64)
+    q = tl.arange(0, Q)
+    n = tl.arange(0, BLOCK_N)
+    t0 = (chunk * Q).to(tl.int64)
+    rows = chunk * Q + q < seqlen
+    mask_n = parts.column_mask(rows, n, N, BLOCK_N)
+    B_ptr += b * stride_B_batch + t0 * stride_B_token + group.to(tl.int64) * stride_B_group
+    C_ptr += b * stride_C_batch + t0 * stride_C_token + group.to(tl.int64) * stride_C_group
+    B = tl.load(B_ptr + q[:, None] * stride_B_token + n[None, :], mask=mask_n, other=0.0)
+    C = tl.load(C_ptr + q[:, None] * stride_C_token + n[None, :], mask=mask_n, other=0.0)
+    scores = tl.dot(B, tl.trans(C), input_precision=PRECISION)  # [j, i]
+    grad_scores = tl.zeros([Q, Q], dtype=tl.float32)  # [j, i], summed over the heads
+    causal = q[:, None] <= q[None, :]
+    for k in tl.range(0, count, num_stages=STAGES, disable_licm=True):
+        h = (first_head + k).to(tl.int64)
+        head = b * nheads + h
+        token = head * nchunks * Q + t0
+        cum = tl.load(cum_ptr + token + q)
+        total = tl.load(cum_ptr + token + Q - 1)
+        dt = tl.load(dt_ptr + token + q)
+        slot = (head * nchunks + chunk) * P * N
+        row_x = b * stride_x_batch + t0 * stride_x_token + h * stride_x_head
+        row_z = b * stride_z_batch + t0 * stride_z_token + h * stride_z_head
+        row_dout = b * stride_dout_batch + t0 * stride_dout_token + h * stride_dout_head
+        row_out = ((b * seqlen + t0) * nheads + h) * P
+
+        product = tl.zeros([Q, Q], dtype=tl.float32)  # [j, i]: x_j . grad_y_i
+        for block_p in tl.range(0, P_BLOCKS, disable_licm=True):
+            p = block_p * BLOCK_P + tl.arange(0, BLOCK_P)
+            mask_p = parts.column_mask(rows, p, P, BLOCK_P * P_BLOCKS)
+            tile_x = row_x + q[:, None] * stride_x_token + p[None, :]
+            x = tl.load(x_ptr + tile_x, mask=mask_p, other=0.0)
+            grad_yf = parts.load_gated(
+                dout_ptr, z_ptr, row_dout, row_z, q, p,
+                stride_dout_token, stride_z_token, mask_p, HAS_Z,
+            )  # fmt: skip
+            turned = tl.trans(grad_yf.to(x.dtype))
+            product = tl.dot(x, turned, acc=product, input_precision=PRECISION)
+            if D_DIMS == 2:
+                out = partial_D_ptr + ((b * nchunks + chunk) * nheads + h) * P + p
+                tl.store(out, tl.sum(grad_yf * x.to(tl.float32), 0), mask=p < P)
+        partial = partial_heads_ptr + (b * nchunks + chunk) * 3 * nheads + h
+        if D_DIMS == 1:
+            diagonal = tl.where(q[:, None] == q[None, :], product, 0.0)
+            tl.store(partial + 2 * nheads, tl.sum(tl.sum(diagonal, 1), 0))
+        gap = tl.where(causal, cum[None, :] - cum[:, None], float("-inf"))
+        decay = tl.exp2(gap)
+        product *= decay
+        grad_scores += product * dt[:, None]
+        product *= scores
+        read = tl.sum(product, 1)  # grad_u_j . x_j within the chunk
+        written = tl.sum(product * dt[:, None], 0)
+        weights = (scores * decay * dt[:, None]).to(B.dtype)
+        to_end = tl.exp2(total - cum)
+        kept = tl.zeros([Q], dtype=tl.float32)  # grad_u_j . x_j through the state
+        for block_p in tl.range(0, P_BLOCKS, disable_licm=True):
+            p = block_p * BLOCK_P + tl.arange(0, BLOCK_P)
+            mask_p = parts.column_mask(rows, p, P, BLOCK_P * P_BLOCKS)
+            tile = slot + parts.state_offsets(n, p, N)
+            tile_mask = parts.state_mask(n, p, P, N)
+            grad_state = tl.load(grad_states_ptr + tile, mask=tile_mask, other=0.0)
+            tile_x = row_x + q[:, None] * stride_x_token + p[None, :]
+            xf = tl.load(x_ptr + tile_x, mask=mask_p, other=0.0).to(tl.float32)
+            grad_x = tl.dot(B, grad_state, input_precision=PRECISION) * to_end[:, None]
+            kept += tl.sum(grad_x * xf, 1)
+            grad_x *= dt[:, None]
+            grad_yf = parts.load_gated(
+                dout_ptr, z_ptr, row_dout, row_z, q, p,
+                stride_dout_token, stride_z_token, mask_p, HAS_Z,
+            )  # fmt: skip
+            if D_DIMS == 1:
+                grad_x += grad_yf * tl.load(D_ptr + h).to(tl.float32)
+            elif D_DIMS == 2:
+                skip = tl.load(D_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)
+                grad_x += grad_yf * skip[None, :]
+            grad_y = grad_yf.to(B.dtype)
+            grad_x = tl.dot(weights, grad_y, acc=grad_x, input_precision=PRECISION)
+            tile_out = row_out + q[:, None] * (nheads * P) + p[None, :]
+            tl.store(grad_x_ptr + tile_out, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask_p)
+
+        v = tl.load(v_ptr + token + q)
+        after = tl.cumsum(v + written - read * dt, 0, reverse=True)
+        before = tl.cumsum(kept * dt, 0) - kept * dt
+        grad_a = after + before
+        A = tl.load(A_ptr + h).to(tl.float32)
+        grad_dt = grad_a * A + read + kept
+        dt_row = dt_raw_ptr + b * stride_dt_batch + t0 * stride_dt_token + h * stride_dt_head
+        raw = tl.load(dt_row + q * stride_dt_token, mask=rows, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            raw += tl.load(bias_ptr + h).to(tl.float32)
+        free = raw
+        if SOFTPLUS:
+            free = parts.softplus(raw)
+            grad_dt *= parts.sigmoid(raw)
+        inside = rows & (free >= dt_min) & (free <= dt_max)
+        grad_dt = tl.where(inside, grad_dt, 0.0)
+        out = grad_dt_ptr + (b * seqlen + t0 + q) * nheads + h
+        tl.store(out, grad_dt.to(grad_dt_ptr.dtype.element_ty), mask=rows)
+        tl.store(partial, tl.sum(grad_a * dt))
+        tl.store(partial + nheads, tl.sum(grad_dt))
+
+    grad_B = tl.zeros([Q, BLOCK_N], dtype=tl.float32)
+    for k in tl.range(0, count, num_stages=STAGES, disable_licm=True):
+        h = (first_head + k).to(tl.int64)
+        head = b * nheads + h
+        token = head * nchunks * Q + t0
+        total = tl.load(cum_ptr + token + Q - 1)
+        weight = tl.exp2(total - tl.load(cum_ptr + token + q)) * tl.load(dt_ptr + token + q)
+        slot = (head * nchunks + chunk) * P * N
+        row_x = b * stride_x_batch + t0 * stride_x_token + h * stride_x_head
+        for block_p in tl.range(0, P_BLOCKS, disable_licm=True):
+            p = block_p * BLOCK_P + tl.arange(0, BLOCK_P)
+            mask_p = parts.column_mask(rows, p, P, BLOCK_P * P_BLOCKS)
+            tile = slot + parts.state_offsets(n, p, N)
+            grad_state = tl.load(
+                grad_states_ptr + tile, mask=parts.state_mask(n, p, P, N), other=0.0
+            )
+            tile_x = row_x + q[:, None] * stride_x_token + p[None, :]
+            x = tl.load(x_ptr + tile_x, mask=mask_p, other=0.0)
+            weighted = (x.to(tl.float32) * weight[:, None]).to(x.dtype)
+            grad_B = tl.dot(weighted, tl.trans(grad_state), acc=grad_B, input_precision=PRECISION)
+    row = ((block * tl.num_programs(2) + b) * seqlen + t0) * ngroups + group
+    offsets = row * N + q[:, None] * (ngroups * N) + n[None, :]
+    sums = grad_scores.to(B.dtype)
+    grad_B = tl.dot(sums, C, acc=grad_B, input_precision=PRECISION)
+    tl.store(grad_B_ptr + offsets, grad_B.to(grad_B_ptr.dtype.element_ty), mask=mask_n)
+    grad_C = tl.load(partial_C_ptr + offsets, mask=mask_n, other=0.0)
+    grad_C = tl.dot(tl.trans(sums), B, acc=grad_C, input_precision=PRECISION)
+    tl.store(grad_C_ptr + offsets, grad_C.to(grad_C_ptr.dtype.element_ty), mask=mask_n)
+
+
+@triton.jit
+def head_block(heads_per_group, block_heads):
+    """Return (group, block in the group, first head, number of heads) of this program."""
+    blocks = tl.cdiv(heads_per_group, block_heads)
+    group = tl.program_id(1) // blocks
+    block = (tl.program_id(1) % blocks).to(tl.int64)
+    within = (tl.program_id(1) % blocks) * block_heads
+    count = tl.minimum(block_heads, heads_per_group - within)
+    return group, block, group * heads_per_group + within, count
+
+
+@triton.jit(do_not_specialize=["blocks", "size"])
+def sum_kernel(
+    B_partial_ptr, C_partial_ptr, grad_B_ptr, grad_C_ptr, blocks, size, BLOCK: tl.constexpr
+):
+    """Sum (blocks, size) fp32 partials over the blocks, in order; program axis 1 picks B or C."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = e < size
+    source = B_partial_ptr
+    target = grad_B_ptr
+    if tl.program_id(1) == 1:
+        source = C_partial_ptr
+        target = grad_C_ptr
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for k in tl.range(0, blocks):
+        total += tl.load(source + k * size.to(tl.int64) + e, mask=mask, other=0.0)
+    tl.store(target + e, total.to(grad_B_ptr.dtype.element_ty), mask=mask)
+
+
+def run_chunk_states(
+    launch: Launch,
+    v: Tensor,
+    z: Tensor | None,
+    m: Tensor,
+    cum: Tensor,
+    cumj: Tensor,
+    entries: Tensor | None,
+    end: Tensor | None,
+    *,
+    reverse: bool,
+) -> Tensor:
+    """Return what enters every chunk of the walk, (B, H, chunks, P, N) in the input's dtype."""
+    tiles = launch.tiling
+    shape = (launch.batch, launch.nheads, launch.nchunks, launch.headdim, launch.d_state)
+    states = torch.empty(shape, dtype=m.dtype, device=m.device)
+    grid = (launch.nsegments * launch.blocks_p, launch.nheads, launch.batch)
+    parts.state_kernel[grid](
+        v, z, m, cum, cumj, entries, states, end, None, *launch.sizes,
+        *strides3(v), *strides3(z), *strides3(m),
+        P=launch.headdim, N=launch.d_state, Q=launch.chunk,
+        BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n, STAGES=tiles.state_stages,
+        REVERSE=reverse, CHUNK_STATES=True, HAS_ENTRY=entries is not None,
+        STORE_END=end is not None, HAS_Z=z is not None, PRECISION=tiles.precision,
+        num_warps=tiles.state_warps,
+    )  # fmt: skip
+    return states
+
+
+def run_backward(
+    launch: Launch,
+    operands: Operands,
+    entries: Tensor | None,
+    dout: Tensor | None,
+    dfinal: Tensor | None,
+) -> dict[str, Tensor]:
+    """Return the gradient of every operand that is given, by name."""
+    launch = launch.with_chunk(launch.tiling.grad_chunk)
+    x = operands.x
+    dout = torch.zeros_like(x) if dout is None else unit_last(dout)
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    z, B, C = operands.z, operands.B, operands.C
+    gradients: dict[str, Tensor] = {}
+    end = None
+    with on_device(x):
+        cum, cumj, dt = run_dt(launch, operands.dt, operands.A, operands.dt_bias, store_dt=True)
+        exits = segment_entries(launch, dout, z, C, cum, cumj, dfinal, reverse=True)
+        if operands.initial_states is not None:
+            end = torch.empty_like(operands.initial_states, dtype=torch.float32)
+            gradients["initial_states"] = end
+        states = run_chunk_states(launch, x, None, B, cum, cumj, entries, None, reverse=False)
+        grad_states = run_chunk_states(launch, dout, z, C, cum, cumj, exits, end, reverse=True)
+        _run_gradients(launch, operands, dout, (cum, cumj, dt), states, grad_states, gradients)
+    given = dict(zip(Operands.__dataclass_fields__, operands.all(), strict=True))
+    return {
+        name: gradient if gradient.dtype == given[name].dtype else gradient.to(given[name].dtype)
+        for name, gradient in gradients.items()
+    }
+
+
+def _run_gradients(
+    launch: Launch,
+    operands: Operands,
+    dout: Tensor,
+    times: tuple[Tensor, Tensor, Tensor],
+    states: Tensor,
+    grad_states: Tensor,
+    gradients: dict[str, Tensor],
+) -> None:
+    """Launch the kernels over chunks and the sums over heads and chunks; fill `gradients`."""
+    x, z, B, C, D = operands.x, operands.z, operands.B, operands.C, operands.D
+    cum, cumj, dt = times
+    tiles = launch.tiling
+    slots = multiprocessors(x.device) * tiles.grad_programs_per_sm
+    whole = launch.batch * launch.nchunks * launch.ngroups
+    block_heads = heads_per_program(launch.heads_per_group, whole, slots)
+    blocks = -(-launch.heads_per_group // block_heads)
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    partial_C = torch.empty((blocks, *C.shape), **fp32)
+    partial_B = torch.empty((blocks, *B.shape), **fp32) if blocks > 1 else None
+    v = torch.empty_like(cum)
+    per_chunk = launch.batch * launch.nchunks
+    partial_heads = torch.empty((per_chunk, 3, launch.nheads), **fp32)
+    partial_D = None
+    if D is not None and D.dim() == 2:
+        partial_D = torch.empty((per_chunk, *D.shape), **fp32)
+    gradients["x"] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    gradients["dt"] = torch.empty(operands.dt.shape, dtype=operands.dt.dtype, device=x.device)
+    gradients["B"] = torch.empty(B.shape, dtype=B.dtype, device=x.device)
+    gradients["C"] = torch.empty(C.shape, dtype=C.dtype, device=x.device)
+    if z is not None:
+        gradients["z"] = torch.empty(z.shape, dtype=z.dtype, device=x.device)
+    sizes = (
+        launch.seqlen, launch.nchunks, launch.nheads, launch.heads_per_group, block_heads,
+        launch.ngroups,
+    )  # fmt: skip
+    strides = (*strides3(x), *strides3(z), *strides3(B), *strides3(C))
+    options: dict[str, Any] = {
+        "P": launch.headdim, "N": launch.d_state, "Q": launch.chunk, "BLOCK_P": tiles.grad_block_p,
+        "P_BLOCKS": -(-launch.headdim // tiles.grad_block_p), "BLOCK_N": tiles.block_n,
+        "D_DIMS": 0 if D is None else D.dim(), "HAS_Z": z is not None,
+        "PRECISION": tiles.precision,
+    }  # fmt: skip
+    grid = (launch.nchunks, launch.ngroups * blocks, launch.batch)
+    grad_c_kernel[grid](
+        x, z, B, C, D, dout, cum, cumj, states, grad_states, partial_C, v, gradients.get("z"),
+        *sizes, *strides, *strides3(dout), **options, STAGES=tiles.grad_c_stages,
+        num_warps=tiles.grad_c_warps,
+    )  # fmt: skip
+    grad_b_kernel[grid](
+        x, z, B, C, D, operands.A, operands.dt, operands.dt_bias,
+        dout, cum, dt, v, grad_states, partial_C,
+        gradients["x"], gradients["dt"],
+        gradients["B"] if partial_B is None else partial_B,
+        gradients["C"] if partial_B is None else partial_C,
+        partial_heads, partial_D, *sizes, *launch.dt_limit,
+        *strides, *operands.dt.stride(), *strides3(dout), **options,
+        HAS_BIAS=operands.dt_bias is not None, SOFTPLUS=launch.dt_softplus,
+        STAGES=tiles.grad_b_stages, num_warps=tiles.grad_b_warps,
+    )  # fmt: skip
+    if partial_B is not None:
+        size = B.numel()
+        sum_kernel[(-(-size // _SUM_BLOCK), 2)](
+            partial_B, partial_C, gradients["B"], gradients["C"], blocks, size, BLOCK=_SUM_BLOCK
+        )
+    _sum_chunks(operands, partial_heads, partial_D, gradients)
+
+
+def _sum_chunks(
+    operands: Operands,
+    partial_heads: Tensor,
+    partial_D: Tensor | None,
+    gradients: dict[str, Tensor],
+) -> None:
+    """Sum the per-chunk parts of the gradients of A, dt_bias and D."""
+    D = operands.D
+    rows = 3 if D is not None and D.dim() == 1 else 2
+    sums = partial_heads[:, :rows].sum(0)
+    gradients["A"] = sums[0]
+    if operands.dt_bias is not None:
+        gradients["dt_bias"] = sums[1]
+    if rows == 3:
+        gradients["D"] = sums[2]
+    elif partial_D is not None:
+        gradients["D"] = partial_D.sum(0)
