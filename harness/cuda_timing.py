@@ -112,7 +112,8 @@ def _replay_s(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
     the launching of its graph.
     """
     events = [_event() for _ in range(count + 1)]
-    torch.cuda._sleep(BLOCKING_CYCLES)  # pyright: ignore[reportPrivateUsage]
+    wait: Any = torch.cuda._sleep  # pyright: ignore
+    wait(BLOCKING_CYCLES)
     events[0].record()
     for event in events[1:]:
         graph.replay()
@@ -138,7 +139,8 @@ def _capture(execute: Execute, executions: int) -> torch.cuda.CUDAGraph:
     except Exception as error:
         # Whatever was raised, the answer is another method; a broken context raises again there.
         torch.cuda.synchronize()
-        raise NotCapturableError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+        first_line = (str(error).splitlines() or [""])[0]
+        raise NotCapturableError(f"{type(error).__name__}: {first_line}") from error
     return graph
 
 
@@ -175,16 +177,19 @@ def per_execution(durations_s: Sequence[float], count: int) -> list[float]:
 
 
 def _kernel_durations_s(execute: Execute, count: int) -> list[float]:
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(count):
             execute()
         torch.cuda.synchronize()
-    kernels = [e for e in profiler.events() or () if e.device_type == DeviceType.CUDA]
-    kernels.sort(key=lambda e: e.time_range.start)
-    return [e.time_range.elapsed_us() / 1e6 for e in kernels]
+    events: Any = profiler.events() or ()
+    kernels = [e.time_range for e in events if e.device_type.name == "CUDA"]
+    return [time_range.elapsed_us() / 1e6 for time_range in sorted(kernels, key=_start)]
+
+
+def _start(time_range: Any) -> float:
+    return time_range.start
 
 
 def _timing(

@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def device_lock(
     folder: Path | None = None,
     on_wait: Callable[[str], None] | None = None,
     pause: Callable[[float], None] = time.sleep,
-) -> Iterator[None]:
+) -> Generator[None]:
     """Hold a device, named by its UUID or "cpu", while the block runs.
 
     The lock belongs to the process: however it ends, the kernel releases it. It holds between all

@@ -53,9 +53,11 @@ class Meter(Protocol):
 
     def level(self) -> int:
         """Return the bytes held now."""
+        ...
 
     def peak(self) -> int:
         """Return the most bytes held at once since `reset_peak`."""
+        ...
 
 
 def measure(meter: Meter, prepare: Callable[[], Execute], release: Execute) -> MemoryReading:

@@ -4,6 +4,7 @@ Imports neither torch nor triton: the runner's own process stays light and free 
 """
 
 import contextlib
+import fcntl
 import os
 import pickle
 import select
@@ -16,7 +17,7 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Protocol, Self
 
 from mambench.harness.errors import MeasurementError
 from mambench.harness.protocol import WorkerConfig
@@ -35,8 +36,48 @@ _THREAD_VARIABLES = (
 )
 
 
-class WorkerPool:
+class Processes(Protocol):
+    """What a worker's handle needs of where it came from."""
+
+    def exit_code(self, pid: int, limit_s: float = EXIT_LIMIT_S) -> int | None:
+        """Return how a worker ended: its status, or minus the signal; None if it still runs."""
+
+    def fileno(self) -> int:
+        """Return a descriptor that may become readable when a worker ends."""
+        ...
+
+
+class Pool(Processes, Protocol):
     """Starts workers; a context manager that leaves no process behind."""
+
+    def worker(self, config: WorkerConfig) -> "Worker":
+        """Start a worker; raises MeasurementError if that cannot be done."""
+        ...
+
+    def close(self) -> None:
+        """End all workers, and wait until they are gone."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+def make_pool(*, threads: int) -> Pool:
+    """Return the pool for this system: forking on Linux, elsewhere a new interpreter per worker."""
+    if sys.platform == "linux":
+        return WorkerPool(threads=threads)
+    from mambench.harness.spawn_pool import SpawnPool
+
+    return SpawnPool(threads=threads)
+
+
+class WorkerPool:
+    """Forks workers from a server that has torch imported; Linux only."""
 
     def __init__(self, *, threads: int) -> None:
         """Start the fork server; it imports torch while the caller goes on.
@@ -48,7 +89,6 @@ class WorkerPool:
         self.threads = threads
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, str(threads))
         start = Path(mambench.__file__).with_name("_start.py")
         with theirs:
             self._server = subprocess.Popen(
@@ -60,7 +100,7 @@ class WorkerPool:
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=self._output,
-                env=environment,
+                env=thread_environment(threads),
                 start_new_session=True,  # Ctrl-C is the runner's to handle
             )
         self._ready = False
@@ -72,16 +112,12 @@ class WorkerPool:
             self._receive("ready", START_LIMIT_S)
             self._ready = True
         ours, theirs = socket.socketpair()
-        output = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed by end()
-        # O_APPEND, so that the file can be emptied under a worker that writes to it.
-        appending = os.open(f"/proc/self/fd/{output.fileno()}", os.O_RDWR | os.O_APPEND)
+        output = output_file()
         with theirs:
             try:
-                socket.send_fds(self._control, [b"fork"], [theirs.fileno(), appending])
+                socket.send_fds(self._control, [b"fork"], [theirs.fileno(), output.fileno()])
             except OSError as error:
                 raise self._broken() from error
-            finally:
-                os.close(appending)
         (pid,) = self._receive("forked", FORK_LIMIT_S)
         worker = Worker(self, pid, Connection(ours.detach()), output)
         worker.send(config)
@@ -159,7 +195,7 @@ class Worker:
     """One worker process as the runner sees it."""
 
     def __init__(
-        self, pool: WorkerPool, pid: int, connection: Connection, output: IO[bytes]
+        self, pool: "Processes", pid: int, connection: Connection, output: IO[bytes]
     ) -> None:
         self.pid = pid
         self.connection = connection
@@ -207,6 +243,19 @@ class Worker:
         code = self._pool.exit_code(self.pid)
         self._output.close()
         return code
+
+
+def thread_environment(threads: int) -> dict[str, str]:
+    """Return the environment of a process whose libraries use this many threads."""
+    return os.environ | dict.fromkeys(_THREAD_VARIABLES, str(threads))
+
+
+def output_file() -> IO[bytes]:
+    """Make a nameless file for a worker's output, that can be emptied while it is written."""
+    file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - the worker's `end` closes it
+    flags = fcntl.fcntl(file.fileno(), fcntl.F_GETFL)
+    fcntl.fcntl(file.fileno(), fcntl.F_SETFL, flags | os.O_APPEND)
+    return file
 
 
 def read_tail(file: IO[bytes]) -> str:

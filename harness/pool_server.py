@@ -1,4 +1,4 @@
-"""The fork server: has torch imported and nothing else, and forks a worker for each request.
+"""The fork server: has torch imported and little else, and forks a worker for each request.
 
 Started by `harness.pool` in a fresh interpreter. A fork costs milliseconds where importing torch
 costs seconds. It is safe because nothing that does not survive a fork has happened here: no CUDA
@@ -9,6 +9,7 @@ the socket to its parent closes: however the parent ends, nothing is left behind
 import contextlib
 import ctypes
 import gc
+import importlib
 import importlib.util
 import os
 import pickle
@@ -16,6 +17,7 @@ import select
 import signal
 import socket
 import sys
+import traceback
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
@@ -37,9 +39,14 @@ def _preload() -> None:
     import torch
 
     if importlib.util.find_spec("triton") is not None:
-        import triton as triton
+        importlib.import_module("triton")
+    # Our own modules do nothing when imported; workers need not each import them anew.
+    from mambench.harness import gate as gate
+    from mambench.harness import registry as registry
+    from mambench.harness import worker as worker
+
     if torch.cuda.is_initialized():
-        raise RuntimeError("importing torch initialised CUDA: workers cannot be forked")
+        raise RuntimeError("an import initialised CUDA: workers cannot be forked")
 
 
 class _Server:
@@ -100,7 +107,7 @@ class _Server:
             worker.serve(Connection(connection))
             status = 0
         except BaseException:
-            sys.excepthook(*sys.exc_info())
+            traceback.print_exc()
         finally:
             # Not sys.exit: nothing of the server's may be run or flushed a second time.
             os._exit(status)

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 
-from mambench.harness.pool import Worker, WorkerPool
+from mambench.harness.pool import Pool, Worker
 from mambench.harness.progress import Listener
 from mambench.harness.protocol import Done, Precompile, WorkerConfig
 from mambench.harness.spec import Case, digest
@@ -20,7 +20,7 @@ MAX_PARALLEL = 8  # each may hold a CUDA context
 
 
 def compile_ahead(
-    cases: Sequence[Case], pool: WorkerPool, config: WorkerConfig, listener: Listener
+    cases: Sequence[Case], pool: Pool, config: WorkerConfig, listener: Listener
 ) -> None:
     """Let each implementation compile what its cases need.
 

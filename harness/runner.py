@@ -19,7 +19,7 @@ from mambench.harness.guard import Limits, supervise
 from mambench.harness.limits import memory_limit, thread_count
 from mambench.harness.lock import device_lock
 from mambench.harness.plan import Plan, PlannedCase
-from mambench.harness.pool import Worker, WorkerPool
+from mambench.harness.pool import Pool, Worker, make_pool
 from mambench.harness.progress import Listener
 from mambench.harness.protocol import Done, Finding, Work, WorkerConfig
 from mambench.harness.records import Observation, observation_id
@@ -73,7 +73,7 @@ def run(
     time_budget_s: float | None = None,
     retry_failed: bool = False,
     wait: bool = False,
-    pool: WorkerPool | None = None,
+    pool: Pool | None = None,
 ) -> RunSummary:
     """Run what is not finished yet, and return how all cases of the plan ended.
 
@@ -102,7 +102,7 @@ def run(
             )
             stack.enter_context(held)
             threads = thread_count(plan.settings)
-            pool = pool or stack.enter_context(WorkerPool(threads=threads))
+            pool = pool or stack.enter_context(make_pool(threads=threads))
             runner = _Runner(plan, folder, pool, threads, listener)
             stack.callback(runner.stop_workers)
             runner.run(time_budget_s, retry_failed)
@@ -142,7 +142,7 @@ class _Runner:
     """The state of one `run`."""
 
     def __init__(
-        self, plan: Plan, folder: RunFolder, pool: WorkerPool, threads: int, listener: Listener
+        self, plan: Plan, folder: RunFolder, pool: Pool, threads: int, listener: Listener
     ) -> None:
         self._plan = plan
         self._folder = folder
@@ -153,12 +153,6 @@ class _Runner:
         self._workers: dict[bool, Worker] = {}  # by whether it is tuned to measure memory
         self._memory_limit = memory_limit(plan.settings)
         self._observed: list[Observation] = []  # of the present case
-        settings = {k: v for k, v in plan.settings.to_dict().items() if k not in _NOT_IDENTITY}
-        self._identity = {
-            "code_version": folder.manifest["code"].get("id") or digest(folder.manifest["code"]),
-            "device": plan.device.name,
-            "settings": settings,
-        }
 
     def run(self, time_budget_s: float | None, retry_failed: bool) -> None:
         """Decide, compile ahead, and run case after case."""
@@ -323,7 +317,16 @@ class _Runner:
         self._observed.append(observation)
 
     def _observation_id(self, case: Case, measurement: str) -> str:
-        return observation_id(case, measurement=measurement, round=ROUND, **self._identity)
+        code = self._folder.manifest["code"]
+        settings = self._plan.settings.to_dict()
+        return observation_id(
+            case,
+            measurement=measurement,
+            round=ROUND,
+            code_version=code.get("id") or digest(code),
+            device=self._plan.device.name,
+            settings={k: v for k, v in settings.items() if k not in _NOT_IDENTITY},
+        )
 
 
 def _modelled(case: Case) -> dict[str, int | None]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from mambench.harness.errors import RunFolderError
 from mambench.harness.records import Observation
@@ -20,7 +20,7 @@ from mambench.harness.spec import SCHEMA_VERSION, Outcome
 
 MANIFEST = "manifest.json"
 RESULTS = "results.jsonl"
-MANIFEST_KEYS: Mapping[str, type | tuple[type, ...]] = {
+MANIFEST_KEYS: Mapping[str, type] = {
     "schema": int,
     "run_id": str,
     "created_at": str,
@@ -207,8 +207,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _manifest_problem(manifest: Any) -> str | None:
     """Return what is wrong with a manifest, as the end of a sentence, or None."""
-    if not isinstance(manifest, dict):
+    if not isinstance(manifest, Mapping):
         return "is not a JSON object"
+    manifest = cast(Mapping[str, Any], manifest)
     if "schema" in manifest and manifest["schema"] != SCHEMA_VERSION:
         return (
             f"has schema version {manifest['schema']!r}, this version of Mambench reads "

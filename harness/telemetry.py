@@ -4,6 +4,7 @@ Imports neither torch nor pynvml at module level. What cannot be read is None, w
 all of it is missing.
 """
 
+import importlib
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -58,15 +59,14 @@ def _gpu_reader(device: Device) -> Callable[[], Snapshot]:
     try:
         if state is None:
             raise LookupError("NVML does not answer")
-        import pynvml
-
-        pynvml.nvmlInit()  # until the process ends: initialising takes longer than reading
-        handle = pynvml.nvmlDeviceGetHandleByUUID(state["uuid"])
+        nvml: Any = importlib.import_module("pynvml")
+        nvml.nvmlInit()  # until the process ends: initialising takes longer than reading
+        handle = nvml.nvmlDeviceGetHandleByUUID(state["uuid"])
     except ImportError:
         return _missing("nvidia-ml-py is not installed: pip install nvidia-ml-py")
     except Exception as error:  # NVML raises one class per code, made at import
         return _missing(f"the GPU's state cannot be read: {error}")
-    return lambda: _gpu(pynvml, handle)
+    return lambda: _gpu(nvml, handle)
 
 
 def _missing(reason: str) -> Callable[[], Snapshot]:

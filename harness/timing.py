@@ -8,7 +8,7 @@ any device; `harness.cuda_timing` takes the samples on a GPU.
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
@@ -289,7 +289,7 @@ def clock_resolution_s(clock: Clock) -> float:
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
+def collector_paused() -> Generator[None]:
     """Collect garbage now, and not while the block runs."""
     gc.collect()
     enabled = gc.isenabled()

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
@@ -107,8 +107,8 @@ class _Session:
         case = message.cases[0]
         try:
             implementation = self.implementation(case.implementation)
-            ahead = getattr(implementation, "precompile", None)
-            for case in message.cases if ahead is not None else ():
+            ahead: Callable[[Case], None] = getattr(implementation, "precompile", _ignore)
+            for case in message.cases:
                 ahead(case)
         except BaseException as error:
             return Done(
@@ -312,7 +312,7 @@ class _CaseWork:
         return timing.StopRule.of(self._session.config.settings, TIMING_SHARE * left_s)
 
     @contextmanager
-    def _in_phase(self, name: str) -> Iterator[None]:
+    def _in_phase(self, name: str) -> Generator[None]:
         self._phase = name
         self._send(Phase(name=name))
         begin = time.monotonic()
@@ -322,7 +322,7 @@ class _CaseWork:
 
 
 _Measured = tuple[
-    str | None, dict[str, float | int | None], tuple[float, ...] | None, dict[str, Any]
+    str | None, Mapping[str, float | int | None], tuple[float, ...] | None, dict[str, Any]
 ]
 
 
@@ -345,6 +345,10 @@ def describe(error: BaseException) -> str:
 
 def _trace(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))[-TRACEBACK_LENGTH:]
+
+
+def _ignore(case: Case) -> None:
+    """Do nothing ahead."""
 
 
 def _now() -> str:

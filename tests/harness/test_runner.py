@@ -103,8 +103,8 @@ def faulty_run(
     settings = Settings(
         **{
             **planning.QUICK.to_dict(),
-            "time_limit_s": 6.0,
-            "compile_limit_s": 6.0,
+            "time_limit_s": 4.0,
+            "compile_limit_s": 4.0,
             "memory_limit_bytes": 1 << 30,
         }
     )
