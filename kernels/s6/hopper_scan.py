@@ -33,6 +33,7 @@ from mambench.kernels.s6.hopper_lanes import (
     lane_above,
     lane_from,
     lane_scan,
+    lane_scan_pair,
     last,
     silu,
     softplus,
@@ -101,14 +102,15 @@ def scan_forward_kernel(
     HAS_D: gl.constexpr, HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr,
     CHECKPOINT_EVERY: gl.constexpr, MASK_CHANNELS: gl.constexpr, MASK_STATES: gl.constexpr,
     STATE_BLOCKS: gl.constexpr, UNIT: gl.constexpr, WIDE: gl.constexpr, PIPELINE: gl.constexpr,
-    UNROLL: gl.constexpr,
+    UNROLL: gl.constexpr, PAIRED: gl.constexpr,
     CHANNELS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Scan WARPS * CHANNELS channels of one group and batch element over the whole sequence.
 
     seqlen is seqlen_units * UNIT, so that the compiler knows how far rows are aligned. WIDE keeps B
     and C in shared memory as fp32 (widened once for all warps) instead of in their own type;
-    PIPELINE takes the exponentials one state ahead, to fill the latency of the lane scan.
+    PIPELINE takes the exponentials one state ahead, to fill the latency of the lane scan; PAIRED
+    scans two channels at once (`lane_scan_pair`), for two channels a warp.
     """
     RUN: gl.constexpr = 16
     N: gl.constexpr = 16
@@ -329,12 +331,16 @@ def scan_forward_kernel(
                     if PIPELINE:
                         decay_next = gl.exp2(dt * gl.expand_dims(gl.expand_dims(A2, 1), 2))
                         run_decay_next = gl.exp2(dt_before * gl.expand_dims(A2, 1))
-                    h_in = lane_scan(run_decay, shifted)
+                    if PAIRED:
+                        h_in = lane_scan_pair(run_decay, shifted)
+                    else:
+                        h_in = lane_scan(run_decay, shifted)
                     inflow = gl.where(first_step, inflow + decay * gl.expand_dims(h_in, 2), inflow)
                     _, h = gl.associative_scan((decay, inflow), 2, affine)
                     if CHECKPOINT_EVERY > 0:
                         when = start + lane * RUN
-                        slot = gl.expand_dims(row, 1) * n_checkpoints + when // CHECKPOINT_EVERY
+                        slot = batch * n_checkpoints + when // CHECKPOINT_EVERY
+                        slot = slot * d_inner + gl.expand_dims(channel, 1)
                         keep = (when % CHECKPOINT_EVERY == 0) & (when < seqlen)
                         if MASK_CHANNELS:
                             keep = keep & gl.expand_dims(live, 1)
@@ -387,13 +393,14 @@ def scan_forward_kernel(
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """How the kernel is built: channels of a warp, warps of a block, and its two switches."""
+    """How the kernel is built: channels a warp, warps a block, states an iteration, switches."""
 
     channels: int = 2
     warps: int = 8
     wide: bool = True
     pipeline: bool = False
     unroll: int = 1
+    paired: bool = False
 
 
 DEFAULT = Config()
@@ -431,7 +438,7 @@ def scan_forward(
     u, delta, z (B, D, L) and B, C (B, G, N, L) of one dtype (bf16, fp16 or fp32); A (D, N), D and
     delta_bias (D,) fp32; G divides the channels. Returns out (B, D, L) in the inputs' dtype, the
     last state (B, D, N) fp32, and, with checkpoint_every = K (a multiple of 16), the fp32 states
-    (B, D, ceil(L / K), N) before the steps 0, K, 2 K, ... Raises ValueError for what `supported`
+    (B, ceil(L / K), D, N) before the steps 0, K, 2 K, ... Raises ValueError for what `supported`
     refuses.
     """
     batch, d_inner, seqlen = u.shape
@@ -451,7 +458,7 @@ def scan_forward(
     checkpoints, n_checkpoints = None, 0
     if checkpoint_every is not None:
         n_checkpoints = triton.cdiv(seqlen, checkpoint_every)
-        checkpoints = last_state.new_empty(batch, d_inner, n_checkpoints, d_state)
+        checkpoints = last_state.new_empty(batch, n_checkpoints, d_inner, d_state)
     if out.numel() == 0:
         return out, last_state.zero_(), checkpoints
     unit = row_unit(seqlen, (u, delta, B, C, out) if z is None else (u, delta, B, C, z, out))
@@ -497,6 +504,7 @@ def specialisation(
         "WIDE": config.wide and dtype != torch.float32,
         "PIPELINE": config.pipeline,
         "UNROLL": config.unroll,
+        "PAIRED": config.paired,
         "CHANNELS": config.channels,
         "WARPS": config.warps,
     }

@@ -97,7 +97,7 @@ def reference(p: Problem, t: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor
     y = torch.stack(ys, -1)
     y = y if d["D"] is None else y + d["u"] * d["D"][:, None]
     y = y if d["z"] is None else y * F.silu(d["z"])
-    return y, h, torch.stack(saved, 2)
+    return y, h, torch.stack(saved, 1)
 
 
 def compiled(
@@ -141,7 +141,7 @@ def emulate(
     out = torch.full_like(t["u"], nan)
     state = torch.full((p.batch, p.d_inner, p.d_state), nan)
     slots = triton.cdiv(p.seqlen, p.checkpoint_every) if p.checkpoint_every else 0
-    saved = torch.full((p.batch, p.d_inner, slots, p.d_state), nan) if slots else None
+    saved = torch.full((p.batch, slots, p.d_inner, p.d_state), nan) if slots else None
     blocks = triton.cdiv(p.d_inner // p.ngroups, config.channels * config.warps)
     order = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
     pointers = [x for x in (*(t[k] for k in order), out, state, saved) if x is not None]
@@ -177,6 +177,7 @@ ODD = Problem(d_inner=10, ngroups=2, seqlen=43, d_state=20, gated=True, checkpoi
 BARE = Problem(dtype=torch.float16, seqlen=40, has_D=False, has_bias=False, softplus=False)
 EMULATED = {
     "plain": (Problem(seqlen=1032), WIDE),
+    "paired": (Problem(seqlen=520, gated=True), replace(WIDE, paired=True)),
     "odd, gated, groups, checkpoints": (ODD, WIDE),
     "even length, blocks of states": (Problem(d_inner=5, seqlen=514, d_state=32), WIDE),
     "fp16, bare": (BARE, replace(WIDE, wide=False)),
