@@ -30,6 +30,7 @@ GRAPH_SAMPLE_S = 200e-6  # an event resolves about half a microsecond
 MAX_EXECUTIONS_PER_GRAPH = 100
 MAX_QUEUED_S = 0.1  # replays put into the queue before looking at their times
 BLOCKING_CYCLES = 400_000  # some 200 us in which the CPU fills the queue
+MAX_CAPTURED_S = 1.0  # longer is one long kernel, or so many that a graph of them is too large
 MAX_PROFILED = 50
 
 
@@ -44,6 +45,10 @@ def time_gpu(execute: Execute, rule: StopRule) -> tuple[Timing, bool]:
     """
     with collector_paused():
         warm = warm_up(lambda: _call_s(execute), least_s=min(WARM_UP_S, rule.target_s))
+        if warm.estimate_s > MAX_CAPTURED_S:
+            timing = _time_eager(execute, rule, warm)
+            timing.details["not_captured"] = f"an execution takes over {MAX_CAPTURED_S:g} s"
+            return timing, True
         try:
             return _time_graph(execute, rule, warm), True
         except NotCapturableError as error:
@@ -88,7 +93,7 @@ def _time_eager(execute: Execute, rule: StopRule, warm: WarmUp) -> Timing:
 def _time_graph(execute: Execute, rule: StopRule, warm: WarmUp) -> Timing:
     graph = _capture(execute, 1)
     graph.replay()  # the first replay uploads the graph
-    once_s = min(_call_s(graph.replay) for _ in range(3))
+    once_s = min(_replay_s(graph, 5))
     executions = min(repetitions(once_s, GRAPH_SAMPLE_S), MAX_EXECUTIONS_PER_GRAPH)
     if executions > 1:
         graph.reset()

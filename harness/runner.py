@@ -160,7 +160,8 @@ class _Runner:
         for warning in self._folder.warnings:
             self._listener.on_note(warning)
         self._record_decided()
-        left = [(p, m) for p in self._plan.runnable if (m := self._missing(p.case, retry_failed))]
+        finished = self._finished(retry_failed)
+        left = [(p, m) for p in self._plan.runnable if (m := self._missing(p.case, finished))]
         self._listener.on_plan(len(self._plan.cases), len(left))
         cases = [planned.case for planned, _ in left]
         precompile.compile_ahead(cases, self._pool, self._config(False), self._listener)
@@ -184,11 +185,11 @@ class _Runner:
                 if old is None or (old.outcome, old.reason) != (done.outcome, done.reason):
                     self._append_failure(planned.case, measurement, done, _now(), 0.0)
 
-    def _missing(self, case: Case, retry_failed: bool) -> tuple[str, ...]:
-        finished = self._folder.finished()
-        if retry_failed:
-            newest = self._folder.newest()
-            finished = {key for key in finished if not newest[key].outcome.failed}
+    def _finished(self, retry_failed: bool) -> set[Key]:
+        finished, newest = self._folder.finished(), self._folder.newest()
+        return {k for k in finished if not (retry_failed and newest[k].outcome.failed)}
+
+    def _missing(self, case: Case, finished: set[Key]) -> tuple[str, ...]:
         return tuple(m for m in self._wanted if _key(case, m) not in finished)
 
     def _case(self, planned: PlannedCase, missing: tuple[str, ...], deadline: float | None) -> None:

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self, cast
 
 from mambench.harness.errors import RunFolderError
@@ -50,13 +50,12 @@ def new_run(runs: Path, suite: str, *, now: datetime | None = None) -> tuple[Pat
 class RunFolder:
     """A run on disk: `create` a new one, `open` an existing one."""
 
-    def __init__(
-        self, path: Path, manifest: Mapping[str, Any], observations: list[Observation]
-    ) -> None:
+    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
         self.warnings: list[str] = []
-        self._observations = observations
+        self._observations: list[Observation] = []
+        self._newest: dict[Key, Observation] = {}
         self._descriptor: int | None = None
 
     @classmethod
@@ -77,7 +76,7 @@ class RunFolder:
             _write_atomically(path / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         except OSError as error:
             raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
-        folder = cls(path, manifest, [])
+        folder = cls(path, manifest)
         folder._open_for_append()
         return folder
 
@@ -89,29 +88,31 @@ class RunFolder:
         `warnings`, and removed from the file only if `for_append`.
         """
         manifest = _read_manifest(path)
-        folder = cls(path, manifest, [])
+        folder = cls(path, manifest)
         if for_append:
             folder._open_for_append()
         try:
-            folder._observations, sound_bytes = folder._read_results()
+            found, sound_bytes = folder._read_results()
             if for_append:
                 folder._repair(sound_bytes)
         except BaseException:
             folder.close()
             raise
+        folder._observations = found
+        folder._newest = {_key(o): o for o in found}
         return folder
 
     def observations(self) -> list[Observation]:
         """Return all observations in the order they were made; later ones win over earlier ones."""
         return list(self._observations)
 
-    def newest(self) -> dict[Key, Observation]:
+    def newest(self) -> Mapping[Key, Observation]:
         """Return the newest observation of every case, measurement and round."""
-        return {(o.case.case_id, o.measurement, o.round): o for o in self._observations}
+        return MappingProxyType(self._newest)
 
     def finished(self) -> set[Key]:
         """Return what need not be measured again: all but what was skipped."""
-        return {key for key, o in self.newest().items() if o.outcome is not Outcome.SKIPPED}
+        return {key for key, o in self._newest.items() if o.outcome is not Outcome.SKIPPED}
 
     def append(self, observation: Observation) -> None:
         """Write one line and wait until the disk has it."""
@@ -120,6 +121,7 @@ class RunFolder:
         _write_all(self._descriptor, observation.to_line().encode() + b"\n")
         os.fsync(self._descriptor)
         self._observations.append(observation)
+        self._newest[_key(observation)] = observation
 
     def close(self) -> None:
         """Release the file; the folder can still be read."""
@@ -174,6 +176,10 @@ class RunFolder:
         if os.fstat(self._descriptor).st_size > sound_bytes:
             os.ftruncate(self._descriptor, sound_bytes)
             os.fsync(self._descriptor)
+
+
+def _key(observation: Observation) -> Key:
+    return observation.case.case_id, observation.measurement, observation.round
 
 
 def _parse(path: Path, number: int, line: bytes) -> Observation:
