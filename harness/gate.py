@@ -124,13 +124,11 @@ def _measured(
             leaves[name].requires_grad_()
         with torch.set_grad_enabled(bool(names)):
             outputs = solve(problem, leaves, sample)
+        _require_shapes(results, _named(outputs, {}))
         grads = _gradients(outputs, {name: leaves[name] for name in names}, grad_outputs)
         solutions.append(_named(outputs, grads))
     reference, independent = solutions
     for name, tensor in results.items():
-        expected = reference[name].shape
-        if tensor.shape != expected:
-            raise _Rejected(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(expected)}")
         yield name, measure(tensor, reference=reference[name], independent=independent[name])
 
 
@@ -232,6 +230,13 @@ def _select(workload: Workload, results: Mapping[str, Tensor], sample: Sample) -
 def _require_declared(outputs: Sequence[Tensor], case: Case) -> None:
     if outputs[0].dtype != TORCH_DTYPES[case.dtype]:
         raise _Rejected(f"y: dtype {outputs[0].dtype}, expected {TORCH_DTYPES[case.dtype]}")
+
+
+def _require_shapes(results: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    for name, tensor in expected.items():
+        got, wanted = tuple(results[name].shape), tuple(tensor.shape)
+        if got != wanted:
+            raise _Rejected(f"{name}: shape {got}, expected {wanted}")
 
 
 def _require_finite(results: Mapping[str, Tensor]) -> None:
