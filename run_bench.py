@@ -244,8 +244,8 @@ def _created(output: Path | None, asked: Mapping[str, Any]) -> "tuple[Plan, RunF
     from mambench.harness.spec import SCHEMA_VERSION
     from mambench.harness.store import RunFolder, new_run
 
-    # The budget is left to the runner: it knows what time is really left, and a resumed run takes up
-    # again what it skipped.
+    # The budget is the runner's: it knows what time is really left, and what it skips, a resumed
+    # run takes up again.
     made = _make_plan(asked)
     path, run_id, created_at = new_run(Path("runs"), made.suite)
     manifest = {

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mambench.harness import registry
 from mambench.harness.doctor import Check
 from mambench.harness.plan import Plan, PlannedCase
 from mambench.harness.records import Observation
@@ -24,7 +25,7 @@ def listing(
             ("    ", variant.name, f"unavailable: {variant.unavailable}")
             if variant.unavailable
             else ("    ", variant.name, "available")
-            for variant in item.variants(device)
+            for variant in registry.ask(item, "variants", device)
         ]
         lines.append(table(rows))
     width = max((len(suite.name) for suite in suites), default=0)

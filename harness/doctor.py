@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from mambench.harness import machine
+from mambench.harness import machine, registry
 from mambench.harness.spec import Device, DeviceKind
-from mambench.implementations.base import Implementation
+from mambench.implementations.base import Implementation, Variant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +192,7 @@ def _ncu_version(ncu: str) -> str:
 
 
 def _implementation(implementation: Implementation, device: Device) -> Check:
-    variants = implementation.variants(device)
+    variants: tuple[Variant, ...] = registry.ask(implementation, "variants", device)
     usable = [variant.name for variant in variants if variant.unavailable is None]
     missing = [f"{v.name}: {v.unavailable}" for v in variants if v.unavailable is not None]
     where = "the CPU" if device.kind is DeviceKind.CPU else device.name

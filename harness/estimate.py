@@ -6,6 +6,7 @@ cannot fit need. The progress display corrects the seconds by what it sees.
 
 from dataclasses import dataclass
 
+from mambench.harness import registry
 from mambench.harness.spec import Case, Device, DeviceKind, DType, Outcome, Settings
 from mambench.implementations.base import Implementation
 
@@ -67,14 +68,17 @@ def estimate(
     slow = narrow if device.kind is DeviceKind.CPU else not narrow
     arithmetic_s = cost.model_flop / rates.flop_per_s * (rates.wide_factor if slow else 1)
     memory_s = cost.compulsory_bytes / rates.bytes_per_s
-    launches = implementation.launches(case) * (3 if case.pass_.needs_grad else 1)
+    launches: int = registry.ask(implementation, "launches", case) * (
+        3 if case.pass_.needs_grad else 1
+    )
+    workspace_bytes: int = registry.ask(implementation, "workspace_bytes", case)
     execution_s = max(arithmetic_s, memory_s) + launches * rates.launch_s
     return Estimate(
         case_s=rates.case_s
         + cost.model_flop / rates.gate_flop_per_s
         + _run_s(execution_s, settings),
         execution_s=execution_s,
-        memory_bytes=cost.compulsory_bytes + implementation.workspace_bytes(case),
+        memory_bytes=cost.compulsory_bytes + workspace_bytes,
     )
 
 

@@ -197,7 +197,7 @@ def _resolve(
     question: Case, implementation: Implementation, pattern: str | None, device: Device
 ) -> list[Candidate]:
     """Name the variants that a question is asked of."""
-    variants = implementation.variants(device)
+    variants: tuple[Variant, ...] = registry.ask(implementation, "variants", device)
     if not variants:
         variants = (Variant(name="none", unavailable=f"has no variant for {device.kind}"),)
     judged = [_judge(question, implementation, variant, device) for variant in variants]
@@ -218,7 +218,7 @@ def _judge(
     case = replace(question, variant=variant.name)
     if variant.unavailable is not None:
         return Candidate(case=case, outcome=Outcome.UNAVAILABLE, reason=variant.unavailable)
-    declined = implementation.unsupported(case, device)
+    declined: str | None = registry.ask(implementation, "unsupported", case, device)
     if declined is not None:
         return Candidate(case=case, outcome=Outcome.UNSUPPORTED, reason=declined)
     return Candidate(case=case)

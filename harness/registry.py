@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -62,6 +63,18 @@ def get(name: str, plugins: Sequence[str] = ()) -> Implementation:
     if name not in found:
         raise UsageError(unknown_name("implementation", name, found))
     return found[name]
+
+
+def ask(implementation: Implementation, method: str, *arguments: Any) -> Any:
+    """Call a method that planning needs; raises PluginError, saying where, if it raises."""
+    try:
+        return getattr(implementation, method)(*arguments)
+    except Exception as error:  # it may be a person's plugin: one line for them, not a traceback
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise PluginError(
+            f"implementation '{implementation.name}': {method} raised {_brief(error)} "
+            f"({frame.filename}:{frame.lineno})."
+        ) from error
 
 
 def match(pattern: str, names: Iterable[str]) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from mambench.harness import plan as planning
 from mambench.harness import registry, suite
-from mambench.harness.errors import UsageError
+from mambench.harness.errors import PluginError, UsageError
 from mambench.harness.plan import Plan, PlannedCase, make_plan, within_budget
 from mambench.harness.spec import Case, Device, DeviceKind, Family, Level, Outcome, Settings
 from mambench.implementations.base import Implementation, Variant
@@ -167,6 +167,20 @@ def test_nothing_available_is_a_case_with_a_reason(implementations: dict[str, Im
     implementations["attention"].known = ()  # type: ignore[attr-defined]
     (planned,) = make(implementations=["attention"], axes={"seqlen": (128,)}).cases
     assert planned.outcome is Outcome.UNAVAILABLE
+
+
+@pytest.mark.parametrize("method", ["variants", "unsupported", "launches", "workspace_bytes"])
+def test_an_implementation_that_raises_is_named(
+    implementations: dict[str, Implementation], monkeypatch: pytest.MonkeyPatch, method: str
+):
+    def broken(*_: object) -> None:
+        raise KeyError("oops")
+
+    monkeypatch.setattr(implementations["scan"], method, broken)
+    with pytest.raises(PluginError) as caught:
+        make()
+    assert f"implementation 'scan': {method} raised KeyError: 'oops' (" in str(caught.value)
+    assert "test_plan.py:" in str(caught.value)
 
 
 @pytest.mark.parametrize(
