@@ -30,8 +30,8 @@ def check_arguments(
     d_state, ngroups = A.shape[1], B.shape[1]
     if min(batch, d_inner, seqlen, d_state, ngroups) < 1 or d_inner % ngroups:
         raise ValueError(
-            f"expected sizes of at least 1 and d_inner a multiple of ngroups, got u {tuple(u.shape)}, "
-            f"A {tuple(A.shape)}, B {tuple(B.shape)}"
+            "expected sizes of at least 1 and d_inner a multiple of ngroups, got "
+            f"u {tuple(u.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}"
         )
     if d_state > MAX_D_STATE:
         raise ValueError(f"expected d_state of at most {MAX_D_STATE}, got {d_state}")

@@ -6,11 +6,14 @@ For every batch b, channel d and state n, with g the group of d and decay_t = ex
     h_t  = decay_t h_{t-1} + dt_t u_t B[b, g, n, t]
     out  = (sum_n C[b, g, n, t] h_t + D u_t) * silu(z_t)
 
-A task is a block of LANES channels of one batch. Its arithmetic is written with vectors of LANES
+A task is one or more blocks of LANES channels of one batch; threads call the kernels with ranges of
+tasks, without holding the interpreter's lock (Numba's own threading doubled the time of compilation
+and is not safe in a process that forks). The arithmetic is written with vectors of LANES
 elements, a type defined here: the compiler would not find them by itself, because it cannot tell
-that the arrays do not overlap. Time is cut into chunks of CHUNK steps, and within a chunk the states
-are walked one after the other: the state stays in registers, the chunk's tiles in the first-level
-cache. The forward keeps the states at the chunks' beginnings for the backward, which replays the rest.
+that the arrays do not overlap. Time is cut into chunks of CHUNK steps, and within a chunk the
+states are walked one after the other: the state stays in registers, the chunk's tiles in the
+first-level cache. The forward keeps the states at the chunks' beginnings for the backward, which
+replays the rest.
 
 All functions are in one file because Numba's cache on disk notices changes only of the file that a
 function is in.
@@ -21,12 +24,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from mambench.kernels.s6.numba_config import CHUNK, LANES
+from numba import njit, types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
-
-LANES = 16
-CHUNK = 64
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -48,7 +49,7 @@ def _jit(**options: Any) -> Any:
 
 
 class Vector(types.Type):
-    """LANES floats in registers; supports + - * with vectors and with scalars of its element type."""
+    """LANES floats in registers; + - * with vectors and with scalars of the element type."""
 
     def __init__(self, element: Any) -> None:
         self.element = element
@@ -228,8 +229,9 @@ _LOG1P_OVER_X = (
 
 
 def _exp2_float32(builder: Any, x: Any) -> Any:
-    # Adding 1.5 * 2**23 rounds to an integer, in the mantissa's low bits; the remainder goes through
-    # the polynomial, the integer into the exponent. Clamped to [-126, 128]: 2**128 gives infinity.
+    # Adding 1.5 * 2**23 rounds to an integer, in the mantissa's low bits; the remainder goes
+    # through the polynomial, the integer into the exponent. Clamped to [-126, 128]: 2**128 gives
+    # infinity.
     integers = ir.VectorType(ir.IntType(32), LANES)
     low = _maximum(builder, x, -126.0)
     high = _constant(x.type, 128.0)
@@ -257,8 +259,8 @@ def _log1p_float64(builder: Any, x: Any) -> Any:
     return builder.select(builder.fcmp_ordered("==", w, one), x, corrected)
 
 
-# Tiles of a chunk, each (CHUNK, LANES): 0 u, 1 delta + bias, 2 dt, 3 dt u, 4 y; in the backward also
-# 5 dy, 6 dx then du, 7 the gradient of dt / ln 2 but for u dx, then ddelta, 8 decay or z.
+# Tiles of a chunk, each (CHUNK, LANES): 0 u, 1 delta + bias, 2 dt, 3 dt u, 4 y; in the backward
+# also 5 dy, 6 dx then du, 7 the gradient of dt / ln 2 but for u dx, then ddelta, 8 decay or z.
 
 
 @_jit()
@@ -314,7 +316,7 @@ def _read_inputs(
     steps: int,
     tiles: Any,
 ) -> None:
-    """Fill tiles 0 to 3. Lanes beyond the block's channels get finite values that reach no result."""
+    """Fill tiles 0 to 3; lanes beyond the block's channels get values that reach no result."""
     _read(u, first, width, begin, steps, tiles[0])
     _read(delta, first, width, begin, steps, tiles[1])
     bias = load(lanes, 0)
@@ -410,9 +412,7 @@ def _begin_backward(lanes: Any, gated: bool, steps: int, tiles: Any) -> None:
 
 
 @_jit()
-def _finish_backward(
-    lanes: Any, use_softplus: bool, steps: int, tiles: Any, dlanes: Any
-) -> None:
+def _finish_backward(lanes: Any, use_softplus: bool, steps: int, tiles: Any, dlanes: Any) -> None:
     """Turn tile 6 into du and 7 into ddelta; add to the gradients of delta_bias and D."""
     skip = load(lanes, 1)
     dbias = load(dlanes, 0)
@@ -441,58 +441,10 @@ def _gate_gradient(steps: int, tiles: Any) -> None:
         store(tiles[8], t, load(tiles[5], t) * load(tiles[4], t) * slope)
 
 
-@_jit()
-def _forward_block(
-    b: int,
-    block: int,
-    u: Any,
-    delta: Any,
-    rates: Any,
-    B: Any,
-    C: Any,
-    parameters: Any,
-    z: Any,
-    use_softplus: bool,
-    gated: bool,
-    keep: bool,
-    out: Any,
-    last: Any,
-    kept: Any,
-) -> None:
-    """Scan one block of channels of one batch; the arguments are those of `forward`."""
-    seqlen, d_state = u.shape[2], rates.shape[1]
-    group, first, width = _channels(block, u.shape[1], B.shape[1])
-    rate = np.zeros((d_state, LANES), u.dtype)
-    h = np.zeros((d_state, LANES), u.dtype)
-    lanes = np.zeros((2, LANES), u.dtype)
-    tiles = np.zeros((5, CHUNK, LANES), u.dtype)
-    y = tiles[4]
-    _by_lane(rates, first, width, rate)
-    _by_lane(parameters, first, width, lanes)
-    skip = load(lanes, 1)
-    for chunk in range(-(-seqlen // CHUNK)):
-        begin = chunk * CHUNK
-        steps = min(CHUNK, seqlen - begin)
-        if keep:
-            _copy_rows(h, kept[b, block, chunk])
-        _read_inputs(u[b], delta[b], first, width, lanes, use_softplus, begin, steps, tiles)
-        for t in range(steps):
-            store(y, t, load(tiles[0], t) * skip)
-        for n in range(d_state):
-            _scan(rate, tiles, B[b, group], C[b, group], n, h, begin, steps)
-        if gated:
-            _read(z[b], first, width, begin, steps, tiles[0])
-            for t in range(steps):
-                gate = load(tiles[0], t)
-                store(y, t, load(y, t) * (gate * sigmoid(gate)))
-        _write(y, first, width, begin, steps, out[b])
-    for j in range(width):
-        for n in range(d_state):
-            last[b, first + j, n] = h[n, j]
-
-
-@_jit(parallel=True)
+@_jit(nogil=True)
 def forward(
+    begin: int,
+    end: int,
     u: Any,
     delta: Any,
     rates: Any,
@@ -510,99 +462,48 @@ def forward(
 ) -> None:
     """Write out (B, D, L), last (B, D, N) and, if keep, kept (B, blocks, chunks, N, LANES).
 
-    All arrays are C-contiguous and of one dtype. rates (D, N) is A log2(e); parameters (D, 2) holds
-    delta_bias and D; `blocks` is ngroups times the blocks of LANES channels that a group needs. z
-    and kept are not touched where not gated and not keep.
+    Does the tasks begin to end of batch * blocks. All arrays are C-contiguous and of one dtype.
+    rates (D, N) is A log2(e); parameters (D, 2) holds delta_bias and D; `blocks` is ngroups times
+    the blocks of LANES channels that a group needs. z and kept are not touched where not gated and
+    not keep.
     """
-    for task in prange(u.shape[0] * blocks):
-        b = np.int64(task) // blocks
-        block = np.int64(task) % blocks
-        _forward_block(
-            b, block, u, delta, rates, B, C, parameters, z, use_softplus, gated, keep, out, last, kept
-        )
-
-
-@_jit()
-def _backward_block(
-    b: int,
-    block: int,
-    partial: int,
-    u: Any,
-    delta: Any,
-    rates: Any,
-    B: Any,
-    C: Any,
-    parameters: Any,
-    z: Any,
-    dout: Any,
-    dlast: Any,
-    kept: Any,
-    use_softplus: bool,
-    gated: bool,
-    du: Any,
-    ddelta: Any,
-    dz: Any,
-    drates: Any,
-    dparameters: Any,
-    dB: Any,
-    dC: Any,
-) -> None:
-    """Differentiate one block of channels of one batch; the arguments are those of `backward`."""
     seqlen, d_state = u.shape[2], rates.shape[1]
-    group, first, width = _channels(block, u.shape[1], B.shape[1])
-    rate = np.zeros((d_state, LANES), u.dtype)
-    adjoint = np.zeros((d_state, LANES), u.dtype)
-    drate = np.zeros((d_state, LANES), u.dtype)
-    lanes = np.zeros((2, LANES), u.dtype)
-    dlanes = np.zeros((2, LANES), u.dtype)
-    tiles = np.zeros((9, CHUNK, LANES), u.dtype)
-    h = np.zeros((CHUNK + 1, LANES), u.dtype)
-    _by_lane(rates, first, width, rate)
-    _by_lane(dlast[b], first, width, adjoint)
-    _by_lane(parameters, first, width, lanes)
-    chunks = -(-seqlen // CHUNK)
-    for back in range(chunks):
-        chunk = chunks - 1 - back
-        begin = chunk * CHUNK
-        steps = min(CHUNK, seqlen - begin)
-        _read_inputs(u[b], delta[b], first, width, lanes, use_softplus, begin, steps, tiles)
-        _read(dout[b], first, width, begin, steps, tiles[5])
-        if gated:
-            _read(z[b], first, width, begin, steps, tiles[8])
-        _begin_backward(lanes, gated, steps, tiles)
-        for n in range(d_state):
-            _replay(rate, tiles, B[b, group], C[b, group], n, kept[b, block, chunk], h, begin, steps)
-            _scan_back(
-                rate,
-                tiles,
-                h,
-                B[b, group],
-                C[b, group],
-                n,
-                adjoint,
-                drate,
-                dB[partial, b, group],
-                dC[partial, b, group],
-                begin,
-                steps,
-            )
-        _finish_backward(lanes, use_softplus, steps, tiles, dlanes)
-        _write(tiles[6], first, width, begin, steps, du[b])
-        _write(tiles[7], first, width, begin, steps, ddelta[b])
-        if gated:
-            _read(z[b], first, width, begin, steps, tiles[8])
-            _read(dout[b], first, width, begin, steps, tiles[5])
-            _gate_gradient(steps, tiles)
-            _write(tiles[8], first, width, begin, steps, dz[b])
-    for j in range(width):
-        for n in range(d_state):
-            drates[b, first + j, n] = drate[n, j]
-        for k in range(2):
-            dparameters[b, first + j, k] = dlanes[k, j]
+    for task in range(begin, end):
+        b, block = task // blocks, task % blocks
+        group, first, width = _channels(block, u.shape[1], B.shape[1])
+        rate = np.zeros((d_state, LANES), u.dtype)
+        h = np.zeros((d_state, LANES), u.dtype)
+        lanes = np.zeros((2, LANES), u.dtype)
+        tiles = np.zeros((5, CHUNK, LANES), u.dtype)
+        y = tiles[4]
+        _by_lane(rates, first, width, rate)
+        _by_lane(parameters, first, width, lanes)
+        skip = load(lanes, 1)
+        for chunk in range(-(-seqlen // CHUNK)):
+            start = chunk * CHUNK
+            steps = min(CHUNK, seqlen - start)
+            if keep:
+                _copy_rows(h, kept[b, block, chunk])
+            _read_inputs(u[b], delta[b], first, width, lanes, use_softplus, start, steps, tiles)
+            for t in range(steps):
+                store(y, t, load(tiles[0], t) * skip)
+            for n in range(d_state):
+                _scan(rate, tiles, B[b, group], C[b, group], n, h, start, steps)
+            if gated:
+                _read(z[b], first, width, start, steps, tiles[0])
+                for t in range(steps):
+                    gate = load(tiles[0], t)
+                    store(y, t, load(y, t) * (gate * sigmoid(gate)))
+            _write(y, first, width, start, steps, out[b])
+        for j in range(width):
+            for n in range(d_state):
+                last[b, first + j, n] = h[n, j]
 
 
-@_jit(parallel=True)
+@_jit(nogil=True)
 def backward(
+    begin: int,
+    end: int,
     u: Any,
     delta: Any,
     rates: Any,
@@ -626,37 +527,76 @@ def backward(
 ) -> None:
     """Write the gradients of `forward`'s inputs, given those of out (B, D, L) and last (B, D, N).
 
-    drates (B, D, N), the gradient of A, and dparameters (B, D, 2) are per batch; dB and dC
-    (partials, B, G, N, L), zero on entry, per part of a group's channels. The caller adds them up.
+    Does the tasks begin to end of batch * ngroups * partials. drates (B, D, N), the gradient of A,
+    and dparameters (B, D, 2) are per batch; dB and dC (partials, B, G, N, L), zero on entry, per
+    part of a group's channels. The caller adds them up.
     """
     ngroups, partials = B.shape[1], dB.shape[0]
     group_blocks = blocks // ngroups
-    for task in prange(u.shape[0] * ngroups * partials):
-        partial = np.int64(task) % partials
-        group = (np.int64(task) // partials) % ngroups
-        b = np.int64(task) // (partials * ngroups)
-        for block in range(partial, group_blocks, partials):
-            _backward_block(
-                b,
-                group * group_blocks + block,
-                partial,
-                u,
-                delta,
-                rates,
-                B,
-                C,
-                parameters,
-                z,
-                dout,
-                dlast,
-                kept,
-                use_softplus,
-                gated,
-                du,
-                ddelta,
-                dz,
-                drates,
-                dparameters,
-                dB,
-                dC,
-            )
+    seqlen, d_state = u.shape[2], rates.shape[1]
+    for task in range(begin, end):
+        partial = task % partials
+        group = (task // partials) % ngroups
+        b = task // (partials * ngroups)
+        for part in range(partial, group_blocks, partials):
+            block = group * group_blocks + part
+            _, first, width = _channels(block, u.shape[1], B.shape[1])
+            rate = np.zeros((d_state, LANES), u.dtype)
+            adjoint = np.zeros((d_state, LANES), u.dtype)
+            drate = np.zeros((d_state, LANES), u.dtype)
+            lanes = np.zeros((2, LANES), u.dtype)
+            dlanes = np.zeros((2, LANES), u.dtype)
+            tiles = np.zeros((9, CHUNK, LANES), u.dtype)
+            h = np.zeros((CHUNK + 1, LANES), u.dtype)
+            _by_lane(rates, first, width, rate)
+            _by_lane(dlast[b], first, width, adjoint)
+            _by_lane(parameters, first, width, lanes)
+            chunks = -(-seqlen // CHUNK)
+            for back in range(chunks):
+                chunk = chunks - 1 - back
+                start = chunk * CHUNK
+                steps = min(CHUNK, seqlen - start)
+                _read_inputs(u[b], delta[b], first, width, lanes, use_softplus, start, steps, tiles)
+                _read(dout[b], first, width, start, steps, tiles[5])
+                if gated:
+                    _read(z[b], first, width, start, steps, tiles[8])
+                _begin_backward(lanes, gated, steps, tiles)
+                for n in range(d_state):
+                    _replay(
+                        rate,
+                        tiles,
+                        B[b, group],
+                        C[b, group],
+                        n,
+                        kept[b, block, chunk],
+                        h,
+                        start,
+                        steps,
+                    )
+                    _scan_back(
+                        rate,
+                        tiles,
+                        h,
+                        B[b, group],
+                        C[b, group],
+                        n,
+                        adjoint,
+                        drate,
+                        dB[partial, b, group],
+                        dC[partial, b, group],
+                        start,
+                        steps,
+                    )
+                _finish_backward(lanes, use_softplus, steps, tiles, dlanes)
+                _write(tiles[6], first, width, start, steps, du[b])
+                _write(tiles[7], first, width, start, steps, ddelta[b])
+                if gated:
+                    _read(z[b], first, width, start, steps, tiles[8])
+                    _read(dout[b], first, width, start, steps, tiles[5])
+                    _gate_gradient(steps, tiles)
+                    _write(tiles[8], first, width, start, steps, dz[b])
+            for j in range(width):
+                for n in range(d_state):
+                    drates[b, first + j, n] = drate[n, j]
+                for k in range(2):
+                    dparameters[b, first + j, k] = dlanes[k, j]

@@ -4,17 +4,19 @@ The mathematics and the arrangement of the work are told in `numba_kernels`. flo
 float64; float32, bfloat16 and float16 in float32.
 """
 
+import threading
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from numba import config, set_num_threads
-from torch import Tensor
-
 from mambench.kernels.s6 import numba_kernels as kernels
 from mambench.kernels.s6.arguments import check_arguments
+from mambench.kernels.s6.numba_config import CHUNK, LANES, block_count, partial_count
+from torch import Tensor
 
-_LEAST_PARTIALS = 8  # tasks per batch and group in the backward, where there are as many blocks
+_RANGES_PER_THREAD = 4  # so that a thread that is held up delays the end by a quarter of its share
 
 
 def selective_scan(
@@ -53,7 +55,7 @@ def selective_scan(
 
 
 def precompile(dtype: torch.dtype) -> None:
-    """Compile the forward and the backward that inputs of this dtype need, or load them from the cache."""
+    """Compile forward and backward for inputs of this dtype, or load them from the cache."""
     u = torch.zeros((1, 1, 1), dtype=dtype, requires_grad=True)
     shared = torch.zeros((1, 1, 1, 1), dtype=dtype)
     out = selective_scan(u, u, torch.zeros((1, 1)), shared, shared)
@@ -77,16 +79,17 @@ class _SelectiveScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = _compute_dtype(u)
         batch, d_inner, seqlen = u.shape
-        blocks = _blocks(d_inner, B.shape[1])
+        blocks = block_count(d_inner=d_inner, ngroups=B.shape[1])
         keep = any(ctx.needs_input_grad)
-        chunks = -(-seqlen // kernels.CHUNK) if keep else 0
+        chunks = -(-seqlen // CHUNK) if keep else 0
         out = torch.empty(u.shape, dtype=dtype)
         last = torch.empty((batch, d_inner, A.shape[1]), dtype=dtype)
-        kept = torch.empty((batch, blocks, chunks, A.shape[1], kernels.LANES), dtype=dtype)
+        kept = torch.empty((batch, blocks, chunks, A.shape[1], LANES), dtype=dtype)
         arrays = _arrays(dtype, u, delta, A, B, C, D, z, delta_bias)
-        _use_torch_threads()
-        kernels.forward(
-            *arrays, blocks, delta_softplus, z is not None, keep, *_numpy(dtype, out, last, kept)
+        results = _numpy(dtype, out, last, kept)
+        tasks = batch * blocks
+        _in_threads(
+            kernels.forward, tasks, *arrays, blocks, delta_softplus, z is not None, keep, *results
         )
         ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, kept)
         ctx.delta_softplus = delta_softplus
@@ -99,8 +102,8 @@ class _SelectiveScan(torch.autograd.Function):
         dtype = _compute_dtype(u)
         batch, d_inner, seqlen = u.shape
         ngroups, d_state = B.shape[1], A.shape[1]
-        blocks = _blocks(d_inner, ngroups)
-        partials = _partials(d_inner, d_state, blocks // ngroups)
+        blocks = block_count(d_inner=d_inner, ngroups=ngroups)
+        partials = partial_count(d_inner=d_inner, d_state=d_state, ngroups=ngroups)
         du, ddelta = torch.empty((2, *u.shape), dtype=dtype)
         dz = torch.empty(u.shape if z is not None else (0, 0, 0), dtype=dtype)
         dA = torch.empty((batch, d_inner, d_state), dtype=dtype)
@@ -109,8 +112,9 @@ class _SelectiveScan(torch.autograd.Function):
         dout = torch.zeros(u.shape, dtype=dtype) if dout is None else dout
         dlast = torch.zeros(dA.shape, dtype=dtype) if dlast is None else dlast
         arrays = _arrays(dtype, u, delta, A, B, C, D, z, delta_bias)
-        _use_torch_threads()
-        kernels.backward(
+        _in_threads(
+            kernels.backward,
+            batch * ngroups * partials,
             *arrays,
             *_numpy(dtype, dout, dlast, kept),
             blocks,
@@ -134,18 +138,6 @@ class _SelectiveScan(torch.autograd.Function):
 
 def _compute_dtype(u: Tensor) -> torch.dtype:
     return torch.float64 if u.dtype == torch.float64 else torch.float32
-
-
-def _blocks(d_inner: int, ngroups: int) -> int:
-    return ngroups * -(-(d_inner // ngroups) // kernels.LANES)
-
-
-def _partials(d_inner: int, d_state: int, group_blocks: int) -> int:
-    """Return how many dB and dC are held per group: enough for parallelism, no larger than u and delta.
-
-    It depends on the shape alone, so that the order of additions does too.
-    """
-    return min(group_blocks, max(_LEAST_PARTIALS, d_inner // d_state))
 
 
 def _arrays(
@@ -174,5 +166,35 @@ def _numpy(dtype: torch.dtype, *tensors: Tensor) -> tuple[np.ndarray, ...]:
     return tuple(tensor.detach().to(dtype).contiguous().numpy() for tensor in tensors)
 
 
-def _use_torch_threads() -> None:
-    set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
+def _in_threads(kernel: Callable[..., None], tasks: int, *arguments: Any) -> None:
+    """Run tasks 0 to `tasks` on as many threads as torch uses."""
+    threads = min(torch.get_num_threads(), tasks)
+    if threads == 1:
+        kernel(0, tasks, *arguments)
+        return
+    ranges = min(tasks, threads * _RANGES_PER_THREAD)
+    edges = [tasks * i // ranges for i in range(ranges + 1)]
+    pending = iter(list(pairwise(edges)))
+    lock = threading.Lock()
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            while True:
+                with lock:
+                    part = next(pending, None)
+                if part is None:
+                    return
+                kernel(*part, *arguments)
+        except BaseException as failure:  # raised below, in the caller's thread
+            failures.append(failure)
+
+    # Started anew for every call: a pool would not survive a fork.
+    helpers = [threading.Thread(target=work) for _ in range(threads - 1)]
+    for helper in helpers:
+        helper.start()
+    work()
+    for helper in helpers:
+        helper.join()
+    if failures:
+        raise failures[0]

@@ -2,7 +2,6 @@ import subprocess
 import sys
 
 import pytest
-
 from mambench.kernels.s6.cost import cost
 
 SIZES = {"batch": 1, "seqlen": 8192, "d_inner": 2048, "d_state": 16, "ngroups": 1, "itemsize": 2}
@@ -25,7 +24,14 @@ def test_copy_time_matches_the_published_floor():
 
 def test_flop_by_hand():
     flop, _ = cost(
-        pass_name="forward", batch=2, seqlen=3, d_inner=5, d_state=4, ngroups=1, gated=True, itemsize=4
+        pass_name="forward",
+        batch=2,
+        seqlen=3,
+        d_inner=5,
+        d_state=4,
+        ngroups=1,
+        gated=True,
+        itemsize=4,
     )
     assert flop == 2 * 3 * 5 * (7 * 4 + 7 + 5)
 

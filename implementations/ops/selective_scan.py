@@ -1,0 +1,92 @@
+"""The fused selective scan: discretisation, scan and output in one pass, the state on chip."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+from mambench.harness.spec import Case, Device, DeviceKind, DType, Family
+from mambench.implementations.base import Implementation, Variant
+from mambench.kernels.s6 import numba_config, triton_config
+
+_MAX_D_STATE = 256
+_FP32_BYTES = 4
+
+
+class SelectiveScan(Implementation):
+    """Mamba-1's operation as one kernel: Triton on a GPU, compiled by Numba on the CPU."""
+
+    name: ClassVar[str] = "selective_scan"
+    families: ClassVar[tuple[Family, ...]] = (Family.S6,)
+    summary: ClassVar[str] = (
+        "fused scan, the state never in memory: Triton on the GPU, Numba on the CPU"
+    )
+
+    def variants(self, device: Device) -> tuple[Variant, ...]:
+        """Return `numba` on the CPU, `triton` on a GPU."""
+        if device.kind is DeviceKind.CPU:
+            return (Variant(name="numba", unavailable=_missing("numba")),)
+        return (Variant(name="triton", unavailable=_missing("triton") or _too_old(device)),)
+
+    def op(self, family: Family, variant: str) -> Callable[..., Any]:
+        """Import and return `selective_scan` of a variant."""
+        if variant == "numba":
+            from mambench.kernels.s6 import numba_scan
+
+            return numba_scan.selective_scan
+        if variant == "triton":
+            from mambench.kernels.s6 import triton_scan
+
+            return triton_scan.selective_scan
+        raise ValueError(f"selective_scan: got variant {variant!r}, expected numba or triton")
+
+    def unsupported(self, case: Case, device: Device) -> str | None:
+        """Refuse more than 256 states and, in Triton, float64."""
+        d_state = case.problem.d_state
+        if d_state is not None and d_state > _MAX_D_STATE:
+            return f"d_state is at most {_MAX_D_STATE}, got {d_state}"
+        if case.variant == "triton" and case.dtype is DType.FP64:
+            return "the Triton kernel computes in fp32; use fp32, fp16 or bf16"
+        return None
+
+    def workspace_bytes(self, case: Case) -> int:
+        """Count kept states, partial sums and copies beside inputs, outputs and gradients."""
+        p = case.problem
+        sizes = {
+            "batch": p.batch,
+            "seqlen": p.seqlen,
+            "d_inner": p.d_inner,
+            "d_state": p.d_state or 1,
+            "ngroups": p.ngroups or 1,
+        }
+        if case.variant == "triton":
+            return triton_config.workspace_bytes(**sizes, backward=case.pass_.needs_grad)
+        wide = max(case.dtype.itemsize, _FP32_BYTES)  # narrow inputs are computed in fp32 copies
+        copies = 0
+        if case.dtype.itemsize < wide:
+            tensors = (7 if case.pass_.needs_grad else 3) + 2 * p.gated
+            copies = wide * tensors * p.batch * p.d_inner * p.seqlen
+        return copies + numba_config.workspace_bytes(
+            **sizes, backward=case.pass_.needs_grad, itemsize=wide
+        )
+
+    def precompile(self, case: Case) -> None:
+        """Compile what a CPU case needs; Triton compiles on the first call."""
+        if case.variant == "numba":
+            from mambench.implementations.problems.base import TORCH_DTYPES
+            from mambench.kernels.s6 import numba_scan
+
+            numba_scan.precompile(TORCH_DTYPES[case.dtype])
+
+
+def _missing(module: str) -> str | None:
+    if find_spec(module) is None:
+        return f"{module} is not installed: pip install {module}"
+    return None
+
+
+def _too_old(device: Device) -> str | None:
+    capability = device.compute_capability
+    if capability is not None and capability < (8, 0):
+        major, minor = capability
+        return f"needs compute capability 8.0, {device.name} has {major}.{minor}"
+    return None

@@ -1,0 +1,330 @@
+"""Selective scan (S6) on the GPU in Triton: the public operation and the launching of its kernels.
+
+The kernels and their mathematics are in `triton_forward` and `triton_backward`, the division into
+programs in `triton_config`. State and sums are fp32 for fp32, fp16 and bf16 inputs. Any sequence
+length, number of channels and of groups; up to 256 states; compute capability 8.0 or newer.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from mambench.kernels.s6 import triton_backward, triton_forward
+from mambench.kernels.s6.arguments import check_arguments
+from mambench.kernels.s6.triton_config import (
+    Config,
+    Cut,
+    backward_cut,
+    forward_cut,
+    padded_states,
+)
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_SUM_BLOCK = 1024
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return the selective scan of u, differentiable in every tensor argument.
+
+    Args:
+        u, delta, z: (B, D, L), all fp32, fp16 or bf16; channels may be strided, time may not.
+        A: (D, N) fp32, at most 256 states.
+        B, C: (B, G, N, L) or (B, N, L), u's dtype; a group serves D / G consecutive channels.
+        D, delta_bias: (D,) fp32.
+        delta_softplus: apply softplus to delta + delta_bias.
+        return_last_state: also return the state after the last step.
+
+    Returns:
+        out (B, D, L) in u's dtype, or (out, last state (B, D, N) fp32).
+
+    Raises:
+        ValueError, TypeError: see `check_arguments`; u is of none of the dtypes above.
+    """
+    B = B.unsqueeze(1) if B.dim() == 3 else B
+    C = C.unsqueeze(1) if C.dim() == 3 else C
+    check_arguments(u, delta, A, B, C, D, z, delta_bias)
+    if u.dtype not in _DTYPES:
+        raise TypeError(f"u: expected float32, float16 or bfloat16, got {u.dtype}")
+    out, last = _SelectiveScan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return (out, last) if return_last_state else out
+
+
+class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = _Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        keep = any(ctx.needs_input_grad)
+        out, last, kept = scan_forward(inputs, keep=keep)
+        if keep:
+            ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, kept)
+            ctx.delta_softplus = delta_softplus
+            ctx.set_materialize_grads(False)
+        return out, last
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, kept = ctx.saved_tensors
+        inputs = _Inputs(*tensors, ctx.delta_softplus)
+        if dout is None:
+            dout = torch.zeros_like(inputs.u)
+        gradients = scan_backward(inputs, kept, _time_contiguous(dout), dlast)
+        return (*gradients, None)
+
+
+class _Inputs:
+    """The operation's arguments as the kernels want them: time contiguous, parameters fp32."""
+
+    __slots__ = ("A", "B", "C", "D", "bias", "delta", "original", "sizes", "softplus", "u", "z")
+
+    def __init__(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        bias: Tensor | None,
+        softplus: bool,
+    ) -> None:
+        self.original = (u, delta, A, B, C, D, z, bias)
+        self.u = _time_contiguous(u)
+        self.delta = _time_contiguous(delta)
+        self.B = _time_contiguous(B)
+        self.C = _time_contiguous(C)
+        self.z = None if z is None else _time_contiguous(z)
+        self.A = A.float().contiguous()
+        self.D = None if D is None else D.float().contiguous()
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.softplus = softplus
+        batch, d_inner, seqlen = u.shape
+        self.sizes = {
+            "batch": batch,
+            "seqlen": seqlen,
+            "d_inner": d_inner,
+            "d_state": A.shape[1],
+            "ngroups": B.shape[1],
+        }
+
+    def strides(self, *names: str) -> list[int]:
+        """Return all but the last stride, which is one, of the named tensors; zeros for no z."""
+        strides: list[int] = []
+        for name in names:
+            tensor = getattr(self, name)
+            strides += [0, 0] if tensor is None else tensor.stride()[:-1]
+        return strides
+
+    def flags(self) -> dict[str, bool]:
+        """Return the compile-time switches that all kernels share."""
+        return {
+            "HAS_BIAS": self.bias is not None,
+            "SOFTPLUS": self.softplus,
+            "ASSEMBLY": not triton.knobs.runtime.interpret,
+        }
+
+
+def scan_forward(
+    inputs: _Inputs, *, keep: bool, config: Config | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run the forward; with `keep` also return the states before every chunk (B, chunks, D, N)."""
+    u, d_inner, d_state = inputs.u, inputs.sizes["d_inner"], inputs.sizes["d_state"]
+    batch, seqlen, ngroups = u.shape[0], u.shape[2], inputs.sizes["ngroups"]
+    cut = forward_cut(**inputs.sizes, config=config)
+    tile = {
+        "N_TRUE": d_state,
+        "N": padded_states(d_state),
+        "TILE": cut.config.tile,
+        "BLOCK": cut.config.block,
+        "num_warps": cut.config.warps,
+        "num_stages": 1,
+    }
+    out = torch.empty((batch, d_inner, seqlen), dtype=u.dtype, device=u.device)
+    last = _fp32(u, batch, d_inner, d_state)
+    kept = _fp32(u, batch, -(-seqlen // cut.chunk), d_inner, d_state) if keep else None
+    start = None
+    place = (seqlen, d_inner, ngroups, cut.segment, cut.segments, cut.blocks)
+    with _on(u):
+        if cut.segments > 1:
+            end, total = _segment_buffers(inputs, cut)
+            triton_forward.segment_end[(batch * (cut.segments - 1) * cut.blocks,)](
+                *(inputs.u, inputs.delta, inputs.A, inputs.B, inputs.bias, end, total),
+                *place,
+                *inputs.strides("u", "delta", "B"),
+                **tile,
+                **inputs.flags(),
+            )
+            start = torch.empty_like(end)
+            _combine_segments(inputs, cut, end, total, start, reverse=False)
+        triton_forward.scan_forward[(batch * cut.segments * cut.blocks,)](
+            *(inputs.u, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z),
+            *(inputs.bias, start, out, last, kept),
+            *place,
+            *inputs.strides("u", "delta", "z", "B", "C"),
+            **tile,
+            **inputs.flags(),
+            CHUNK=cut.chunk,
+            HAS_D=inputs.D is not None,
+            HAS_Z=inputs.z is not None,
+            SEGMENTED=cut.segments > 1,
+            KEEP=keep,
+        )
+    return out, last, kept
+
+
+def scan_backward(
+    inputs: _Inputs,
+    kept: Tensor,
+    dout: Tensor,
+    dlast: Tensor | None,
+    *,
+    config: Config | None = None,
+    adjoint_config: Config | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of u, delta, A, B, C, D, z and delta_bias; dB and dC without atomics."""
+    u, d_inner, d_state = inputs.u, inputs.sizes["d_inner"], inputs.sizes["d_state"]
+    batch, seqlen, ngroups = u.shape[0], u.shape[2], inputs.sizes["ngroups"]
+    cut = backward_cut(**inputs.sizes, config=config)
+    start = _adjoint_at_segment_ends(inputs, cut, dout, dlast, adjoint_config)
+    du, ddelta = torch.empty((2, batch, d_inner, seqlen), dtype=u.dtype, device=u.device)
+    dz = None if inputs.z is None else torch.empty_like(du)
+    dA = _fp32(u, batch * cut.segments, d_inner, d_state)
+    dD = None if inputs.D is None else _fp32(u, batch * cut.segments, d_inner)
+    dbias = None if inputs.bias is None else _fp32(u, batch * cut.segments, d_inner)
+    partial_sums = _fp32(u, cut.partials, 2, batch, ngroups, d_state, seqlen)
+    dBC = torch.empty(partial_sums.shape[1:], dtype=u.dtype, device=u.device)
+    programs = batch * cut.segments * ngroups * cut.partials
+    N = padded_states(d_state)
+    scratch = _fp32(u, programs, cut.chunk // cut.config.tile, cut.config.block * N)
+    with _on(u):
+        triton_backward.scan_backward[(programs,)](
+            *(inputs.u, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z),
+            *(inputs.bias, dout, kept, start, scratch, du, ddelta, dz, dA, dD, dbias),
+            partial_sums,
+            *(batch, seqlen, d_inner, ngroups, cut.segment, cut.segments, cut.blocks),
+            cut.partials,
+            *inputs.strides("u", "delta", "z"),
+            *dout.stride()[:-1],
+            *inputs.strides("B", "C"),
+            N_TRUE=d_state,
+            N=N,
+            TILE=cut.config.tile,
+            OUTER=cut.config.outer,
+            INNER=cut.config.block // cut.config.outer,
+            CHUNK=cut.chunk,
+            HAS_D=inputs.D is not None,
+            HAS_Z=inputs.z is not None,
+            HAS_START=start is not None,
+            **inputs.flags(),
+            num_warps=cut.config.warps,
+            num_stages=1,
+        )
+        triton_backward.sum_partials[(triton.cdiv(dBC.numel(), _SUM_BLOCK),)](
+            partial_sums, dBC, cut.partials, dBC.numel(), BLOCK=_SUM_BLOCK, num_warps=8
+        )
+    gradients = (du, ddelta, dA.sum(0), dBC[0], dBC[1], _summed(dD), dz, _summed(dbias))
+    return tuple(
+        None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+        for gradient, tensor in zip(gradients, inputs.original, strict=True)
+    )
+
+
+def _adjoint_at_segment_ends(
+    inputs: _Inputs, cut: Cut, dout: Tensor, dlast: Tensor | None, config: Config | None
+) -> Tensor | None:
+    """Return what later segments pass back to each one (B, segments, D, N), or None for zero."""
+    d_state, u = inputs.sizes["d_state"], inputs.u
+    if cut.segments == 1:
+        return None if dlast is None else dlast.float().contiguous()
+    config = config or forward_cut(**inputs.sizes).config
+    blocks = inputs.sizes["ngroups"] * triton.cdiv(
+        inputs.sizes["d_inner"] // inputs.sizes["ngroups"], config.block
+    )
+    end, total = _segment_buffers(inputs, cut)
+    start = torch.empty_like(end)
+    if dlast is None:
+        start[:, -1].zero_()
+    else:
+        start[:, -1].copy_(dlast)
+    with _on(u):
+        triton_backward.segment_adjoint[(u.shape[0] * (cut.segments - 1) * blocks,)](
+            *(inputs.delta, inputs.A, inputs.C, inputs.z, inputs.bias, dout, end, total),
+            *(u.shape[2], u.shape[1], inputs.sizes["ngroups"], cut.segment, cut.segments, blocks),
+            *inputs.strides("delta", "z"),
+            *dout.stride()[:-1],
+            *inputs.strides("C"),
+            N_TRUE=d_state,
+            N=padded_states(d_state),
+            TILE=config.tile,
+            BLOCK=config.block,
+            HAS_Z=inputs.z is not None,
+            **inputs.flags(),
+            num_warps=config.warps,
+            num_stages=1,
+        )
+    _combine_segments(inputs, cut, end, total, start, reverse=True)
+    return start
+
+
+def _segment_buffers(inputs: _Inputs, cut: Cut) -> tuple[Tensor, Tensor]:
+    """Allocate the segments' end states (B, segments, D, N) and sums of dt (B, segments, D)."""
+    batch, d_inner = inputs.u.shape[:2]
+    end = _fp32(inputs.u, batch, cut.segments, d_inner, inputs.sizes["d_state"])
+    return end, _fp32(inputs.u, batch, cut.segments, d_inner)
+
+
+def _combine_segments(
+    inputs: _Inputs, cut: Cut, end: Tensor, total: Tensor, start: Tensor, *, reverse: bool
+) -> None:
+    d_inner, d_state = inputs.A.shape
+    block = 128
+    with _on(end):
+        triton_forward.segment_start[(triton.cdiv(d_inner * d_state, block), end.shape[0])](
+            *(inputs.A, end, total, start, d_inner, cut.segments),
+            REVERSE=reverse,
+            N_TRUE=d_state,
+            TILE=8,
+            BLOCK=block,
+            num_warps=4,
+            num_stages=1,
+        )
+
+
+def _on(tensor: Tensor) -> Any:
+    """Launch on the tensor's device; in the interpreter there is none."""
+    return torch.cuda.device_of(tensor)
+
+
+def _time_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _fp32(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _summed(parts: Tensor | None) -> Tensor | None:
+    return None if parts is None else parts.sum(0)
