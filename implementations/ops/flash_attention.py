@@ -74,8 +74,8 @@ _CUDA: dict[str, _Limits] = {
 
 _MODULES = {"fa4": "flash_attn.cute", "fa3": "flash_attn_interface", "fa2": "flash_attn"}
 
-# From Hopper on, torch's flash backend and flash-attn 2 are Ampere kernels that leave the newer matrix
-# units idle; before it they are the ones written for the part.
+# From Hopper on, torch's flash backend and flash-attn 2 are Ampere kernels that leave the newer
+# matrix units idle; before it they are the ones written for the part.
 _ORDER_HOPPER_ON = ("fa4", "fa3", "sdpa-cudnn", "fa2", "sdpa-flash", "sdpa-efficient", "sdpa-math")
 _ORDER_BEFORE_HOPPER = (
     "fa2",

@@ -4,8 +4,8 @@
 
 q, k, v and out are (B, L, H, P). Every head is independent, and a query row needs only the keys up
 to itself: so a sample of heads and query rows can be judged exactly. Keys and values are selected
-by head alone; as the gradient of the output is zero outside the sampled rows, grad_k and grad_v at all
-positions depend on the sampled rows only.
+by head alone; as the gradient of the output is zero outside the sampled rows, grad_k and grad_v at
+all positions depend on the sampled rows only.
 """
 
 from collections.abc import Callable
