@@ -122,7 +122,7 @@ def lane_scan(decay, value):
 
 
 @gluon.jit
-def lane_scan_pair(decay, value):
+def lane_scan_pair(decay, value, lane):
     """`lane_scan` of two channels at once: half the lanes scan one, half the other.
 
     Even and odd lanes swap what the partner will scan, so that an even lane holds two neighbouring
@@ -132,8 +132,7 @@ def lane_scan_pair(decay, value):
     return gl.inline_asm_elementwise(
         """{
         .reg .pred p, q; .reg .b32 i; .reg .f32 a, h, ta, th, ka, kh, ra, rh, fa, fh, sa, sh, g;
-        mov.u32 i, %tid.x;
-        and.b32 i, i, 1;
+        and.b32 i, $6, 1;
         setp.ne.b32 p, i, 0;
         selp.f32 ta, $2, $3, p; selp.f32 th, $4, $5, p;
         selp.f32 ka, $3, $2, p; selp.f32 kh, $5, $4, p;
@@ -161,8 +160,8 @@ def lane_scan_pair(decay, value):
         shfl.sync.bfly.b32 ra, ta, 1, 0x1f, 0xffffffff;
         selp.f32 $0, ra, ka, p; selp.f32 $1, ka, ra, p;
         }""",
-        "=f,=f,f,f,f,f",
-        [decay, value],
+        "=f,=f,f,f,f,f,r,r",
+        [decay, value, lane],
         dtype=gl.float32,
         is_pure=False,
         pack=2,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton.experimental.gluon")
 
 import triton
-from mambench.kernels.s6 import hopper_scan
+from mambench.kernels.s6 import hopper_kernel, hopper_scan
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -101,14 +101,14 @@ def reference(p: Problem, t: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def compiled(
-    p: Problem, config: hopper_scan.Config, module: ModuleType = hopper_scan
+    p: Problem, config: hopper_scan.Config, module: ModuleType = hopper_kernel
 ) -> tuple[Any, int]:
     """Compile the kernel of a problem for sm_90; returns it and the alignment unit of rows."""
     unit = next(u for u in (8, 2, 1) if p.seqlen % u == 0)
     absent = {"D_ptr": p.has_D, "z_ptr": p.gated, "bias_ptr": p.has_bias}
     absent["checkpoints_ptr"] = p.checkpoint_every is not None
     constants: dict[str, Any] = {name: None for name, there in absent.items() if not there}
-    constants |= module.specialisation(
+    constants |= hopper_scan.specialisation(
         d_inner=p.d_inner, ngroups=p.ngroups, d_state=p.d_state, dtype=p.dtype, unit=unit,
         has_D=p.has_D, has_z=p.gated, has_bias=p.has_bias, softplus=p.softplus,
         checkpoint_every=p.checkpoint_every, config=config,
@@ -132,7 +132,7 @@ def compiled(
 
 
 def emulate(
-    p: Problem, config: hopper_scan.Config, module: ModuleType = hopper_scan
+    p: Problem, config: hopper_scan.Config, module: ModuleType = hopper_kernel
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Run the kernel's PTX on the CPU, outputs poisoned with NaN."""
     kernel, unit = compiled(p, config, module)
@@ -193,7 +193,7 @@ def test_its_ptx_gives_the_recurrence(name: str) -> None:
 
 def planted(tmp_path: Path, name: str, old: str, new: str) -> ModuleType:
     """Import a copy of the kernel with a fault."""
-    source = Path(hopper_scan.__file__).read_text()
+    source = Path(hopper_kernel.__file__).read_text()
     assert old in source
     path = tmp_path / f"{name}.py"
     path.write_text(source.replace(old, new))
