@@ -1,0 +1,458 @@
+"use strict";
+(async () => {
+  const $ = (id) => document.getElementById(id);
+  const make = (tag, properties = {}, ...children) => {
+    const element = Object.assign(document.createElement(tag), properties);
+    element.append(...children.filter((child) => child !== null));
+    return element;
+  };
+  const unpack = async (id) => {
+    const bytes = Uint8Array.from(atob($(id).textContent), (c) => c.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return new Response(stream).text();
+  };
+
+  // The rules of reports/units.py.
+  const MISSING = "–";
+  const digits = (value) => {
+    if (value === 0) return "0";
+    const rounded = Number(value.toPrecision(3));
+    return rounded.toFixed(Math.max(0, 2 - Math.floor(Math.log10(Math.abs(rounded)))));
+  };
+  const PREFIXES = { "-12": "p", "-9": "n", "-6": "µ", "-3": "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T", 15: "P", 18: "E" };
+  const si = (value, unit) => {
+    if (value === null || value === undefined) return MISSING;
+    if (value === 0) return `0 ${unit}`.trim();
+    const rounded = Number(value.toPrecision(3));
+    const exponent = Math.min(18, Math.max(-12, 3 * Math.floor(Math.log10(Math.abs(rounded)) / 3 + 1e-12)));
+    return `${digits(value / 10 ** exponent)} ${PREFIXES[exponent]}${unit}`.trim();
+  };
+  const memory = (value) => {
+    if (value === null || value === undefined) return MISSING;
+    const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
+    let power = 0;
+    while (Math.abs(value) >= 1023.5 && power < 5) { value /= 1024; power += 1; }
+    return `${power ? digits(value) : Math.round(value)} ${units[power]}`;
+  };
+  const count = (value) => value === null || value === undefined ? MISSING : Math.round(value).toLocaleString("en-US");
+  const seconds = (value) => si(value, "s");
+  window.mambenchUnits = { si, memory, seconds };
+
+  if (typeof DecompressionStream === "undefined") return;
+  const data = JSON.parse(await unpack("data"));
+  const columns = data.columns, slices = data.slices;
+  const value = (name, row) => columns[name][row];
+  const total = columns.case_id ? columns.case_id.length : 0;
+  if (!slices.length) return;
+
+  // State, kept in the address.
+  const DIMENSIONS = [["device", "Device"], ["level", "Level"], ["pass", "Pass"], ["dtype", "Data type"], ["size", "Size"]];
+  const state = { slice: slices[0], d_state: null, seqlen: null, hidden: new Set() };
+  const readAddress = () => {
+    const asked = new URLSearchParams(location.hash.slice(1));
+    if (!location.hash.includes("=")) return;
+    state.hidden = new Set(asked.getAll("hide"));
+    state.slice = nearest(Object.fromEntries(DIMENSIONS.map(([name]) => [name, asked.get(name)])), null);
+    state.d_state = asked.get("d_state") ? Number(asked.get("d_state")) : null;
+    state.seqlen = asked.get("seqlen") ? Number(asked.get("seqlen")) : null;
+  };
+  const writeAddress = () => {
+    const kept = new URLSearchParams(DIMENSIONS.map(([name]) => [name, state.slice[name]]));
+    if (state.d_state !== null) kept.set("d_state", state.d_state);
+    if (state.seqlen !== null) kept.set("seqlen", state.seqlen);
+    state.hidden.forEach((name) => kept.append("hide", name));
+    history.replaceState(null, "", `#${kept}`);
+  };
+  // The selection that has the changed filter's value and agrees in most of the others.
+  const nearest = (wanted, changed) => {
+    const agreement = (slice) => DIMENSIONS.reduce((sum, [name], i) => sum + (slice[name] === wanted[name] ? 2 ** (9 - i) : 0), 0);
+    const possible = slices.filter((slice) => !changed || slice[changed] === wanted[changed]);
+    return possible.reduce((best, slice) => (agreement(slice) > agreement(best) ? slice : best), possible[0]);
+  };
+
+  // Colours follow the scheme.
+  const dark = () => {
+    if (matchMedia("print").matches) return false;
+    const theme = document.documentElement.dataset.theme;
+    return theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  };
+  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+  const colour = (implementation) => data.looks[implementation][dark() ? 1 : 0];
+
+  // Figures: references to rows become numbers, as in figures.resolve.
+  const escape = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const interval = (row) => {
+    const low = value("time_low_s", row), high = value("time_high_s", row);
+    return low === null ? "" : `${seconds(low)} to ${seconds(high)}`;
+  };
+  const hover = (row, fixed) => {
+    const lines = [`<b>${escape(value("label", row))}</b>`];
+    const states = value("d_state", row) === null ? "" : `, d_state ${value("d_state", row)}`;
+    lines.push(`L = ${count(value("seqlen", row))}${fixed ? "" : states}`);
+    if (value("outcome", row) !== "ok") {
+      const reason = escape(value("reason", row) || "");
+      lines.push(`<b>${value("outcome", row)}</b>`, ...(reason.match(/.{1,60}(\s|$)|.{1,60}/g) || []).slice(0, 6));
+    } else {
+      lines.push(`time ${seconds(value("time_s", row))}${interval(row) ? ` (${interval(row)})` : ""}`);
+      lines.push(si(value("tokens_per_s", row), "tok/s"));
+      if (value("peak_memory_bytes", row) !== null) lines.push(`peak memory ${memory(value("peak_memory_bytes", row))}`);
+    }
+    return lines.join("<br>");
+  };
+  const resolve = (trace) => {
+    const look = data.looks[trace.meta.implementation], tint = colour(trace.meta.implementation);
+    const made = { ...trace, customdata: trace.rows, hoverinfo: "text", marker: { ...trace.marker }, visible: !state.hidden.has(trace.meta.series) };
+    for (const axis of ["x", "y"]) {
+      if (trace[axis].column) made[axis] = trace.rows.map((row) => value(trace[axis].column, row));
+    }
+    made.hovertext = trace.rows.map((row) => hover(row, trace.meta.reference));
+    made.hoverlabel = { align: "left", bgcolor: css("page"), bordercolor: tint, font: { color: css("ink") } };
+    if (trace.meta.failure) {
+      made.marker.line = { ...trace.marker.line, color: tint };
+      made.textfont = { color: css("soft"), size: 11 };
+      made.mode = innerWidth < 760 ? "markers" : trace.mode;
+    } else {
+      made.line = { ...trace.line, color: tint };
+      made.marker.color = tint;
+      made.marker.line = { color: trace.marker.symbol.endsWith("-open") ? tint : css("page"), width: trace.marker.symbol.endsWith("-open") ? 2 : 1 };
+    }
+    if (trace.interval) {
+      const [low, high] = trace.interval;
+      const gap = (row, end, sign) => value(end, row) === null ? 0 : Math.max(0, sign * (value(end, row) - value("time_s", row)));
+      made.error_y = {
+        type: "data", symmetric: false, thickness: 1.2, width: 3, color: tint,
+        array: trace.rows.map((row) => gap(row, high, 1)), arrayminus: trace.rows.map((row) => gap(row, low, -1)),
+      };
+    }
+    return look ? made : trace;
+  };
+  const axisLook = (axis) => ({
+    ...axis, title: axis.title ? { ...axis.title, standoff: 12 } : undefined, gridcolor: css("grid"), zeroline: false, linecolor: css("line"),
+    automargin: true, tickfont: { color: css("soft") }, showline: true, ticks: "", minor: { showgrid: false },
+  });
+  const layoutOf = (figure) => {
+    const layout = { ...figure.layout };
+    for (const name of ["xaxis", "yaxis"]) layout[name] = axisLook(layout[name]);
+    if (innerWidth < 480 && layout.xaxis.tickvals) {
+      const every = Math.ceil(layout.xaxis.tickvals.length / 5);
+      for (const key of ["tickvals", "ticktext"]) layout.xaxis[key] = layout.xaxis[key].filter((_, i) => i % every === 0);
+    }
+    return {
+      ...layout, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest", dragmode: "zoom",
+      margin: { l: 64, r: 28, t: 22, b: 52 }, font: { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: css("ink") },
+    };
+  };
+
+  const CONFIG = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "pan2d", "zoom2d"] };
+  const cards = new Map();
+  let ready = false;
+  const addCard = (name, title, wide) => {
+    const plot = make("div", { className: "plot" });
+    const note = make("small");
+    const caption = make("figcaption", {}, title, note);
+    const figure = make("figure", { className: wide ? "card wide" : "card" }, caption, plot);
+    $("chart-grid").append(figure);
+    cards.set(name, { plot, caption, note, figure, name, title, spec: null, seen: false });
+    observer.observe(figure);
+  };
+  const draw = (card) => {
+    if (!ready || !card.seen || !card.spec) return;
+    const drawn = Plotly.react(card.plot, card.spec.data.map(resolve), layoutOf(card.spec), {
+      ...CONFIG, toImageButtonOptions: { filename: `mambench-${card.name}`, scale: 2 },
+    });
+    drawn.then(() => {
+      card.plot.dataset.drawn = card.spec.data.length;
+      if (card.bound) return;
+      card.bound = true;
+      card.plot.on("plotly_click", (event) => showDetail(event.points[0].customdata));
+    });
+  };
+  const observer = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      const card = [...cards.values()].find((other) => other.figure === entry.target);
+      if (entry.isIntersecting && card && !card.seen) { card.seen = true; draw(card); }
+    }
+  }, { rootMargin: "300px" });
+
+  const symbolPath = (symbol) => {
+    const shapes = {
+      circle: "M14 3.5a4.5 4.5 0 1 0 .01 0z", square: "M10 4h8v8h-8z", diamond: "M14 2.5l5.5 5.5-5.5 5.5-5.5-5.5z", "triangle-up": "M14 3l5 9h-10z",
+      "triangle-down": "M14 13l5-9h-10z", cross: "M12.5 3h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5v-3h3.5z", star: "M14 2l1.6 4h4.2l-3.4 2.6 1.3 4.2-3.7-2.5-3.7 2.5 1.3-4.2-3.4-2.6h4.2z",
+      hexagon: "M10 5.5l4-2.5 4 2.5v5l-4 2.5-4-2.5z", pentagon: "M14 3l5 3.8-1.9 5.7h-6.2l-1.9-5.7z", bowtie: "M9 4l5 4 5-4v8l-5-4-5 4z",
+    };
+    return shapes[symbol.replace("-open", "")] || shapes.circle;
+  };
+  const DASHES = { solid: "", dash: "5 3", dot: "1.5 2.5", dashdot: "5 2 1.5 2", longdash: "8 3", longdashdot: "8 2 1.5 2" };
+  const sample = (implementation, symbol) => {
+    const tint = colour(implementation), open = symbol.endsWith("-open");
+    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    const part = (tag, attributes) => {
+      const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+      Object.entries(attributes).forEach(([key, text]) => element.setAttribute(key, text));
+      svg.append(element);
+    };
+    Object.entries({ width: 28, height: 16, "aria-hidden": "true" }).forEach(([key, text]) => svg.setAttribute(key, text));
+    part("line", { x1: 0, x2: 28, y1: 8, y2: 8, stroke: tint, "stroke-width": 2, "stroke-dasharray": DASHES[data.looks[implementation][2]] || "" });
+    part("path", { d: symbolPath(symbol), fill: open ? css("page") : tint, stroke: tint, "stroke-width": open ? 2 : 1 });
+    return svg;
+  };
+  const showLegend = () => {
+    const buttons = state.slice.legend.map((entry) => {
+      const button = make("button", { type: "button" }, sample(entry.implementation, entry.symbol), entry.label,
+        entry.state && state.d_state === null ? make("small", { textContent: `N = ${entry.state}` }) : null);
+      button.setAttribute("aria-pressed", String(!state.hidden.has(entry.label)));
+      button.addEventListener("click", () => {
+        state.hidden.has(entry.label) ? state.hidden.delete(entry.label) : state.hidden.add(entry.label);
+        button.setAttribute("aria-pressed", String(!state.hidden.has(entry.label)));
+        writeAddress();
+        cards.forEach(draw);
+      });
+      return button;
+    });
+    $("legend").replaceChildren(...buttons);
+  };
+
+  const choice = (title, options, chosen, change) => {
+    const select = make("select", {}, ...options.map(([text, label]) => make("option", { value: text, textContent: label, selected: text === chosen })));
+    select.addEventListener("change", () => change(select.value));
+    return make("label", { className: "field" }, make("span", { textContent: title }), select);
+  };
+  const pills = (name, title, options, chosen, change) => {
+    const labels = options.map((option) => {
+      const input = make("input", { type: "radio", name, value: option, checked: option === chosen });
+      input.addEventListener("change", () => change(option));
+      return make("label", {}, input, option);
+    });
+    return make("fieldset", {}, make("legend", { textContent: title }), make("div", { className: "pills" }, ...labels));
+  };
+  const showControls = () => {
+    const focused = document.activeElement?.name;
+    const parts = DIMENSIONS.map(([name, title]) => {
+      const options = [...new Set(slices.map((slice) => slice[name]))];
+      if (options.length < 2) return null;
+      const change = (option) => {
+        state.slice = nearest({ ...state.slice, [name]: option }, name);
+        state.d_state = null;
+        state.seqlen = null;
+        update();
+      };
+      const short = options.length <= 4 && options.join("").length < 40;
+      return short ? pills(name, title, options, state.slice[name], change)
+        : choice(title, options.map((o) => [o, o]), state.slice[name], change);
+    });
+    const states = state.slice.over_length;
+    if (states.length > 1) {
+      const options = states.map((entry) => [String(entry.d_state ?? ""), entry.d_state === null ? "each one's usual" : `${entry.d_state}`]);
+      parts.push(choice("State size N (charts over L)", options, String(state.d_state ?? ""), (text) => {
+        state.d_state = text ? Number(text) : null;
+        update();
+      }));
+    }
+    $("controls").replaceChildren(...parts.filter(Boolean));
+    $("controls").hidden = !$("controls").childElementCount;
+    if (focused) $("controls").querySelector(`input[name="${CSS.escape(focused)}"]:checked`)?.focus();
+  };
+
+  const UNITS = { time: "median per pass", throughput: "batch × length / time", memory: "inputs and outputs included" };
+  const update = () => {
+    writeAddress();
+    showControls();
+    showLegend();
+    document.querySelectorAll("[data-slice]").forEach((part) => { part.hidden = part.dataset.slice !== state.slice.key; });
+    const lengths = state.slice.over_length.find((entry) => entry.d_state === state.d_state) || state.slice.over_length[0];
+    for (const [name, title] of data.charts) {
+      const card = cards.get(name);
+      card.spec = lengths.charts[name];
+      card.figure.hidden = !card.spec.data.some((trace) => !trace.meta.failure);
+      card.note.textContent = `against sequence length, ${UNITS[name]}`;
+      describe(card, `${title} against sequence length`);
+      draw(card);
+    }
+    const states = state.slice.over_state, card = cards.get("state");
+    card.figure.hidden = !states.length;
+    if (states.length) {
+      const chosen = states.find((entry) => entry.seqlen === state.seqlen) || states[0];
+      card.spec = chosen.figure;
+      card.note.textContent = `against state size at L = ${count(chosen.seqlen)}`;
+      describe(card, `Time against state size at length ${count(chosen.seqlen)}`);
+      card.caption.querySelector(".field")?.remove();
+      if (states.length > 1) {
+        card.caption.append(choice("at L = ", states.map((entry) => [String(entry.seqlen), count(entry.seqlen)]), String(chosen.seqlen), (text) => {
+          state.seqlen = Number(text);
+          update();
+        }));
+      }
+      draw(card);
+    }
+    showCases();
+  };
+  const describe = (card, text) => {
+    card.plot.setAttribute("role", "img");
+    card.plot.setAttribute("aria-label", `${text}, ${state.slice.device}, ${state.slice.title}. The numbers are in the tables below.`);
+  };
+
+  // The table of all cases.
+  const withInterval = (row) => make("span", {}, seconds(value("time_s", row)), interval(row) ? make("small", { textContent: interval(row) }) : null);
+  const FIELDS = [
+    { key: "device", title: "Device", all: true, text: true }, { key: "label", title: "Implementation", text: true }, { key: "variant", title: "Variant", text: true },
+    { key: "level", title: "Level", all: true, text: true }, { key: "pass", title: "Pass", all: true, text: true }, { key: "dtype", title: "Type", text: true },
+    { key: "batch", title: "B", all: true, show: count }, { key: "d_inner", title: "Width", all: true, show: count },
+    { key: "seqlen", title: "L", show: count }, { key: "d_state", title: "N", show: count }, { key: "outcome", title: "Outcome", text: true },
+    { key: "time_s", title: "Time", cell: withInterval }, { key: "tokens_per_s", title: "Tokens/s", show: (v) => si(v, "") },
+    { key: "peak_memory_bytes", title: "Peak memory", show: memory },
+    { key: "model_flop", title: "FLOP (modelled)", show: (v) => si(v, "") }, { key: "model_flop_per_s", title: "FLOP/s (modelled)", show: (v) => si(v, "") },
+    { key: "compulsory_bytes", title: "Bytes (modelled)", show: (v) => si(v, "B") }, { key: "modelled_bytes_per_s", title: "Bytes/s (modelled)", show: (v) => si(v, "B/s") },
+    { key: "case_id", title: "Case", text: true },
+  ];
+  const PAGE = 100;
+  const table = { sort: null, down: false, limit: PAGE };
+  const chosenRows = () => {
+    const words = $("search").value.toLowerCase().split(/\s+/).filter(Boolean), outcome = $("outcome").value;
+    const source = $("scope").checked ? state.slice.rows : [...Array(total).keys()];
+    const kept = source.filter((row) => {
+      if (outcome && value("outcome", row) !== outcome) return false;
+      const text = ["device", "label", "variant", "family", "level", "pass", "dtype", "seqlen", "d_state", "outcome", "case_id", "reason"].map((name) => value(name, row)).join(" ").toLowerCase();
+      return words.every((word) => text.includes(word));
+    });
+    if (!table.sort) return kept;
+    const sign = table.down ? -1 : 1, key = table.sort;
+    return kept.sort((a, b) => {
+      const x = value(key, a), y = value(key, b);
+      if (x === null || y === null) return (x === null) - (y === null);
+      return sign * (typeof x === "number" ? x - y : String(x).localeCompare(String(y)));
+    });
+  };
+  const showCases = () => {
+    const narrow = $("scope").checked, shown = FIELDS.filter((field) => !(narrow && field.all));
+    const rows = chosenRows();
+    const heads = shown.map((field) => {
+      const button = make("button", { type: "button", textContent: field.title });
+      button.addEventListener("click", () => {
+        table.down = table.sort === field.key && !table.down;
+        table.sort = field.key;
+        showCases();
+        [...$("case-table").querySelectorAll("thead button")].find((b) => b.textContent === field.title).focus();
+      });
+      const head = make("th", { scope: "col", className: field.text ? "text" : "" }, button);
+      head.setAttribute("aria-sort", table.sort === field.key ? (table.down ? "descending" : "ascending") : "none");
+      return head;
+    });
+    const body = rows.slice(0, table.limit).map((row) => make("tr", {}, ...shown.map((field) => {
+      const cell = make("td", { className: field.text ? "text-cell text" : "" });
+      const found = value(field.key, row);
+      if (field.key === "case_id") {
+        const button = make("button", { type: "button", textContent: found, title: "Where this comes from" });
+        button.addEventListener("click", () => showDetail(row));
+        cell.append(button);
+      } else if (field.key === "outcome") {
+        cell.append(make("span", { className: `outcome ${found === "ok" ? "ok" : ""}`, textContent: found, title: value("reason", row) || "" }));
+      } else cell.append(field.cell ? field.cell(row) : field.show ? field.show(found) : found ?? MISSING);
+      return cell;
+    })));
+    $("case-table").tHead.replaceChildren(make("tr", {}, ...heads));
+    $("case-table").tBodies[0].replaceChildren(...body);
+    $("case-count").textContent = `${count(rows.length)} of ${count(total)} cases`;
+    $("more").hidden = rows.length <= table.limit;
+  };
+  for (const id of ["search", "outcome", "scope"]) $(id).addEventListener("input", () => { table.limit = PAGE; showCases(); });
+  $("more").addEventListener("click", () => { table.limit += 5 * PAGE; showCases(); });
+  $("outcome").append(...["", ...new Set(columns.outcome)].map((name) => make("option", { value: name, textContent: name || "all" })));
+
+  // Where a number comes from.
+  const spread = (row) => {
+    const q = value("quantiles_s", row);
+    if (!q) return null;
+    const text = `min ${seconds(q[0])}, 5 % ${seconds(q[1])}, 25 % ${seconds(q[2])}, median ${seconds(q[3])}, 75 % ${seconds(q[4])}, 95 % ${seconds(q[5])}, max ${seconds(q[6])}`;
+    return text;
+  };
+  const showDetail = (row) => {
+    const run = data.runs[value("run_id", row)] || {};
+    const entries = [
+      ["Outcome", value("reason", row) ? `${value("outcome", row)}: ${value("reason", row)}` : value("outcome", row)],
+      ["Case", `${value("family", row)}, ${value("level", row)}, ${value("pass", row)}, ${value("dtype", row)}, batch ${value("batch", row)}, L ${count(value("seqlen", row))}, d_inner ${count(value("d_inner", row))}`
+        + ["d_model", "d_state", "headdim", "ngroups"].filter((name) => value(name, row) !== null).map((name) => `, ${name} ${value(name, row)}`).join("")],
+      ["Variant", value("variant", row)],
+      ["Time", value("time_s", row) === null ? value("missing", row).time_s : `${seconds(value("time_s", row))}${interval(row) ? `, ${(100 * value("coverage", row)).toFixed(1)} % interval ${interval(row)} (over ${value("interval_over", row)})` : ""}`],
+      ["Samples", value("samples", row) ? `${count(value("samples", row))} in ${value("rounds", row)} round${value("rounds", row) > 1 ? "s" : ""}, by ${value("method", row) || "an unnamed method"}` : null],
+      ["Spread", spread(row)],
+      ["Call time", value("call_time_s", row) === null ? null : seconds(value("call_time_s", row))],
+      ["First call", value("first_call_s", row) === null ? null : seconds(value("first_call_s", row))],
+      ["Throughput", value("tokens_per_s", row) === null ? null : si(value("tokens_per_s", row), "tok/s")],
+      ["Peak memory", value("peak_memory_bytes", row) === null ? value("missing", row).peak_memory_bytes : `${memory(value("peak_memory_bytes", row))}, of it beyond what was there before ${memory(value("extra_memory_bytes", row))}`],
+      ["Modelled", value("model_flop", row) === null ? null : `${si(value("model_flop", row), "FLOP")}, ${si(value("compulsory_bytes", row), "B")} compulsory; ${si(value("model_flop_per_s", row), "FLOP/s")}, ${si(value("modelled_bytes_per_s", row), "B/s")}`],
+      ["Weights", value("weight_count", row) === null ? null : count(value("weight_count", row))],
+      ["Beware", value("flags", row).join("; ") || null],
+      ["Device", value("device", row)],
+      ["Run", `${value("run_id", row)}, ${run.suite || ""}, code ${run.commit || "unknown"}, measured ${value("measured_at", row) || "never"}`],
+      ...Object.entries(value("telemetry", row)),
+    ].filter(([, text]) => text !== null && text !== undefined && text !== "");
+    $("detail-title").textContent = `${value("label", row)}, L = ${count(value("seqlen", row))}`;
+    const list = make("dl", {}, ...entries.flatMap(([name, text]) => [make("dt", { textContent: name }), make("dd", { textContent: text })]),
+      make("dt", { textContent: "Show and repeat" }), make("dd", {}, make("code", { textContent: `run_bench.py show ${value("case_id", row)}` })));
+    $("detail-body").replaceChildren(list);
+    $("detail").showModal();
+  };
+  $("detail").addEventListener("click", (event) => { if (event.target === $("detail")) $("detail").close(); });
+
+  // Downloads of everything that is embedded.
+  const save = (name, type, text) => {
+    const link = make("a", { href: URL.createObjectURL(new Blob([text], { type })), download: name });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  };
+  const quoted = (cell) => {
+    if (cell === null || cell === undefined) return "";
+    // A text that a spreadsheet would take for a formula is kept a text.
+    const text = typeof cell === "object" ? JSON.stringify(cell) : typeof cell === "string" && /^[=+@\t\r-]/.test(cell) ? `'${cell}` : String(cell);
+    return /[",\n\r]/.test(text) ? `"${text.replace(/"/g, '""')}"` : text;
+  };
+  $("csv").addEventListener("click", () => {
+    const names = Object.keys(columns);
+    const lines = [...Array(total).keys()].map((row) => names.map((name) => quoted(columns[name][row])).join(","));
+    save("mambench.csv", "text/csv", [names.join(","), ...lines].join("\n") + "\n");
+  });
+  $("json").addEventListener("click", () => {
+    const rows = [...Array(total).keys()].map((row) => Object.fromEntries(Object.keys(columns).map((name) => [name, columns[name][row]])));
+    save("mambench.json", "application/json", JSON.stringify(rows, null, 1));
+  });
+
+  // Scheme, links, printing.
+  const THEMES = { "": "Auto", light: "Light", dark: "Dark" };
+  const repaint = () => { showLegend(); cards.forEach(draw); };
+  $("theme").addEventListener("click", () => {
+    const names = Object.keys(THEMES), next = names[(names.indexOf(document.documentElement.dataset.theme || "") + 1) % 3];
+    if (next) document.documentElement.dataset.theme = next; else delete document.documentElement.dataset.theme;
+    $("theme").textContent = THEMES[next];
+    $("theme").setAttribute("aria-label", `Colour scheme: ${next || "automatic"}`);
+    repaint();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
+  matchMedia("print").addEventListener("change", () => { cards.forEach((card) => { card.seen = true; }); repaint(); });
+  document.querySelectorAll("nav a, .skip").forEach((link) => link.addEventListener("click", (event) => {
+    event.preventDefault();
+    const target = $(link.hash.slice(1));
+    target.scrollIntoView();
+    target.tabIndex = -1;
+    target.focus({ preventScroll: true });
+  }));
+  document.querySelectorAll("[data-pick]").forEach((link) => link.addEventListener("click", (event) => {
+    event.preventDefault();
+    state.slice = slices.find((slice) => slice.key === link.dataset.pick);
+    state.d_state = state.seqlen = null;
+    update();
+    $("answer").scrollIntoView();
+  }));
+  addEventListener("hashchange", () => { if (location.hash.includes("=")) { readAddress(); update(); } });
+
+  document.querySelectorAll(".needs-script").forEach((part) => { part.hidden = false; });
+  data.charts.forEach(([name, title], i) => addCard(name, title, i === 0));
+  addCard("state", "Time", false);
+  readAddress();
+  update();
+  const library = document.createElement("script");
+  library.textContent = await unpack("plotly");
+  document.head.append(library);
+  ready = true;
+  cards.forEach(draw);
+  document.documentElement.dataset.ready = "true";
+})();

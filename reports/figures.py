@@ -1,0 +1,286 @@
+"""Charts as Plotly's dictionaries, whose numbers are references to rows.
+
+A trace holds `rows` (indices) and names the columns of its axes, so that the page embeds every number
+once. `resolve` turns a figure into one that Plotly takes; `assets/report.js` does the same.
+Colours are left to the page, which knows the scheme; marker and dash are here.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mambench.harness.spec import Outcome
+from mambench.reports import units
+from mambench.reports.rows import Report, Row, Series, Slice
+from mambench.reports.style import Style, marker, styles
+
+Figure = dict[str, Any]
+STRIP = 0.055  # share of a chart's height that each line of outcomes takes
+_HIDDEN_IN_STRIP = {Outcome.OK, Outcome.UNAVAILABLE}  # the second only in the table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """What is drawn against what."""
+
+    name: str
+    title: str
+    metric: str
+    axis: str
+    format: Callable[[float | None], str]
+    binary: bool = False
+    interval: tuple[str, str] | None = None
+
+
+def _tokens(value: float | None) -> str:
+    return units.si(value, "tok/s")
+
+
+CHARTS = (
+    Chart(
+        name="time",
+        title="Time",
+        metric="time_s",
+        axis="time per pass",
+        format=units.seconds,
+        interval=("time_low_s", "time_high_s"),
+    ),
+    Chart(
+        name="throughput",
+        title="Throughput",
+        metric="tokens_per_s",
+        axis="tokens per second",
+        format=_tokens,
+    ),
+    Chart(
+        name="memory",
+        title="Peak memory",
+        metric="peak_memory_bytes",
+        axis="peak memory",
+        format=units.memory,
+        binary=True,
+    ),
+)
+SEQLEN_AXIS = "sequence length (tokens, 1K = 1,024)"
+STATE_AXIS = "state size (d_state)"
+
+
+def over_length(report: Report, part: Slice, chart: Chart, d_state: int | None = None) -> Figure:
+    """Return a chart over seqlen at one d_state, or at each series' usual one."""
+    looks = styles(report.implementations)
+    curves = [(series, _rows_over_length(series, d_state)) for series in part.series]
+    traces = [_line(series, rows, chart, part, looks) for series, rows in curves]
+    traces = [trace for trace in traces if trace["rows"]]
+    failures = _failures(curves, part, looks)
+    shown = [row for _, rows in curves for row in rows if _shown(row, chart)]
+    failed = [row for _, rows in curves for row in rows if row.outcome not in _HIDDEN_IN_STRIP]
+    lengths = sorted({row.seqlen for row in (*shown, *failed)})
+    return {
+        "data": traces + failures,
+        "layout": _layout(
+            _log_axis(SEQLEN_AXIS, lengths, powers_of_two(lengths), units.length),
+            _value_axis(chart, shown),
+            strips=len(failures),
+        ),
+    }
+
+
+def over_state(report: Report, part: Slice, seqlen: int) -> Figure:
+    """Return time over d_state at one length; attention, which has none, as a level line."""
+    looks, chart = styles(report.implementations), CHARTS[0]
+    curves = [(series, series.at_length(seqlen)) for series in part.series]
+    states = sorted({row.d_state for _, rows in curves for row in rows if row.d_state})
+    traces: list[Figure] = []
+    for series, rows in curves:
+        trace = _line(series, rows, chart, part, looks)
+        trace["x"] = {"column": "d_state"}
+        if series.is_attention and trace["rows"] and states:
+            trace |= {"x": [states[0], states[-1]], "rows": trace["rows"][:1] * 2, "mode": "lines"}
+            trace["meta"]["reference"] = True
+        traces += [trace] if trace["rows"] else []
+    mambas = [(series, rows) for series, rows in curves if not series.is_attention]
+    failures = _failures(mambas, part, looks, x="d_state")
+    shown = [row for _, rows in curves for row in rows if _shown(row, chart)]
+    return {
+        "data": traces + failures,
+        "layout": _layout(
+            _log_axis(STATE_AXIS, states, powers_of_two(states), str),
+            _value_axis(chart, shown),
+            strips=len(failures),
+        ),
+    }
+
+
+def resolve(figure: Figure, rows: Sequence[Row]) -> Figure:
+    """Return the figure with every reference replaced by the rows' values, as Plotly takes it."""
+    return {
+        "data": [_resolve_trace(trace, rows) for trace in figure["data"]],
+        "layout": figure["layout"],
+    }
+
+
+def powers_of_two(values: Sequence[int], most: int = 9) -> list[int]:
+    """Return at most `most` powers of two that span the values, evenly apart."""
+    if not values:
+        return []
+    first = math.floor(math.log2(values[0]))
+    last = math.ceil(math.log2(values[-1]))
+    step = math.ceil((last - first + 1) / most)
+    return [2**k for k in range(first, last + 1, step)]
+
+
+def decades(low: float, high: float) -> list[float]:
+    """Return round numbers on a logarithmic axis: 1-2-5 over short ranges, else powers of ten."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    if last - first <= 2:
+        ticks = [m * 10.0**k for k in range(first, last + 1) for m in (1, 2, 5)]
+        return [tick for tick in ticks if low / 1.3 <= tick <= high * 1.3]
+    step = math.ceil((last - first + 1) / 7)
+    return [10.0**k for k in range(first, last + 1, step)]
+
+
+def _rows_over_length(series: Series, d_state: int | None) -> tuple[Row, ...]:
+    return series.at_state(series.usual_state if d_state is None else d_state)
+
+
+def _shown(row: Row, chart: Chart) -> bool:
+    return row.outcome is Outcome.OK and (getattr(row, chart.metric) or 0) > 0
+
+
+def _line(
+    series: Series, rows: Sequence[Row], chart: Chart, part: Slice, looks: Mapping[str, Style]
+) -> Figure:
+    look = looks[series.key.implementation]
+    trace: Figure = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": series.label,
+        "rows": [row.index for row in rows if _shown(row, chart)],
+        "x": {"column": "seqlen"},
+        "y": {"column": chart.metric},
+        "line": {"dash": look.dash, "width": 2},
+        "marker": {"symbol": _symbol(series, part, look), "size": 8},
+        "meta": {"implementation": series.key.implementation, "series": series.label},
+    }
+    if chart.interval:
+        trace["interval"] = list(chart.interval)
+    return trace
+
+
+def _failures(
+    curves: Sequence[tuple[Series, Sequence[Row]]],
+    part: Slice,
+    looks: Mapping[str, Style],
+    x: str = "seqlen",
+) -> list[Figure]:
+    """One line of crosses above the chart for each series that did not end `ok` everywhere."""
+    traces: list[Figure] = []
+    for series, rows in curves:
+        failed = [row for row in rows if row.outcome not in _HIDDEN_IN_STRIP]
+        if not failed:
+            continue
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers+text",
+                "name": f"{series.label}, not ok",
+                "rows": [row.index for row in failed],
+                "x": {"column": x},
+                "y": [len(traces)] * len(failed),
+                "yaxis": "y2",
+                "text": [row.outcome.value for row in failed],
+                "textposition": "middle right",
+                "marker": {"symbol": "x-thin", "size": 7, "line": {"width": 2}},
+                "cliponaxis": False,
+                "meta": {
+                    "implementation": series.key.implementation,
+                    "series": series.label,
+                    "failure": True,
+                },
+            }
+        )
+    return traces
+
+
+def series_symbol(part: Slice, series: Series, looks: Mapping[str, Style]) -> str:
+    """Return the marker of a series, for legends."""
+    return _symbol(series, part, looks[series.key.implementation])
+
+
+def _symbol(series: Series, part: Slice, look: Style) -> str:
+    own = [s.key for s in part.series if s.key.implementation == series.key.implementation]
+    families = sorted({key.family for key in own})
+    variants = sorted({key[1:2] + key[3:] for key in own if key.family == series.key.family}, key=str)
+    return marker(
+        look,
+        family_rank=families.index(series.key.family),
+        variant_rank=variants.index(series.key[1:2] + series.key[3:]),
+    )
+
+
+def _layout(x: Figure, y: Figure, *, strips: int) -> Figure:
+    top = 1 - STRIP * strips
+    layout: Figure = {"xaxis": x, "yaxis": y | {"domain": [0, max(top - 0.02 * bool(strips), 0.4)]}}
+    if strips:
+        layout["yaxis2"] = {
+            "domain": [max(top, 0.42), 1],
+            "range": [strips - 0.5, -0.5],
+            "visible": False,
+            "fixedrange": True,
+        }
+    return layout
+
+
+def _value_axis(chart: Chart, rows: Sequence[Row]) -> Figure:
+    values = sorted(float(getattr(row, chart.metric)) for row in rows)
+    if not values:
+        return {"type": "log", "title": {"text": chart.axis}}
+    if chart.binary:
+        ticks = [float(tick) for tick in powers_of_two([max(1, int(v)) for v in values], most=7)]
+    else:
+        ticks = decades(values[0], values[-1])
+    return _log_axis(chart.axis, values, ticks, chart.format)
+
+
+def _log_axis(
+    title: str,
+    values: Sequence[float],
+    ticks: Sequence[float],
+    text: Callable[[Any], str],
+) -> Figure:
+    """A logarithmic axis with its range and tick labels spelt out; Plotly's range is in log10."""
+    axis: Figure = {"type": "log", "title": {"text": title}}
+    if not values:
+        return axis
+    low, high = math.log10(values[0]), math.log10(values[-1])
+    pad = max(0.04 * (high - low), 0.08)
+    return axis | {
+        "range": [low - pad, high + pad],
+        "tickmode": "array",
+        "tickvals": list(ticks),
+        "ticktext": [text(tick) for tick in ticks],
+    }
+
+
+def _resolve_trace(trace: Figure, rows: Sequence[Row]) -> Figure:
+    chosen = [rows[index] for index in trace["rows"]]
+    resolved = {key: value for key, value in trace.items() if key not in ("rows", "interval")}
+    for axis in ("x", "y"):
+        if isinstance(trace[axis], dict):
+            resolved[axis] = [getattr(row, trace[axis]["column"]) for row in chosen]
+    resolved["customdata"] = list(trace["rows"])
+    if "interval" in trace:
+        low, high = trace["interval"]
+        resolved["error_y"] = {
+            "type": "data",
+            "symmetric": False,
+            "array": [_less(getattr(row, high), row.time_s) for row in chosen],
+            "arrayminus": [_less(row.time_s, getattr(row, low)) for row in chosen],
+        }
+    return resolved
+
+
+def _less(upper: float | None, lower: float | None) -> float:
+    """Length of an error bar; a missing interval draws none."""
+    return 0.0 if upper is None or lower is None else max(0.0, upper - lower)

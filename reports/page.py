@@ -1,0 +1,208 @@
+"""Render one self-contained HTML file: static answers and tables, and charts drawn from embedded data.
+
+All data travels as gzip in base64, which cannot end a script element whatever a record contains;
+what stands in the markup itself is escaped by Jinja2. A content security policy with the hashes of
+the page's own scripts keeps anything else from running or being fetched.
+"""
+
+import base64
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from mambench.harness import analysis
+from mambench.harness.analysis import flatten
+from mambench.harness.spec import METRICS
+from mambench.reports import figures, rows, summary, units
+from mambench.reports.rows import Report, Row, Slice
+from mambench.reports.style import Style, styles
+
+HERE = Path(__file__).resolve().parent
+PLOTLY = "plotly-cartesian-4.1.1.min.js.gz"
+SIGNIFICANT = 7  # digits of embedded numbers: finer than any measurement, and half the size
+
+
+def build(run_folders: Sequence[Path], output: Path) -> Path:
+    """Write the report of one or several runs and return its path.
+
+    Raises RunFolderError where a folder is not a sound run; a half-written file is never left.
+    """
+    html = render(rows.make(analysis.load(run_folders)))
+    write_atomically(output, html)
+    return output
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def render(report: Report) -> str:
+    """Return the page."""
+    script = (HERE / "assets" / "report.js").read_text(encoding="utf-8")
+    looks = styles(report.implementations)
+    summaries = summary.summarise(report)
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            summaries=summaries,
+            failures=summary.failures(report),
+            environment=rows.environment(report.analysis.runs),
+            metrics=METRICS,
+            looks=looks,
+            css=_minified((HERE / "assets" / "report.css").read_text(encoding="utf-8")),
+            script=script,
+            policy=_policy(script),
+            payload=_packed(json.dumps(payload(report), separators=(",", ":")).encode()),
+            plotly=base64.b64encode((HERE / "assets" / PLOTLY).read_bytes()).decode(),
+        )
+    )
+
+
+def payload(report: Report) -> dict[str, Any]:
+    """Return everything the page's script needs, as plain JSON values."""
+    looks = styles(report.implementations)
+    return {
+        "columns": columns(report.rows),
+        "slices": [_slice(report, part, looks) for part in report.slices],
+        "looks": {name: [look.light, look.dark, look.dash] for name, look in looks.items()},
+        "runs": {
+            run.run_id: {"suite": run.suite, "started": run.created_at, "commit": run.code_version}
+            for run in report.analysis.runs
+        },
+        "charts": [[chart.name, chart.title, chart.metric] for chart in figures.CHARTS],
+    }
+
+
+def columns(found: Sequence[Row]) -> dict[str, list[Any]]:
+    """Return the rows column by column: SI numbers to seven digits, texts, and None for missing."""
+    names = [row.label for row in found]
+    table: dict[str, list[Any]] = {"label": names, "commit": [row.commit for row in found]}
+    records = [analysis.record(row.result, {row.slice.source: row.device}) for row in found]
+    for key in records[0] if records else ():
+        table[key] = [_number(record[key]) for record in records]
+    table["coverage"] = table.pop("interval_coverage", [])
+    table["quantiles_s"] = [
+        None if (q := row.result.quantiles_s) is None else [_number(value) for value in q]
+        for row in found
+    ]
+    table["missing"] = [dict(row.result.missing) if row.ok else {} for row in found]
+    table["flags"] = [list(row.result.flags) for row in found]
+    table["telemetry"] = [_telemetry(row) for row in found]
+    return table
+
+
+def _slice(report: Report, part: Slice, looks: Mapping[str, Style]) -> dict[str, Any]:
+    lengths, states = part.state_lengths, part.states
+    # With one d_state per family there is nothing to choose.
+    usual = {series.usual_state for series in part.series if not series.is_attention}
+    choices: list[int | None] = [None, *(states if len(set(states) - usual) else ())]
+    return {
+        "key": part.key.text,
+        "device": part.device,
+        "title": part.title,
+        "level": part.key.level,
+        "pass": part.key.pass_,
+        "dtype": part.key.dtype,
+        "size": part.size_label,
+        "rows": [row.index for row in part.rows],
+        "legend": [
+            {
+                "label": series.label,
+                "implementation": series.key.implementation,
+                "symbol": figures.series_symbol(part, series, looks),
+                "state": series.usual_state,
+            }
+            for series in part.series
+        ],
+        "over_length": [
+            {
+                "d_state": state,
+                "charts": {
+                    c.name: figures.over_length(report, part, c, state) for c in figures.CHARTS
+                },
+            }
+            for state in choices
+        ],
+        "over_state": [
+            {"seqlen": length, "figure": figures.over_state(report, part, length)}
+            for length in reversed(lengths)
+        ],
+    }
+
+
+def _telemetry(row: Row) -> dict[str, str]:
+    found = flatten(row.result.telemetry)
+    gate = row.result.details.get("gate")
+    return found | (flatten(gate, "gate.") if isinstance(gate, Mapping) else {})
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{SIGNIFICANT}g}") if math.isfinite(value) else None
+    return value
+
+
+def _packed(data: bytes) -> str:
+    """Return gzip in base64; without a time stamp, so that equal runs give equal files."""
+    return base64.b64encode(gzip.compress(data, 9, mtime=0)).decode()
+
+
+def _policy(script: str) -> str:
+    hashes = [script, _plotly_source()]
+    sources = " ".join(f"'sha256-{_sha256(text)}'" for text in hashes)
+    return (
+        f"default-src 'none'; script-src {sources}; style-src 'unsafe-inline'; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+@cache
+def _plotly_source() -> str:
+    return gzip.decompress((HERE / "assets" / PLOTLY).read_bytes()).decode()
+
+
+def _minified(css: str) -> str:
+    return re.sub(r"\s*\n\s*", "\n", re.sub(r"/\*.*?\*/", "", css, flags=re.DOTALL)).strip()
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {
+        "seconds": units.seconds,
+        "memory": units.memory,
+        "count": units.count,
+        "ratio": units.ratio,
+        "si": units.si,
+        "exponent": summary.exponent_text,
+        "crossing": summary.crossing_text,
+    }
+    return environment

@@ -1,0 +1,301 @@
+"""What the rows say, in words and small tables: who is fastest where, and where curves cross.
+
+Every sentence is computed; nothing here knows which implementation ought to win.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from mambench.harness import curves
+from mambench.harness.curves import Crossover, CrossoverKind, Exponent, Speedup
+from mambench.harness.spec import Level, Outcome
+from mambench.reports import units
+from mambench.reports.rows import Report, Row, Series, Slice
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthSummary:
+    """One length of a slice: each series' row (None: not asked), and the fastest."""
+
+    seqlen: int
+    cells: tuple[Row | None, ...]  # in the order of the slice's series
+    fastest: Row | None
+    tied: tuple[Row, ...] = ()  # others whose interval overlaps the fastest's
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesSummary:
+    """One curve over length: how it scales, and how it compares to attention."""
+
+    series: Series
+    d_state: int | None
+    exponent: Exponent
+    crossover: Crossover | None  # over attention; None for attention itself or without one
+    speedup: Speedup | None  # over attention at `speedup_at`
+    speedup_at: int | None
+    memory_ratio: float | None  # attention's peak memory over this one's, at `speedup_at`
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceSummary:
+    """Everything a person wants to know about a slice without looking at its charts."""
+
+    part: Slice
+    lengths: tuple[LengthSummary, ...]
+    series: tuple[SeriesSummary, ...]
+    reference: Series | None  # the attention that the others are held against
+    headline: str  # who is fastest where
+    crossing: str  # where the best SSM overtakes attention, or that none does
+    weights: str | None  # block level: what stands against what
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Cases of one series that ended alike."""
+
+    part: Slice
+    label: str
+    outcome: Outcome
+    reason: str
+    seqlens: tuple[int, ...]
+    case_ids: tuple[str, ...]
+
+
+def summarise(report: Report) -> tuple[SliceSummary, ...]:
+    """Return a summary of every slice."""
+    return tuple(summarise_slice(part) for part in report.slices)
+
+
+def summarise_slice(part: Slice) -> SliceSummary:
+    """Return what one slice says."""
+    lengths = _by_length(part)
+    reference = _reference(part)
+    series = tuple(_series(s, reference) for s in part.series)
+    return SliceSummary(
+        part=part,
+        lengths=lengths,
+        series=series,
+        reference=reference,
+        headline=_headline(lengths),
+        crossing=_crossing(series, reference),
+        weights=_weights(part),
+    )
+
+
+def failures(report: Report) -> tuple[Failure, ...]:
+    """Return all cases that did not end `ok`, those of one series, outcome and reason together."""
+    found: list[Failure] = []
+    for part in report.slices:
+        bad = [row for row in part.rows if row.outcome is not Outcome.OK]
+        for (label, outcome, reason), rows in groupby(
+            sorted(bad, key=_failure_key), key=_failure_key
+        ):
+            members = list(rows)
+            found.append(
+                Failure(
+                    part=part,
+                    label=label,
+                    outcome=Outcome(outcome),
+                    reason=reason,
+                    seqlens=tuple(sorted({row.seqlen for row in members})),
+                    case_ids=tuple(row.case_id for row in members),
+                )
+            )
+    return tuple(found)
+
+
+def crossing_text(found: Crossover | None) -> str:
+    """Return a crossover for a table's cell."""
+    if found is None:
+        return units.MISSING
+    if found.kind is CrossoverKind.AT and found.seqlen:
+        return f"L ≈ {units.about(found.seqlen)}{_interval_text(found)}"
+    span = "" if found.range is None else f" ({_span(*found.range)})"
+    return {
+        CrossoverKind.CHALLENGER_FASTER: f"faster throughout{span}",
+        CrossoverKind.INCUMBENT_FASTER: f"none in range{span}",
+        CrossoverKind.NO_OVERLAP: "too few lengths in common",
+        CrossoverKind.SEVERAL: "crosses at "
+        + ", ".join(units.about(length) for length in found.crossings),
+    }[found.kind]
+
+
+def exponent_text(found: Exponent) -> str:
+    """Return a fitted exponent for a table's cell, such as `1.02 ± 0.03`."""
+    if found.value is None or found.low is None:
+        return units.MISSING
+    return f"{found.value:.2f} ± {found.value - found.low:.2f}"
+
+
+def _by_length(part: Slice) -> tuple[LengthSummary, ...]:
+    columns = [{row.seqlen: row for row in s.at_state(s.usual_state)} for s in part.series]
+    found: list[LengthSummary] = []
+    for seqlen in sorted({seqlen for column in columns for seqlen in column}):
+        cells = tuple(column.get(seqlen) for column in columns)
+        measured = [row for row in cells if row is not None and row.ok]
+        fastest = min(measured, key=lambda row: row.time_s or 0, default=None)
+        tied = tuple(row for row in measured if fastest is not None and _tied(row, fastest))
+        found.append(LengthSummary(seqlen=seqlen, cells=cells, fastest=fastest, tied=tied))
+    return tuple(found)
+
+
+def _tied(row: Row, fastest: Row) -> bool:
+    if row is fastest or row.time_low_s is None or fastest.time_high_s is None:
+        return False
+    return row.time_low_s <= fastest.time_high_s
+
+
+def _reference(part: Slice) -> Series | None:
+    """The attention series that reaches furthest, of several the fastest there."""
+    candidates: list[tuple[int, float, Series]] = []
+    for series in part.series:
+        measured = [row for row in series.rows if row.ok]
+        if series.is_attention and measured:
+            last = max(measured, key=lambda row: row.seqlen)
+            candidates.append((last.seqlen, -(last.time_s or 0), series))
+    return max(candidates, key=lambda c: c[:2])[2] if candidates else None
+
+
+def _series(series: Series, reference: Series | None) -> SeriesSummary:
+    state = series.usual_state
+    rows = series.at_state(state)
+    points = curves.curve([row.result for row in rows])
+    found = ratio = memory = at = None
+    if reference is not None and not series.is_attention:
+        theirs = {row.seqlen: row for row in reference.at_state(None) if row.ok}
+        found = curves.crossover(points, curves.curve([r.result for r in theirs.values()]))
+        common = [row for row in rows if row.ok and row.seqlen in theirs]
+        if common:
+            at = common[-1].seqlen
+            ratio = curves.speedup(common[-1].result, theirs[at].result)
+            memory = _memory_ratio(theirs[at], common[-1])
+    return SeriesSummary(
+        series=series,
+        d_state=state,
+        exponent=curves.exponent(points),
+        crossover=found,
+        speedup=ratio,
+        speedup_at=at,
+        memory_ratio=memory,
+    )
+
+
+def _memory_ratio(theirs: Row, ours: Row) -> float | None:
+    if not theirs.peak_memory_bytes or not ours.peak_memory_bytes:
+        return None
+    return theirs.peak_memory_bytes / ours.peak_memory_bytes
+
+
+def _headline(lengths: Sequence[LengthSummary]) -> str:
+    measured = [entry for entry in lengths if entry.fastest is not None]
+    if not measured:
+        return "No case of this selection was measured."
+    if sum(cell is not None for entry in lengths for cell in entry.cells) == len(lengths) and (
+        len({e.fastest.label for e in measured if e.fastest}) == 1
+    ):
+        only = measured[0].fastest
+        return f"Only {only.label if only else ''} was asked for."
+    stretches = [
+        (label, [entry.seqlen for entry in group])
+        for label, group in groupby(measured, key=lambda e: e.fastest.label if e.fastest else "")
+    ]
+    if len(stretches) == 1:
+        label, inside = stretches[0]
+        return f"{label} is the fastest at every measured length, {_span(inside[0], inside[-1])}."
+    parts = [f"{label} {_at(inside)}" for label, inside in stretches]
+    return f"Fastest: {'; '.join(parts)}."
+
+
+def _crossing(series: Sequence[SeriesSummary], reference: Series | None) -> str:
+    """One sentence on the SSM that is fastest at the longest length it shares with attention."""
+    rivals = [s for s in series if s.crossover is not None and s.speedup is not None]
+    if reference is None:
+        return "No attention was measured here, so there is nothing to overtake."
+    if not rivals:
+        return f"No state-space model was measured at a length of {reference.label}."
+    best = max(rivals, key=lambda s: (s.speedup_at or 0, s.speedup.ratio if s.speedup else 0))
+    name, other = _with_state(best), reference.label
+    found = best.crossover
+    if found is None:
+        return ""
+    if found.kind is CrossoverKind.AT and found.seqlen:
+        between = "" if found.bracket is None else f", measured at {_both(*found.bracket)}"
+        interval = _interval_text(found).strip().strip("()")
+        inside = "; ".join(part for part in (interval, between.strip(", ")) if part)
+        where = f"at L ≈ {units.about(found.seqlen)}" + (f" ({inside})" if inside else "")
+        return f"{name} overtakes {other} {where}.{_advantage(best)}"
+    span = "" if found.range is None else f" from {_span(*found.range, word='to')}"
+    return {
+        CrossoverKind.CHALLENGER_FASTER: f"{name} is faster than {other} throughout{span}, so "
+        f"there is no crossover in range.{_advantage(best)}",
+        CrossoverKind.INCUMBENT_FASTER: f"No state-space model overtakes {other}{span}: "
+        f"crossover none in range.{_advantage(best)}",
+        CrossoverKind.SEVERAL: f"{name} and {other} cross at "
+        + " and ".join(f"L ≈ {units.about(length)}" for length in found.crossings)
+        + f".{_advantage(best)}",
+        CrossoverKind.NO_OVERLAP: f"{name} and {other} share too few lengths for a crossover.",
+    }[found.kind]
+
+
+def _advantage(best: SeriesSummary) -> str:
+    if best.speedup is None or best.speedup_at is None:
+        return ""
+    ratio = best.speedup.ratio
+    word = "faster" if ratio >= 1 else "slower"
+    text = f" At L = {units.count(best.speedup_at)} it is {units.ratio(max(ratio, 1 / ratio))} {word}"
+    if best.speedup.low is not None and not best.speedup.significant:
+        text += " (not significant)"
+    if best.memory_ratio is not None:
+        share = best.memory_ratio
+        more = "less" if share >= 1 else "more"
+        text += f" and peaks at {units.ratio(max(share, 1 / share))} {more} memory"
+    return text + "."
+
+
+def _weights(part: Slice) -> str | None:
+    """Say what one pass of a block slice consists of, from the records' weight counts."""
+    if part.key.level != Level.BLOCK.value:
+        return None
+    said: dict[str, None] = {}
+    for series in part.series:
+        row = next((r for r in series.rows if r.result.weight_count), None)
+        if row is None or not row.result.weight_count:
+            continue
+        blocks = row.result.case.problem.nblocks or 1
+        what = "one transformer layer" if series.is_attention else f"{blocks} Mamba blocks"
+        said[f"{series.label}: {what}, {units.si(row.result.weight_count, '')} weights"] = None
+    return "; ".join(said) + "." if said else None
+
+
+def _with_state(summary: SeriesSummary) -> str:
+    if summary.d_state is None:
+        return summary.series.label
+    return f"{summary.series.label} (d_state {summary.d_state})"
+
+
+def _interval_text(found: Crossover) -> str:
+    if found.interval is None:
+        return ""
+    low, high = found.interval
+    if low == 0 or high == float("inf"):
+        return " (its interval leaves the measured range)"
+    return f" (95 % interval {units.about(low)} to {units.about(high)})"
+
+
+def _at(lengths: Sequence[int]) -> str:
+    if len(lengths) == 1:
+        return f"at L = {units.count(lengths[0])}"
+    return f"from L = {_span(lengths[0], lengths[-1], word='to')}"
+
+
+def _both(low: int, high: int) -> str:
+    return units.count(low) if low == high else f"{units.count(low)} and {units.count(high)}"
+
+
+def _span(low: int, high: int, word: str = "to") -> str:
+    return f"{units.count(low)} {word} {units.count(high)}"
+
+
+def _failure_key(row: Row) -> tuple[str, str, str]:
+    return row.label, row.outcome.value, row.reason or "no reason recorded"

@@ -1,0 +1,85 @@
+"""How quantities are written, the same everywhere: three significant digits and a unit.
+
+Times, rates and counts take decimal prefixes (ms, GB/s, TFLOP/s), as datasheets do. Amounts of
+memory take binary ones (MiB, GiB), as drivers and allocators do. `assets/report.js` has the same
+rules for what the browser formats; a test compares the two.
+"""
+
+import math
+
+MISSING = "–"
+_SI = {-12: "p", -9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T", 15: "P", 18: "E"}
+_BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def digits(value: float) -> str:
+    """Return a number with three significant digits, without exponent where that is readable."""
+    if value == 0:
+        return "0"
+    places = 2 - math.floor(math.log10(abs(value)))
+    rounded = round(value, places)
+    places = max(0, 2 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded:.{places}f}"
+
+
+def si(value: float | None, unit: str) -> str:
+    """Return a value with a decimal prefix, such as `1.25 ms`."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if value == 0:
+        return f"0 {unit}".strip()
+    exponent = _thousands(value)
+    # 999.9 rounds to 1000, which belongs to the next prefix.
+    if round(abs(value) / 10.0**exponent, 2 - _magnitude(value, exponent)) >= 1000:
+        exponent += 3
+    exponent = min(max(exponent, min(_SI)), max(_SI))
+    return f"{digits(value / 10.0**exponent)} {_SI[exponent]}{unit}".strip()
+
+
+def seconds(value: float | None) -> str:
+    """Return a time."""
+    return si(value, "s")
+
+
+def memory(value: float | None) -> str:
+    """Return an amount of memory with a binary prefix, such as `1.25 GiB`."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    power = 0
+    while abs(value) >= 1023.5 and power < len(_BINARY) - 1:
+        value /= 1024
+        power += 1
+    text = str(round(value)) if power == 0 else digits(value)
+    return f"{text} {_BINARY[power]}"
+
+
+def count(value: float | None) -> str:
+    """Return a whole number with thousands separated, such as `131,072`."""
+    return MISSING if value is None else f"{round(value):,}"
+
+
+def about(value: float) -> str:
+    """Return a length that was interpolated, with three significant digits: `1,850`."""
+    places = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{round(round(value, places)):,}"
+
+
+def ratio(value: float | None) -> str:
+    """Return a factor, such as `2.41×`."""
+    return MISSING if value is None else f"{digits(value)}×"
+
+
+def length(value: int) -> str:
+    """Return a sequence length for an axis: `512`, `1K` (1,024), `128K`, `1M` (1,048,576)."""
+    for factor, suffix in ((1024**2, "M"), (1024, "K")):
+        if value >= factor and value % factor == 0:
+            return f"{value // factor}{suffix}"
+    return f"{value:,}"
+
+
+def _thousands(value: float) -> int:
+    return 3 * math.floor(math.log10(abs(value)) / 3)
+
+
+def _magnitude(value: float, exponent: int) -> int:
+    return math.floor(math.log10(abs(value))) - exponent
