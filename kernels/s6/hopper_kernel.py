@@ -7,8 +7,8 @@
 after "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", section 3.3 and
 algorithm 2. Shapes as in `hopper_scan.scan_forward`. States, sums and exponentials are fp32.
 
-A warp owns CHANNELS channels and walks the sequence in tiles of 32 lanes x RUN (16) steps: every lane
-has RUN consecutive steps in registers. For each state it
+A warp owns CHANNELS channels and walks the sequence in tiles of 32 lanes x 16 steps: every lane
+has RUN = 16 consecutive steps in registers. For each state it
 
 1. takes the RUN decays once (the exponentials, kept in registers) and runs the lane's steps from a
    zero state, which gives the lane's own contribution to the state at its end;
