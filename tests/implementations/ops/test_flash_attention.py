@@ -194,8 +194,8 @@ print(sorted({"torch", "triton", "numpy", "flash_attn"} & set(sys.modules)))
     assert done.stdout.strip() == "[]"
 
 
-def errors(variant: str, problem: Problem, dtype: DType, device: str) -> dict[str, float]:
-    """Relative errors of the output and the gradients: the variant's, over the independent's."""
+def excess(variant: str, problem: Problem, dtype: DType, device: str) -> dict[str, float]:
+    """Errors of the output and the gradients over twice the independent's and one rounding."""
     family, op = AttentionProblem(), FlashAttention().op(Family.ATTENTION, variant)
     sample = family.sample(problem, seed=0)
     inputs = family.make_inputs(problem, dtype=TORCH_DTYPES[dtype], device=device, seed=0)
@@ -214,19 +214,24 @@ def errors(variant: str, problem: Problem, dtype: DType, device: str) -> dict[st
 
     truth = judge(family.reference, torch.float64)
     other = judge(family.independent, TORCH_DTYPES[dtype])
+    rounding = torch.finfo(TORCH_DTYPES[dtype]).eps
+
+    def error(found: torch.Tensor, name: str) -> float:
+        return float((found - truth[name]).norm() / truth[name].norm())
+
     return {
-        name: float((values[name] - truth[name]).norm() / (other[name] - truth[name]).norm())
+        name: error(values[name], name) / (2 * error(other[name], name) + rounding)
         for name in truth
     }
 
 
 @pytest.mark.parametrize("variant", CPU_VARIANTS)
-@pytest.mark.parametrize("seqlen", [2, 63, 200])
+@pytest.mark.parametrize("seqlen", [7, 63, 200])
 def test_cpu_variants_are_as_exact_as_an_independent_implementation(
     variant: str, seqlen: int
 ) -> None:
     problem = Problem(family=Family.ATTENTION, batch=2, seqlen=seqlen, d_inner=3 * 32, headdim=32)
-    assert max(errors(variant, problem, DType.FP32, "cpu").values()) < 2
+    assert max(excess(variant, problem, DType.FP32, "cpu").values()) < 1
 
 
 def test_a_single_token_attends_to_itself() -> None:
@@ -302,4 +307,4 @@ def test_cuda_variants_are_as_exact_as_an_independent_implementation(
     why_not = unavailable or FlashAttention().unsupported(case, device)
     if why_not:
         pytest.skip(why_not)
-    assert max(errors(variant, case.problem, dtype, "cuda").values()) < 2
+    assert max(excess(variant, case.problem, dtype, "cuda").values()) < 1
