@@ -45,14 +45,14 @@ from torch.autograd.function import once_differentiable
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@triton.jit(do_not_specialize=["seqlen", "nchunks", "nsegments", "segment_chunks", "nheads"])
+@triton.jit(do_not_specialize=["seqlen", "nchunks", "nsegments", "segment_chunks", "heads_per_group"])
 def scan_kernel(
     x_ptr, z_ptr, B_ptr, C_ptr, D_ptr, cum_ptr, cumj_ptr, entry_ptr, out_ptr, final_ptr,
-    seqlen, nchunks, nsegments, segment_chunks, nheads, heads_per_group,
-    stride_x_batch, stride_x_token, stride_x_head,
-    stride_z_batch, stride_z_token, stride_z_head,
-    stride_B_batch, stride_B_token, stride_B_group,
-    stride_C_batch, stride_C_token, stride_C_group,
+    seqlen, nchunks, nsegments, segment_chunks, nheads: tl.constexpr, heads_per_group,
+    stride_x_batch, stride_x_token: tl.constexpr, stride_x_head,
+    stride_z_batch, stride_z_token: tl.constexpr, stride_z_head,
+    stride_B_batch, stride_B_token: tl.constexpr, stride_B_group,
+    stride_C_batch, stride_C_token: tl.constexpr, stride_C_group,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     D_DIMS: tl.constexpr, HAS_Z: tl.constexpr, HAS_ENTRY: tl.constexpr,
@@ -87,7 +87,7 @@ def scan_kernel(
     elif D_DIMS == 2:
         skip = tl.load(D_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
     causal = q[:, None] >= q[None, :]
-    for k in tl.range(0, count, num_stages=STAGES):
+    for k in tl.range(0, count, num_stages=STAGES, disable_licm=True):
         t0 = ((first + k) * Q).to(tl.int64)
         rows = (first + k) * Q + q < seqlen
         mask_p = parts.column_mask(rows, p, P, BLOCK_P * nblocks)
@@ -104,9 +104,9 @@ def scan_kernel(
         total = tl.load(cum_ptr + cum_row + Q - 1)
 
         scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
-        y = tl.dot(C, state.to(x.dtype), input_precision=PRECISION)
         gap = tl.where(causal, cum[:, None] - cumj[None, :], float("-inf"))
         weights = (scores * tl.exp2(gap)).to(x.dtype)
+        y = tl.dot(C, state.to(x.dtype), input_precision=PRECISION)
         y = tl.dot(weights, x, acc=y * tl.exp2(cum)[:, None], input_precision=PRECISION)
         xf = x.to(tl.float32)
         weighted = (xf * tl.exp2(total - cumj)[:, None]).to(x.dtype)

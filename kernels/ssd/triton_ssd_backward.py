@@ -25,7 +25,7 @@ so no sum runs longer than a chunk and nothing large cancels. Launches:
 
 The gradient kernels take one chunk and a block of heads of one group: B, C and their product are
 read and computed once for the block, and grad_B and grad_C leave the chip summed over it. The part
-of both that stays in the chunk needs only a [Q, Q] tile, the sum over heads of w_ij (grad_y_i . u_j).
+of both that stays in the chunk needs only a [Q, Q] tile, summed over heads.
 """
 
 from typing import Any
@@ -48,19 +48,19 @@ from mambench.kernels.ssd.triton_launch import (
 from torch import Tensor
 
 _SUM_BLOCK = 1024
-_SIZES = ["seqlen", "nchunks", "nheads", "heads_per_group", "block_heads", "ngroups"]
+_SIZES = ["seqlen", "nchunks", "heads_per_group", "block_heads"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def grad_c_kernel(
     x_ptr, z_ptr, B_ptr, C_ptr, D_ptr, dout_ptr, cum_ptr, cumj_ptr, states_ptr, grad_states_ptr,
     grad_C_ptr, v_ptr, grad_z_ptr,
-    seqlen, nchunks, nheads, heads_per_group, block_heads, ngroups,
-    stride_x_batch, stride_x_token, stride_x_head,
-    stride_z_batch, stride_z_token, stride_z_head,
-    stride_B_batch, stride_B_token, stride_B_group,
-    stride_C_batch, stride_C_token, stride_C_group,
-    stride_dout_batch, stride_dout_token, stride_dout_head,
+    seqlen, nchunks, nheads: tl.constexpr, heads_per_group, block_heads, ngroups: tl.constexpr,
+    stride_x_batch, stride_x_token: tl.constexpr, stride_x_head,
+    stride_z_batch, stride_z_token: tl.constexpr, stride_z_head,
+    stride_B_batch, stride_B_token: tl.constexpr, stride_B_group,
+    stride_C_batch, stride_C_token: tl.constexpr, stride_C_group,
+    stride_dout_batch, stride_dout_token: tl.constexpr, stride_dout_head,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
     D_DIMS: tl.constexpr, HAS_Z: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -147,13 +147,13 @@ def grad_b_kernel(
     x_ptr, z_ptr, B_ptr, C_ptr, D_ptr, A_ptr, dt_raw_ptr, bias_ptr,
     dout_ptr, cum_ptr, dt_ptr, v_ptr, grad_states_ptr, partial_C_ptr,
     grad_x_ptr, grad_dt_ptr, grad_B_ptr, grad_C_ptr, partial_heads_ptr, partial_D_ptr,
-    seqlen, nchunks, nheads, heads_per_group, block_heads, ngroups, dt_min, dt_max,
-    stride_x_batch, stride_x_token, stride_x_head,
-    stride_z_batch, stride_z_token, stride_z_head,
-    stride_B_batch, stride_B_token, stride_B_group,
-    stride_C_batch, stride_C_token, stride_C_group,
+    seqlen, nchunks, nheads: tl.constexpr, heads_per_group, block_heads, ngroups: tl.constexpr, dt_min, dt_max,
+    stride_x_batch, stride_x_token: tl.constexpr, stride_x_head,
+    stride_z_batch, stride_z_token: tl.constexpr, stride_z_head,
+    stride_B_batch, stride_B_token: tl.constexpr, stride_B_group,
+    stride_C_batch, stride_C_token: tl.constexpr, stride_C_group,
     stride_dt_batch, stride_dt_token, stride_dt_head,
-    stride_dout_batch, stride_dout_token, stride_dout_head,
+    stride_dout_batch, stride_dout_token: tl.constexpr, stride_dout_head,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
     D_DIMS: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
