@@ -106,8 +106,9 @@ def _broken_limit(worker: Worker, watch: Stopwatch, limits: Limits) -> tuple[Out
 
 def _died(worker: Worker, phase: str, kills_before: int | None) -> Done:
     output = worker.output_tail()
-    code = worker.kill()
-    if code is None:
+    code = worker.end()
+    if code is None:  # it lives, but cannot be talked to
+        worker.kill()
         return _ended(Outcome.CRASHED, f"the worker hung up in phase '{phase}'", phase, output)
     kills = oom_kills()
     if code == -9 and kills is not None and kills_before is not None and kills > kills_before:
