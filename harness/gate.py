@@ -25,9 +25,10 @@ then on the true inputs and exactly as it will be timed.
 
 import gc
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from mambench.harness.gate_errors import Energies, ErrorPair, judge, measure
@@ -48,7 +49,9 @@ class GateReport:
 
     passed: bool
     reason: str | None = None  # names the worst tensor, its error and its budget; None if passed
-    errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by tensor
+    errors: Mapping[str, Mapping[str, float]] = field(
+        default_factory=dict[str, Mapping[str, float]]
+    )  # by tensor
     judged: str = "all"  # what part of the outputs was compared: "all" or "64 channels"
 
 
@@ -81,12 +84,12 @@ def check(workload: Workload, case: Case, *, seed: int) -> GateReport:
 
 def _judge(workload: Workload, case: Case, sample: Sample, seed: int) -> dict[str, ErrorPair]:
     """Run the candidate and judge each tensor; draw again while only noisy ones fail."""
-    rules = {"dtype": case.dtype, "seqlen": workload.problem.seqlen}
+    dtype, seqlen = case.dtype, workload.problem.seqlen
     results, grad_outputs = _run_candidate(workload, case, sample, seed)
     pairs: dict[str, ErrorPair] = {}
     noisy: dict[str, Energies] = {}
     for name, energies in _measured(workload, case, sample, results, grad_outputs):
-        pairs[name] = judge(name, energies, **rules)
+        pairs[name] = judge(name, energies, dtype=dtype, seqlen=seqlen)
         if name.startswith("grad_") and energies.size.numel() <= NOISY_VALUES:
             noisy[name] = energies
     for draw in range(1, MAX_DRAWS):
@@ -98,7 +101,7 @@ def _judge(workload: Workload, case: Case, sample: Sample, seed: int) -> dict[st
         for name, energies in _measured(workload, case, sample, results, grad_outputs):
             if name in failed:
                 noisy[name] += energies
-                pairs[name] = judge(name, noisy[name], **rules)
+                pairs[name] = judge(name, noisy[name], dtype=dtype, seqlen=seqlen)
     return pairs
 
 
@@ -183,7 +186,9 @@ def _gradients(
     if not inputs:
         return {}
     grad_outputs = [grad.to(out.dtype) for grad, out in zip(grad_outputs, outputs, strict=True)]
-    grads = torch.autograd.grad(outputs, list(inputs.values()), grad_outputs, allow_unused=True)
+    grads: Sequence[Any] = torch.autograd.grad(
+        outputs, list(inputs.values()), grad_outputs, allow_unused=True
+    )
     found: dict[str, Tensor] = {}
     for (name, tensor), grad in zip(inputs.items(), grads, strict=True):
         if grad is None:
@@ -264,23 +269,24 @@ def _fingerprint(tensor: Tensor) -> int:
     bits = tensor.detach().contiguous().view(integer).flatten()
     weights = torch.arange(1, 2 * min(HASH_CHUNK, bits.numel()), 2, device=tensor.device)
     value = bits.numel()
-    for chunk in bits.split(HASH_CHUNK):
+    for chunk in torch.split(bits, HASH_CHUNK):
         part = int((chunk.to(torch.int64) * weights[: chunk.numel()]).sum())
         value = (value * HASH_PRIME + part) % (1 << 64)
     return value
 
 
 @contextmanager
-def _poisoned_memory() -> Iterator[None]:
+def _poisoned_memory() -> Generator[None, None, None]:
     """Fill newly allocated memory with NaN, so that what is never written shows."""
     mode = torch.get_deterministic_debug_mode()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic  # its attribute is not in the stubs
+    filled = settings.fill_uninitialized_memory
     torch.set_deterministic_debug_mode("warn")
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        settings.fill_uninitialized_memory = filled
         torch.set_deterministic_debug_mode(mode)
 
 

@@ -1,5 +1,9 @@
 """The errors the gate judges: of a whole tensor and of its worst block, each with its budget."""
 
+# torch leaves what unflatten and apply return untyped.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
 import math
 from dataclasses import dataclass
 

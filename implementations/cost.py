@@ -1,5 +1,7 @@
 """Dispatch of a case to the cost model of its family or block. Imports neither torch nor triton."""
 
+from typing import Any
+
 from mambench.harness.spec import Case, Cost, Family, Level
 
 
@@ -13,7 +15,11 @@ def case_cost(case: Case) -> Cost:
         from mambench.implementations.blocks.cost import cost as block_cost
 
         return block_cost(problem, case.pass_, case.dtype)
-    sizes = {"batch": problem.batch, "seqlen": problem.seqlen, "itemsize": case.dtype.itemsize}
+    sizes: dict[str, Any] = {
+        "batch": problem.batch,
+        "seqlen": problem.seqlen,
+        "itemsize": case.dtype.itemsize,
+    }
     if problem.family is Family.S6:
         from mambench.kernels.s6.cost import cost as family_cost
 

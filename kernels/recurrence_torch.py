@@ -5,6 +5,10 @@ discretisation of section 3.2; Transformers are SSMs (Dao and Gu 2024), equation
 times the identity. The state is fp32 (fp64 for fp64 inputs) whatever the dtype of the activations.
 """
 
+# torch leaves what unflatten and apply return untyped.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
 import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus

@@ -10,6 +10,13 @@ The gradient is the same scan backwards in time; it needs the decays and the sta
 else.
 """
 
+# A, B and C are the papers' names of tensors.
+# pyright: reportConstantRedefinition=false
+
+# torch leaves what unflatten and apply return untyped.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
 from typing import Any
 
 import torch
@@ -123,7 +130,9 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
         decay, states = ctx.saved_tensors
         dim, steps = ctx.dim, states.shape[ctx.dim]
         following = torch.zeros_like(decay)  # decay of the next step; after the last, none

@@ -6,7 +6,12 @@ intervals are merged, then intervals of intervals. Neither is used by an impleme
 compared.
 """
 
+# torch leaves what unflatten and apply return untyped.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +35,7 @@ def solve(decay: Tensor, x: Tensor, solver: Solver) -> Tensor:
 
 class _Recurrence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, decay: Tensor, x: Tensor, solver: Solver) -> Tensor:
+    def forward(ctx: Any, decay: Tensor, x: Tensor, solver: Solver) -> Tensor:
         h = solver(decay, x)
         ctx.save_for_backward(decay, h)
         ctx.solver = solver
@@ -38,7 +43,10 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_h: Tensor):
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
+        (grad_h,) = grads
         decay, h = ctx.saved_tensors
         following = pad(decay[..., 1:, :], (0, 0, 0, 1))  # the last step is followed by none
         grad_x = ctx.solver(following.flip(-2), grad_h.flip(-2)).flip(-2)

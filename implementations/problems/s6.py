@@ -7,6 +7,9 @@
 Mamba (Gu and Dao 2023), section 3.2 and algorithm 2; the discretisation of B is dt B.
 """
 
+# A, B and C are the papers' names of tensors.
+# pyright: reportConstantRedefinition=false
+
 from collections.abc import Callable
 from typing import Any
 

@@ -10,6 +10,13 @@ chunk: it halves the sequence, and halves the halves, and adds to every right ha
 half left behind.
 """
 
+# A, B and C are the papers' names of tensors.
+# pyright: reportConstantRedefinition=false
+
+# torch leaves what unflatten and apply return untyped.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
 from collections.abc import Callable
 from typing import Any
 
@@ -241,7 +248,7 @@ class _RoundedProduct(torch.autograd.Function):
     """a @ b as a tensor core does it: operands in the low-precision dtype, sums in fp32."""
 
     @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         a, b = _rounded(a, dtype), _rounded(b, dtype)
         ctx.save_for_backward(a, b)
         ctx.dtype = dtype
@@ -249,9 +256,11 @@ class _RoundedProduct(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
         a, b = ctx.saved_tensors
-        grad = _rounded(grad, ctx.dtype)
+        grad = _rounded(grads[0], ctx.dtype)
         return grad @ b.mT, a.mT @ grad, None
 
 
