@@ -71,7 +71,8 @@ class MambaBlock(nn.Module):
 
     def _grouped(self, rows: Tensor, batch: int) -> Tensor:
         """Rearrange B or C from (B L, G N) to (B, G, N, L)."""
-        return rows.unflatten(0, (batch, -1)).mT.unflatten(1, self.groups).contiguous()
+        time_last = rows.view(batch, -1, rows.shape[1]).transpose(1, 2)
+        return time_last.reshape(batch, *self.groups, -1).contiguous()
 
     def draw(self, draws: Draws, problem: Problem) -> dict[str, Tensor]:
         """Draw weights, fp32, as the scan's own problem draws its parameters (see `draws`)."""
@@ -95,4 +96,4 @@ class MambaBlock(nn.Module):
 
 def _time_last(columns: Tensor, batch: int) -> Tensor:
     """View (D, B L) as (B, D, L), with time contiguous."""
-    return columns.unflatten(1, (batch, -1)).transpose(0, 1)
+    return columns.view(columns.shape[0], batch, -1).transpose(0, 1)

@@ -18,7 +18,7 @@ A block mixes all channels, so no channel can be judged alone:
   the weights are complete, since the output's gradient is zero elsewhere.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -40,7 +40,7 @@ from mambench.implementations.problems.draws import FULL_TOKENS, Draws
 from mambench.implementations.problems.s6 import S6Problem
 from mambench.implementations.problems.ssd import SsdProblem
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 RECOMPUTED_TOKENS = FULL_TOKENS
 WIDE_ELEMENTS = 1 << 27  # 1 GiB in float64
@@ -70,30 +70,31 @@ class Stack(nn.Module):
     def __init__(self, problem: Problem, mixer: Op, *, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         block = _BLOCKS[problem.family]
-        self.blocks = nn.ModuleList(
+        self.each = [
             block(problem, mixer, dtype=dtype, device=device) for _ in range(nblocks_of(problem))
-        )
+        ]
+        self.blocks = nn.ModuleList(self.each)
 
     def forward(self, x: Tensor, *tables: Tensor) -> Tensor:
         """Map x (B, L, d_model) to the same shape."""
-        for block in self.blocks:
+        for block in self.each:
             x = block(x, *tables)
         return x
 
     def forward_recomputing(self, x: Tensor, *tables: Tensor) -> Tensor:
         """Do the same; autograd keeps only what enters each block."""
-        for block in self.blocks:
-            x = checkpoint(block, x, *tables, use_reentrant=False, preserve_rng_state=False)
+        for block in self.each:
+            x = _recomputed(block, x, *tables)
         return x
 
     def slots(self) -> list[tuple[dict[str, Any], str, str]]:
         """Return (parameters of a module, its key there, its full name) for each parameter."""
-        return [
-            (module._parameters, key, f"{prefix}.{key}")
-            for prefix, module in self.named_modules()
-            for key, value in module._parameters.items()
-            if value is not None
-        ]
+        found: list[tuple[dict[str, Any], str, str]] = []
+        for name, _ in self.named_parameters():
+            prefix, _, key = name.rpartition(".")
+            parameters: dict[str, Any] = self.get_submodule(prefix)._parameters
+            found.append((parameters, key, name))
+        return found
 
 
 class BlockProblem(ProblemFamily):
@@ -115,9 +116,9 @@ class BlockProblem(ProblemFamily):
             tables = rotary_tables(problem.seqlen, headdim, dtype=dtype, device=device)
             inputs.update(zip(_TABLES, tables, strict=True))
         stack = _skeleton(problem, _no_mixer, dtype)
-        for index, block in enumerate(stack.blocks):
+        for index, block in enumerate(stack.each):
             dtypes = {name: weight.dtype for name, weight in block.named_parameters()}
-            for name, value in block.draw(draws, problem).items():  # pyright: ignore
+            for name, value in block.draw(draws, problem).items():
                 inputs[f"blocks.{index}.{name}"] = value.to(dtypes[name])
         return inputs
 
@@ -193,7 +194,7 @@ class _Bindable:
         return self.stack
 
     @contextmanager
-    def bound(self, inputs: Inputs) -> Iterator[Stack]:
+    def bound(self, inputs: Inputs) -> Generator[Stack, None, None]:
         """Bind for one call; afterwards the stack holds no memory."""
         try:
             yield self.bind(inputs)
@@ -204,6 +205,11 @@ class _Bindable:
 
 def _skeleton(problem: Problem, mixer: Op, dtype: torch.dtype) -> Stack:
     return Stack(problem, mixer, dtype=dtype, device="meta")
+
+
+def _recomputed(block: nn.Module, *tensors: Tensor) -> Tensor:
+    y: Any = checkpoint(block, *tensors, use_reentrant=False, preserve_rng_state=False)
+    return y
 
 
 def _no_mixer(*arguments: Any, **keywords: Any) -> Any:
