@@ -186,12 +186,10 @@ def _gradients(
     if not inputs:
         return {}
     grad_outputs = [grad.to(out.dtype) for grad, out in zip(grad_outputs, outputs, strict=True)]
-    grads: Sequence[Any] = torch.autograd.grad(
-        outputs, list(inputs.values()), grad_outputs, allow_unused=True
-    )
+    grads = torch.autograd.grad(outputs, list(inputs.values()), grad_outputs, allow_unused=True)
     found: dict[str, Tensor] = {}
     for (name, tensor), grad in zip(inputs.items(), grads, strict=True):
-        if grad is None:
+        if grad is None:  # pyright: ignore[reportUnnecessaryComparison] of allow_unused
             raise _Rejected(f"grad_{name}: the operation is not differentiable in {name}")
         if grad.dtype != tensor.dtype:
             raise _Rejected(f"grad_{name}: dtype {grad.dtype}, expected {tensor.dtype}")

@@ -12,10 +12,11 @@ of order one there.
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint as checkpointing
 
 DT_MIN = 1e-3
 DT_MAX = 1e-1
@@ -108,7 +109,12 @@ def in_slices(
     for start in range(0, count, size):
         piece = slice(start, min(start + size, count))
         if torch.is_grad_enabled():
-            parts.append(checkpoint(compute, piece, use_reentrant=False, preserve_rng_state=False))
+            parts.append(_recomputed(compute, piece))
         else:
             parts.append(compute(piece))
     return torch.cat(parts, dim=dim)
+
+
+def _recomputed(compute: Callable[[slice], Tensor], piece: slice) -> Tensor:
+    untyped: Any = checkpointing
+    return untyped.checkpoint(compute, piece, use_reentrant=False, preserve_rng_state=False)
