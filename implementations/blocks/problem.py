@@ -208,8 +208,10 @@ def _skeleton(problem: Problem, mixer: Op, dtype: torch.dtype) -> Stack:
 
 
 def _recomputed(block: nn.Module, *tensors: Tensor) -> Tensor:
-    y: Any = checkpoint(block, *tensors, use_reentrant=False, preserve_rng_state=False)
-    return y
+    y: Any = checkpoint(  # pyright: ignore[reportUnknownVariableType]
+        block, *tensors, use_reentrant=False, preserve_rng_state=False
+    )
+    return y  # pyright: ignore[reportUnknownVariableType]
 
 
 def _no_mixer(*arguments: Any, **keywords: Any) -> Any:

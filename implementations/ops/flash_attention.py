@@ -210,8 +210,8 @@ def _causal(flash_attn_func: Callable[..., Any]) -> "Attention":
 def _sdpa(variant: str) -> "Attention":
     """Return torch's SDPA with one backend enabled and all others disabled.
 
-    `torch.nn.attention.sdpa_kernel` does the same, at 25 microseconds a call, several times the
-    launch it surrounds; the public flags it stands on are set here directly, and only when they
+    `torch.nn.attention.sdpa_kernel` does the same, at several times the cost of the launch it
+    surrounds; the public flags it stands on are set here directly, and only when they
     differ. They are put back after the call, so a name never changes another's code.
     """
     from torch.backends import cuda as flags
@@ -226,18 +226,15 @@ def _sdpa(variant: str) -> "Attention":
     }
     if variant not in wanted:
         raise ValueError(f"no SDPA backend for variant {variant!r}; valid: {', '.join(wanted)}")
-    target = wanted[variant]
-    getters = tuple(getattr(flags, f"{name}_sdp_enabled") for name in backends)
-    setters = tuple(getattr(flags, f"enable_{name}_sdp") for name in backends)
-
-    def set_flags(values: tuple[bool, ...]) -> None:
-        for setter, value in zip(setters, values, strict=True):
-            setter(value)
+    switches = [
+        (getattr(flags, f"{name}_sdp_enabled"), getattr(flags, f"enable_{name}_sdp"), enabled)
+        for name, enabled in zip(backends, wanted[variant], strict=True)
+    ]
 
     def attention(q: "Tensor", k: "Tensor", v: "Tensor") -> "Tensor":
-        before = tuple([getter() for getter in getters])
-        if before != target:
-            set_flags(target)
+        changed = [(switch, enabled) for get, switch, enabled in switches if get() != enabled]
+        for switch, enabled in changed:
+            switch(enabled)
         try:
             out = scaled_dot_product_attention(
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
@@ -250,8 +247,8 @@ def _sdpa(variant: str) -> "Attention":
                 f"{q.device}; torch's warnings above say why. Try another variant."
             ) from error
         finally:
-            if before != target:
-                set_flags(before)
+            for switch, enabled in changed:
+                switch(not enabled)
         return out.transpose(1, 2)
 
     return attention
