@@ -53,7 +53,7 @@ class Ssd(Implementation):
         """Estimate what the largest pass allocates beyond inputs, outputs and gradients."""
         if case.variant == "triton":
             return _triton_workspace(case)
-        from mambench.kernels.ssd.torch_ssd import workspace_bytes
+        from mambench.kernels.ssd.torch_config import workspace_bytes
 
         p = case.problem
         return workspace_bytes(

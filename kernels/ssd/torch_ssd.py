@@ -10,7 +10,7 @@ One chunk of Q tokens is a handful of batched products over all batch elements a
 C B^T once per group; the scores, weighted by the decay between their tokens, times x; C times the
 entering state and B^T x into it, each as one product per group that shares B and C among its heads.
 Only one chunk's (H, Q, Q) weights exist at a time. fp16 and bf16 inputs are computed in fp32, fp64
-in fp64. The backward walks the chunks in reverse; the forward keeps every `_KEEP`-th chunk's
+in fp64. The backward walks the chunks in reverse; the forward keeps every `KEEP`-th chunk's
 entering state and the backward recomputes those between, so that no state per chunk is held.
 
 States are laid out (B, G, N, H/G * P) inside, so that products over a group are plain ones. Any
@@ -25,12 +25,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mambench.kernels.ssd.arguments import check_arguments, check_dtype
+from mambench.kernels.ssd.torch_config import KEEP, LARGEST_CHUNK
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-LARGEST_CHUNK = 64  # longer chunks do more arithmetic per token than they save in calls
-_KEEP = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +144,7 @@ def _skip(D: Tensor | None, s: _Sizes) -> Tensor | None:
 def _forward(
     s: _Sizes, tensors: tuple[Tensor | None, ...], *, keep: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return out, the final states and, if wanted, every `_KEEP`-th chunk's entering state."""
+    """Return out, the final states and, if wanted, every `KEEP`-th chunk's entering state."""
     x, dt_raw, A, B, C, D, z, dt_bias, initial = tensors
     _, dt = _discretise(s, dt_raw, dt_bias)
     A, skip = A.to(s.dtype), _skip(D, s)
@@ -153,7 +152,7 @@ def _forward(
     state = _entering(s, x, initial)
     kept = []
     for index, t in enumerate(s.chunks()):
-        if keep and index % _KEEP == 0:
+        if keep and index % KEEP == 0:
             kept.append(state)
         chunk = _Chunk(s, t, B, C, dt, A)
         x_chunk = _heads_first(x[:, t], s)
@@ -286,9 +285,9 @@ def _backward(
     grad_state = torch.zeros_like(kept[0]) if dfinal is None else _flat_state(dfinal, s)
     gradients = _Gradients(s, tensors, dout)
     chunks = s.chunks()
-    for first in reversed(range(0, len(chunks), _KEEP)):
-        run = chunks[first : first + _KEEP]
-        states = [kept[first // _KEEP]]
+    for first in reversed(range(0, len(chunks), KEEP)):
+        run = chunks[first : first + KEEP]
+        states = [kept[first // KEEP]]
         for t in run[:-1]:
             chunk = _Chunk(s, t, gradients.B, gradients.C, gradients.dt, gradients.A)
             states.append(chunk.next_state(s, states[-1], _heads_first(x[:, t], s)))
@@ -298,7 +297,7 @@ def _backward(
 
 
 class _Ssd(torch.autograd.Function):
-    """Saves the inputs and every `_KEEP`-th chunk's entering state."""
+    """Saves the inputs and every `KEEP`-th chunk's entering state."""
 
     @staticmethod
     def forward(ctx: Any, s: _Sizes, keep: bool, *tensors: Tensor | None) -> Any:
@@ -383,25 +382,3 @@ def ssd(
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     out, final = _Ssd.apply(s, keep, *tensors)
     return (out, final) if return_final_states else out
-
-
-def workspace_bytes(
-    *,
-    batch: int,
-    seqlen: int,
-    nheads: int,
-    headdim: int,
-    d_state: int,
-    itemsize: int,
-    needs_grad: bool,
-) -> int:
-    """Estimate the bytes needed beyond inputs, outputs and gradients.
-
-    Two dt-sized tensors; a chunk's weights and a few tiles; kept states (the forward keeps them
-    only for a gradient) and those that the backward recomputes.
-    """
-    width = 8 if itemsize == 8 else 4
-    per_head = batch * nheads * width
-    states = -(-seqlen // (LARGEST_CHUNK * _KEEP)) + _KEEP if needs_grad else 2
-    tiles = 4 * LARGEST_CHUNK * (LARGEST_CHUNK + 2 * headdim)
-    return per_head * (3 * seqlen + states * headdim * d_state + tiles)
