@@ -24,7 +24,7 @@ if (HERE / "pyproject.toml").is_file():  # a checkout, not an installation
 
 from mambench import __version__
 from mambench.harness import cli_options as options
-from mambench.harness.errors import MambenchError, UsageError
+from mambench.harness.errors import DeviceBusyError, MambenchError, UsageError
 
 if TYPE_CHECKING:
     from mambench.harness.plan import Plan
@@ -131,14 +131,19 @@ def run(
     with folder, progress.make_listener(left, quiet=quiet, environment=os.environ) as listener:
         for note in made.notes:
             listener.on_note(note)
-        summary = runner.run(
-            made,
-            folder,
-            listener=listener,
-            time_budget_s=asked["time_budget"],
-            retry_failed=retry_failed,
-            wait=wait,
-        )
+        try:
+            summary = runner.run(
+                made,
+                folder,
+                listener=listener,
+                time_budget_s=asked["time_budget"],
+                retry_failed=retry_failed,
+                wait=wait,
+            )
+        except DeviceBusyError:
+            if resume is None:
+                _remove_empty(folder)
+            raise
     _conclude(context, folder.path, summary, report=not no_report)
 
 
@@ -310,6 +315,15 @@ def _name_path(what: str, path: Path) -> None:
     if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         text = f"\x1b]8;;{path.as_uri()}\x1b\\{text}\x1b]8;;\x1b\\"
     click.echo(f"{what}: {text}")
+
+
+def _remove_empty(folder: "RunFolder") -> None:
+    """Remove the folder of a run that never began, so that it is not taken for the newest."""
+    if not folder.observations():
+        folder.close()
+        for path in folder.path.iterdir():
+            path.unlink()
+        folder.path.rmdir()
 
 
 def _newest_run() -> Path:

@@ -1,7 +1,8 @@
 """What the commands print, as text: plain columns that can be read and searched."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from mambench.harness import registry
 from mambench.harness.doctor import Check
@@ -133,8 +134,18 @@ def _observation(observation: Observation) -> str:
         low, high = min(observation.samples_s), max(observation.samples_s)
         spread = f"{len(observation.samples_s)}, {si_time(low)} to {si_time(high)}"
         rows.append(("  samples", spread))
-    rows += [(f"  {name}", str(value)) for name, value in observation.details.items()]
+    rows += [(f"  {name}", value) for name, value in _flat(observation.details)]
     return f"{title}\n{table(rows)}"
+
+
+def _flat(details: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield nested details one a line, as `gate.errors.y`."""
+    for name, value in details.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
+        else:
+            text = f"{value:.6g}" if isinstance(value, float) else str(value)
+            yield f"{prefix}{name}", text.replace("\n", "\n      ")
 
 
 def _quantity(value: float, unit: str) -> str:

@@ -34,7 +34,7 @@ RATES = {
         wide_factor=4,
         bytes_per_s=4e9,
         launch_s=8e-6,
-        case_s=0.15,
+        case_s=0.3,
         gate_flop_per_s=2e9,
     ),
     DeviceKind.CUDA: Rates(
@@ -95,7 +95,7 @@ def refusal(memory_bytes: int, device: Device) -> tuple[Outcome, str] | None:
 
 
 def _run_s(execution_s: float, settings: Settings) -> float:
-    """Warm-up, gate and memory pass (one execution each) and the samples."""
+    """Return the time of the samples and of six executions before: first, gate, warm-up, memory."""
     samples_s = max(settings.target_s, settings.min_samples * execution_s)
     samples_s = min(samples_s, settings.max_samples * execution_s)
-    return min(3 * execution_s + samples_s, settings.time_limit_s)
+    return min(6 * execution_s + samples_s, settings.time_limit_s)

@@ -58,7 +58,7 @@ def find_case(plan: Plan, text: str) -> tuple[int, PlannedCase]:
     A whole number up to the number of cases is a number (as `plan` prints it, from 1); anything
     else must begin exactly one case_id. Raises UsageError otherwise.
     """
-    if text.isdigit() and 1 <= int(text) <= len(plan.cases):
+    if text.isdigit() and text[0] != "0" and int(text) <= len(plan.cases):
         return int(text), plan.cases[int(text) - 1]
     numbered = list(enumerate(plan.cases, start=1))
     matched = [item for item in numbered if item[1].case.case_id.startswith(text.lower())]

@@ -234,6 +234,7 @@ def test_a_busy_device(call: Any, monkeypatch: pytest.MonkeyPatch):
     done = call(*ONE)
     assert done.code == 4
     assert "another run holds it" in done.err
+    assert list(Path("runs").iterdir()) == []  # a run that never began leaves no folder
 
 
 def test_ctrl_c_while_planning(call: Any, monkeypatch: pytest.MonkeyPatch):
