@@ -110,10 +110,12 @@ class Result:
     model_flop: int | None = None
     compulsory_bytes: int | None = None
     weight_count: int | None = None
-    missing: Mapping[str, str] = field(default_factory=dict)  # metric tag -> why it is None
+    missing: Mapping[str, str] = field(
+        default_factory=dict[str, str]
+    )  # metric tag -> why it is None
     flags: tuple[str, ...] = ()  # what a reader should distrust
-    telemetry: Mapping[str, Any] = field(default_factory=dict)
-    details: Mapping[str, Any] = field(default_factory=dict)
+    telemetry: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    details: Mapping[str, Any] = field(default_factory=dict[str, Any])
     measured_at: str | None = None
 
     @property
@@ -175,7 +177,9 @@ def combine(
     results: list[Result] = []
     for key, entries in by_source.items():
         tagged = [(run.run_id, o) for run, observations, _ in entries for o in observations]
-        planned = [p for _, _, manifest in entries for p in manifest.get("plan") or []]
+        planned: list[Mapping[str, Any]] = []
+        for _, _, manifest in entries:
+            planned += manifest.get("plan") or []
         results += fold(tagged, source=key, planned=planned, run_id=entries[-1][0].run_id)
     sources = [
         _make_source(key, [run for run, _, _ in entries]) for key, entries in by_source.items()
@@ -222,9 +226,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     flat: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
+            flat |= flatten(_mapping(value), f"{prefix}{key}.")
         elif isinstance(value, list | tuple):
-            flat[f"{prefix}{key}"] = ", ".join(str(v) for v in value)
+            flat[f"{prefix}{key}"] = ", ".join(str(v) for v in cast("Sequence[Any]", value))
         else:
             flat[f"{prefix}{key}"] = "" if value is None else str(value)
     return flat
@@ -265,7 +269,7 @@ def median_interval(
 
 def frame(analysis: Analysis) -> Any:
     """Return the results as a pandas DataFrame, one row per result, quantities in SI."""
-    import pandas as pd
+    import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
 
     labels = {source.key: source.label for source in analysis.sources}
     return pd.DataFrame([record(result, labels) for result in analysis.results])
@@ -407,7 +411,12 @@ def _suspicions(observation: Observation) -> list[str]:
     if samples and value and abs(float(np.median(samples)) / value - 1) > 0.01:
         found.append("the recorded time is not the median of its samples")
     if _converged(observation) is False:
-        found.append("the measurement stopped at its limit before its interval was narrow enough")
+        stopped = _mapping(observation.details.get("convergence")).get("stopped_by") or "its limit"
+        found.append(f"stopped by {stopped} before its interval was as narrow as asked for")
+    throttled = observation.details.get("throttled")
+    if isinstance(throttled, list | tuple) and throttled:
+        names = ", ".join(str(reason) for reason in cast("Sequence[Any]", throttled))
+        found.append(f"the device was slowed down: {names}")
     return found
 
 
@@ -430,6 +439,8 @@ def _aggregate(
                 found.append(float(value))
             elif o.outcome is not Outcome.OK and _measures(measurement, tag):
                 failed.append(f"{measurement} ended as {o.outcome}: {o.reason}")
+            elif _measures(measurement, tag) and o.details.get("missing"):
+                failed.append(str(o.details["missing"]))
     if found:
         return (max(found) if "memory" in tag else float(np.median(found))), ""
     return None, failed[0] if failed else "not measured"
@@ -533,10 +544,12 @@ def _make_source(key: str, runs: Sequence[Run]) -> Source:
 def _distinct_labels(sources: Sequence[Source]) -> tuple[Source, ...]:
     """Where devices have one name add the code version, and if need be the newest run."""
     labelled = list(sources)
-    for suffix in (lambda s: s.runs[-1].code_version, lambda s: s.runs[-1].run_id):
+    for attribute in ("code_version", "run_id"):
         names = [source.label for source in labelled]
         labelled = [
-            replace(s, label=f"{s.label} · {suffix(s)}") if names.count(s.label) > 1 else s
+            replace(s, label=f"{s.label} · {getattr(s.runs[-1], attribute)}")
+            if names.count(s.label) > 1
+            else s
             for s in labelled
         ]
     return tuple(labelled)

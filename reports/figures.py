@@ -1,7 +1,7 @@
 """Charts as Plotly's dictionaries, whose numbers are references to rows.
 
-A trace holds `rows` (indices) and names the columns of its axes, so that the page embeds every number
-once. `resolve` turns a figure into one that Plotly takes; `assets/report.js` does the same.
+A trace holds `rows` (indices) and names the columns of its axes, so that the page embeds every
+number once. `resolve` turns a figure into one that Plotly takes; `assets/report.js` does the same.
 Colours are left to the page, which knows the scheme; marker and dash are here.
 """
 
@@ -62,8 +62,8 @@ CHARTS = (
         binary=True,
     ),
 )
-SEQLEN_AXIS = "sequence length (tokens, 1K = 1,024)"
-STATE_AXIS = "state size (d_state)"
+SEQLEN_AXIS = "sequence length L (1K = 1,024 tokens)"
+STATE_AXIS = "state size N (d_state)"
 
 
 def over_length(report: Report, part: Slice, chart: Chart, d_state: int | None = None) -> Figure:
@@ -211,7 +211,9 @@ def series_symbol(part: Slice, series: Series, looks: Mapping[str, Style]) -> st
 def _symbol(series: Series, part: Slice, look: Style) -> str:
     own = [s.key for s in part.series if s.key.implementation == series.key.implementation]
     families = sorted({key.family for key in own})
-    variants = sorted({key[1:2] + key[3:] for key in own if key.family == series.key.family}, key=str)
+    variants = sorted(
+        {key[1:2] + key[3:] for key in own if key.family == series.key.family}, key=str
+    )
     return marker(
         look,
         family_rank=families.index(series.key.family),
@@ -259,12 +261,12 @@ def _log_axis(
         "range": [low - pad, high + pad],
         "tickmode": "array",
         "tickvals": list(ticks),
-        "ticktext": [text(tick) for tick in ticks],
+        "ticktext": [units.tick(text(tick)) for tick in ticks],
     }
 
 
 def _resolve_trace(trace: Figure, rows: Sequence[Row]) -> Figure:
-    chosen = [rows[index] for index in trace["rows"]]
+    chosen: list[Row] = [rows[index] for index in trace["rows"]]
     resolved = {key: value for key, value in trace.items() if key not in ("rows", "interval")}
     for axis in ("x", "y"):
         if isinstance(trace[axis], dict):

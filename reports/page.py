@@ -1,4 +1,4 @@
-"""Render one self-contained HTML file: static answers and tables, and charts drawn from embedded data.
+"""Render one self-contained HTML file: static answers and tables, charts from embedded data.
 
 All data travels as gzip in base64, which cannot end a script element whatever a record contains;
 what stands in the markup itself is escaped by Jinja2. A content security policy with the hashes of
@@ -12,13 +12,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
-
 from mambench.harness import analysis
 from mambench.harness.analysis import flatten
 from mambench.harness.spec import METRICS
@@ -152,7 +151,7 @@ def _slice(report: Report, part: Slice, looks: Mapping[str, Style]) -> dict[str,
 def _telemetry(row: Row) -> dict[str, str]:
     found = flatten(row.result.telemetry)
     gate = row.result.details.get("gate")
-    return found | (flatten(gate, "gate.") if isinstance(gate, Mapping) else {})
+    return found | flatten({} if gate is None else {"gate": gate})
 
 
 def _number(value: Any) -> Any:
@@ -196,7 +195,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {
+    filters: dict[str, Callable[..., str]] = {
         "seconds": units.seconds,
         "memory": units.memory,
         "count": units.count,
@@ -204,5 +203,9 @@ def _environment() -> jinja2.Environment:
         "si": units.si,
         "exponent": summary.exponent_text,
         "crossing": summary.crossing_text,
+        "crossing_note": summary.crossing_note,
+        "factor": summary.factor_text,
+        "saving": summary.saving_text,
     }
+    environment.filters.update(filters)
     return environment

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from mambench.harness.analysis import Analysis, Result, Run, Source, flatten
 from mambench.harness.spec import Family, Level, Outcome, Pass
@@ -130,7 +130,7 @@ class Slice:
     def size_label(self) -> str:
         """Batch and width, in words."""
         name = "model width" if self.key.level == Level.BLOCK.value else "mixer width"
-        return f"batch {self.key.batch}, {name} {self.key.width}"
+        return f"batch {self.key.batch}, {name} {units.count(self.key.width)}"
 
     @property
     def title(self) -> str:
@@ -196,6 +196,7 @@ def make(analysis: Analysis) -> Report:
                 made.append(_row(result, place, devices[key.source], commits))
             rows += made
             found.append(Series(key=series_key, label=labels[series_key], rows=tuple(made)))
+        found.sort(key=_speed)
         slices.append(Slice(key=key, device=devices[key.source], series=tuple(found)))
     slices.sort(key=_information, reverse=True)  # stable: equals keep the order above
     return Report(analysis=analysis, rows=tuple(rows), slices=tuple(slices))
@@ -210,12 +211,12 @@ def environment(runs: Sequence[Run]) -> list[tuple[str, tuple[str, ...]]]:
 
 def _environment(run: Run) -> Mapping[str, str]:
     device = dict(run.device)
-    for key in ("memory_bytes",):
-        if isinstance(device.get(key), int):
-            device["memory"] = units.memory(device.pop(key))
+    if isinstance(device.get("memory_bytes"), int):
+        device["memory"] = units.memory(device.pop("memory_bytes"))
     capability = device.get("compute_capability")
     if isinstance(capability, list | tuple):
-        device["compute_capability"] = ".".join(str(part) for part in capability)
+        parts = cast("Sequence[Any]", capability)
+        device["compute_capability"] = ".".join(str(part) for part in parts)
     return {
         "run": run.run_id,
         "suite": run.suite,
@@ -318,6 +319,14 @@ def _slice_order(key: SliceKey, sources: Sequence[str]) -> tuple[Any, ...]:
 def _series_order(key: SeriesKey) -> tuple[Any, ...]:
     attention = key.family == Family.ATTENTION.value
     return (not attention, key.family, key.implementation, key.variant, str(key[3:]))
+
+
+def _speed(series: Series) -> tuple[bool, int, float]:
+    """Attention first, then what reaches the greatest length, then what is fastest there."""
+    measured = [row for row in series.at_state(series.usual_state) if row.ok]
+    if not measured:
+        return not series.is_attention, 0, 0.0
+    return not series.is_attention, -measured[-1].seqlen, measured[-1].time_s or 0.0
 
 
 def _row_order(result: Result) -> tuple[int, int]:

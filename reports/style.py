@@ -48,7 +48,7 @@ def styles(implementations: Iterable[str]) -> Mapping[str, Style]:
 
 
 def marker(style: Style, *, family_rank: int = 0, variant_rank: int = 0) -> str:
-    """Return the marker of an implementation's further families (open) and variants (another shape)."""
+    """Return the marker: open for further families, another shape for further variants."""
     shape = style.marker
     if variant_rank:
         shape = [m for m in _BASIC if m != style.marker][(variant_rank - 1) % (len(_BASIC) - 1)]

@@ -47,6 +47,7 @@ class SliceSummary:
     reference: Series | None  # the attention that the others are held against
     headline: str  # who is fastest where
     crossing: str  # where the best SSM overtakes attention, or that none does
+    evidence: str  # the crossing's interval and the advantage at the longest common length
     weights: str | None  # block level: what stands against what
 
 
@@ -72,13 +73,15 @@ def summarise_slice(part: Slice) -> SliceSummary:
     lengths = _by_length(part)
     reference = _reference(part)
     series = tuple(_series(s, reference) for s in part.series)
+    crossing, evidence = _crossing(series, reference)
     return SliceSummary(
         part=part,
         lengths=lengths,
         series=series,
         reference=reference,
         headline=_headline(lengths),
-        crossing=_crossing(series, reference),
+        crossing=crossing,
+        evidence=evidence,
         weights=_weights(part),
     )
 
@@ -110,15 +113,37 @@ def crossing_text(found: Crossover | None) -> str:
     if found is None:
         return units.MISSING
     if found.kind is CrossoverKind.AT and found.seqlen:
-        return f"L ≈ {units.about(found.seqlen)}{_interval_text(found)}"
-    span = "" if found.range is None else f" ({_span(*found.range)})"
+        return _length(found.seqlen)
     return {
-        CrossoverKind.CHALLENGER_FASTER: f"faster throughout{span}",
-        CrossoverKind.INCUMBENT_FASTER: f"none in range{span}",
+        CrossoverKind.CHALLENGER_FASTER: "none: faster throughout",
+        CrossoverKind.INCUMBENT_FASTER: "none in range",
         CrossoverKind.NO_OVERLAP: "too few lengths in common",
         CrossoverKind.SEVERAL: "crosses at "
         + ", ".join(units.about(length) for length in found.crossings),
     }[found.kind]
+
+
+def crossing_note(found: Crossover | None) -> str:
+    """Return the interval of a crossover, or the range in which there is none."""
+    if found is None or found.range is None:
+        return ""
+    if found.kind is CrossoverKind.AT:
+        return _interval_text(found).strip().strip("()")
+    return f"L = {_span(*found.range)}"
+
+
+def factor_text(value: float | None) -> str:
+    """Return a speed-up, and below 1 how many times slower."""
+    if value is None:
+        return units.MISSING
+    return units.ratio(value) if value >= 1 else f"{units.ratio(1 / value)} slower"
+
+
+def saving_text(value: float | None) -> str:
+    """Return how many times less or more memory."""
+    if value is None:
+        return units.MISSING
+    return f"{units.ratio(value)} less" if value >= 1 else f"{units.ratio(1 / value)} more"
 
 
 def exponent_text(found: Exponent) -> str:
@@ -207,35 +232,45 @@ def _headline(lengths: Sequence[LengthSummary]) -> str:
     return f"Fastest: {'; '.join(parts)}."
 
 
-def _crossing(series: Sequence[SeriesSummary], reference: Series | None) -> str:
-    """One sentence on the SSM that is fastest at the longest length it shares with attention."""
+def _crossing(series: Sequence[SeriesSummary], reference: Series | None) -> tuple[str, str]:
+    """Say how the SSM that is fastest at the longest common length stands against attention."""
     rivals = [s for s in series if s.crossover is not None and s.speedup is not None]
     if reference is None:
-        return "No attention was measured here, so there is nothing to overtake."
+        return "No attention was measured here, so there is nothing to overtake.", ""
     if not rivals:
-        return f"No state-space model was measured at a length of {reference.label}."
+        return f"No state-space model was measured at a length of {reference.label}.", ""
     best = max(rivals, key=lambda s: (s.speedup_at or 0, s.speedup.ratio if s.speedup else 0))
-    name, other = _with_state(best), reference.label
     found = best.crossover
-    if found is None:
-        return ""
+    assert found is not None
+    return _verdict(best, found, reference.label), f"{_found_by(found)}{_advantage(best)}".strip()
+
+
+def _verdict(best: SeriesSummary, found: Crossover, attention: str) -> str:
+    name = best.series.label
+    span = "" if found.range is None else f" from L = {_span(*found.range)}"
     if found.kind is CrossoverKind.AT and found.seqlen:
-        between = "" if found.bracket is None else f", measured at {_both(*found.bracket)}"
-        interval = _interval_text(found).strip().strip("()")
-        inside = "; ".join(part for part in (interval, between.strip(", ")) if part)
-        where = f"at L ≈ {units.about(found.seqlen)}" + (f" ({inside})" if inside else "")
-        return f"{name} overtakes {other} {where}.{_advantage(best)}"
-    span = "" if found.range is None else f" from {_span(*found.range, word='to')}"
+        return f"{name} overtakes {attention} at {_length(found.seqlen)}."
     return {
-        CrossoverKind.CHALLENGER_FASTER: f"{name} is faster than {other} throughout{span}, so "
-        f"there is no crossover in range.{_advantage(best)}",
-        CrossoverKind.INCUMBENT_FASTER: f"No state-space model overtakes {other}{span}: "
-        f"crossover none in range.{_advantage(best)}",
-        CrossoverKind.SEVERAL: f"{name} and {other} cross at "
-        + " and ".join(f"L ≈ {units.about(length)}" for length in found.crossings)
-        + f".{_advantage(best)}",
-        CrossoverKind.NO_OVERLAP: f"{name} and {other} share too few lengths for a crossover.",
+        CrossoverKind.CHALLENGER_FASTER: f"{name} is faster than {attention} throughout{span}: "
+        "no crossover in range.",
+        CrossoverKind.INCUMBENT_FASTER: f"{attention} is faster than every state-space model"
+        f"{span}: no crossover in range.",
+        CrossoverKind.SEVERAL: f"{name} and {attention} cross at "
+        + " and ".join(_length(length) for length in found.crossings)
+        + ".",
+        CrossoverKind.NO_OVERLAP: f"{name} and {attention} share too few lengths for a crossover.",
     }[found.kind]
+
+
+def _found_by(found: Crossover) -> str:
+    """The crossover's interval, and the measured lengths between which it was interpolated."""
+    if found.kind is not CrossoverKind.AT:
+        return ""
+    parts = [_interval_text(found).strip().strip("()")]
+    if found.bracket is not None:
+        parts.append(f"interpolated between {_both(*found.bracket)}")
+    text = "; ".join(part for part in parts if part)
+    return f"Crossover: {text}." if text else ""
 
 
 def _advantage(best: SeriesSummary) -> str:
@@ -243,13 +278,14 @@ def _advantage(best: SeriesSummary) -> str:
         return ""
     ratio = best.speedup.ratio
     word = "faster" if ratio >= 1 else "slower"
-    text = f" At L = {units.count(best.speedup_at)} it is {units.ratio(max(ratio, 1 / ratio))} {word}"
+    text = f" At L = {units.count(best.speedup_at)} {_with_state(best)} is "
+    text += f"{units.ratio(max(ratio, 1 / ratio))} {word}"
     if best.speedup.low is not None and not best.speedup.significant:
         text += " (not significant)"
     if best.memory_ratio is not None:
         share = best.memory_ratio
-        more = "less" if share >= 1 else "more"
-        text += f" and peaks at {units.ratio(max(share, 1 / share))} {more} memory"
+        word = "lower" if share >= 1 else "higher"
+        text += f", its peak memory {units.ratio(max(share, 1 / share))} {word}"
     return text + "."
 
 
@@ -281,6 +317,10 @@ def _interval_text(found: Crossover) -> str:
     if low == 0 or high == float("inf"):
         return " (its interval leaves the measured range)"
     return f" (95 % interval {units.about(low)} to {units.about(high)})"
+
+
+def _length(seqlen: float) -> str:
+    return f"L\u00a0≈\u00a0{units.about(seqlen)}"  # not broken over lines
 
 
 def _at(lengths: Sequence[int]) -> str:

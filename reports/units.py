@@ -7,8 +7,21 @@ rules for what the browser formats; a test compares the two.
 
 import math
 
-MISSING = "–"
-_SI = {-12: "p", -9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T", 15: "P", 18: "E"}
+MISSING = "\u2013"  # en dash
+TIMES = "\u00d7"  # multiplication sign
+_SI = {
+    -12: "p",
+    -9: "n",
+    -6: "µ",
+    -3: "m",
+    0: "",
+    3: "k",
+    6: "M",
+    9: "G",
+    12: "T",
+    15: "P",
+    18: "E",
+}
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -34,6 +47,12 @@ def si(value: float | None, unit: str) -> str:
         exponent += 3
     exponent = min(max(exponent, min(_SI)), max(_SI))
     return f"{digits(value / 10.0**exponent)} {_SI[exponent]}{unit}".strip()
+
+
+def tick(text: str) -> str:
+    """Return a written quantity without trailing zeros, for axes: `10 ms`."""
+    number, space, unit = text.partition(" ")
+    return (number.rstrip("0").rstrip(".") if "." in number else number) + space + unit
 
 
 def seconds(value: float | None) -> str:
@@ -65,8 +84,8 @@ def about(value: float) -> str:
 
 
 def ratio(value: float | None) -> str:
-    """Return a factor, such as `2.41×`."""
-    return MISSING if value is None else f"{digits(value)}×"
+    """Return a factor, such as 2.41 times."""
+    return MISSING if value is None else f"{digits(value)}{TIMES}"
 
 
 def length(value: int) -> str:

@@ -99,7 +99,7 @@
     }
     return lines.join("<br>");
   };
-  const resolve = (trace) => {
+  const resolve = (trace, width) => {
     const look = data.looks[trace.meta.implementation], tint = colour(trace.meta.implementation);
     const made = { ...trace, customdata: trace.rows, hoverinfo: "text", marker: { ...trace.marker }, visible: !state.hidden.has(trace.meta.series) };
     for (const axis of ["x", "y"]) {
@@ -110,7 +110,7 @@
     if (trace.meta.failure) {
       made.marker.line = { ...trace.marker.line, color: tint };
       made.textfont = { color: css("soft"), size: 11 };
-      made.mode = innerWidth < 760 ? "markers" : trace.mode;
+      made.mode = width < 760 ? "markers" : trace.mode;
     } else {
       made.line = { ...trace.line, color: tint };
       made.marker.color = tint;
@@ -134,6 +134,7 @@
     const layout = { ...figure.layout };
     for (const name of ["xaxis", "yaxis"]) layout[name] = axisLook(layout[name]);
     if (innerWidth < 480 && layout.xaxis.tickvals) {
+      layout.xaxis.title = { ...layout.xaxis.title, text: layout.xaxis.title.text.replace(/ \(.*/, "") };
       const every = Math.ceil(layout.xaxis.tickvals.length / 5);
       for (const key of ["tickvals", "ticktext"]) layout.xaxis[key] = layout.xaxis[key].filter((_, i) => i % every === 0);
     }
@@ -157,7 +158,7 @@
   };
   const draw = (card) => {
     if (!ready || !card.seen || !card.spec) return;
-    const drawn = Plotly.react(card.plot, card.spec.data.map(resolve), layoutOf(card.spec), {
+    const drawn = Plotly.react(card.plot, card.spec.data.map((trace) => resolve(trace, card.plot.clientWidth)), layoutOf(card.spec), {
       ...CONFIG, toImageButtonOptions: { filename: `mambench-${card.name}`, scale: 2 },
     });
     drawn.then(() => {
@@ -446,7 +447,7 @@
 
   document.querySelectorAll(".needs-script").forEach((part) => { part.hidden = false; });
   data.charts.forEach(([name, title], i) => addCard(name, title, i === 0));
-  addCard("state", "Time", false);
+  addCard("state", "Time", true);
   readAddress();
   update();
   const library = document.createElement("script");

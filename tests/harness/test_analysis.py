@@ -154,6 +154,16 @@ def test_an_unconverged_measurement_is_flagged():
     assert "limit" in result.flags[0]
 
 
+def test_a_throttled_measurement_is_flagged():
+    result = fold_one(observation(details={"throttled": ["power_cap"]}))
+    assert result.flags == ("the device was slowed down: power_cap",)
+
+
+def test_memory_that_could_not_be_read_says_why():
+    memory = observation(measurement="memory", values={}, details={"missing": "no meter here"})
+    assert fold_one(observation(), memory).missing["peak_memory_bytes"] == "no meter here"
+
+
 @pytest.mark.parametrize(("n", "ranks"), [(6, (0, 5)), (20, (5, 14)), (100, (39, 60))])
 def test_median_interval_is_the_binomial_one(n, ranks):
     # The textbook order statistics for 95 %: e.g. the 40th and 61st of 100.

@@ -1,0 +1,89 @@
+"""Keep the figures in documents equal to the published runs that they come from.
+
+A document holds blocks
+
+    <!-- figures:begin NAME -->
+    anything; it is replaced
+    <!-- figures:end -->
+
+where NAME is a run folder below `published/`, optionally followed by filters of the page's kind
+(`level=op pass=forward dtype=bf16 batch=1 width=2048`) that choose the selection; without, the most
+informative one is shown. Each block gets provenance, a chart, and the table of times.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mambench.harness import analysis
+from mambench.harness.errors import UsageError, unknown_name
+from mambench.reports import markdown, rows, summary, svg
+from mambench.reports.page import write_atomically
+from mambench.reports.rows import Report, Slice
+
+_BEGIN = re.compile(r"<!-- figures:begin (?P<spec>[^\n]*?) -->")
+_BLOCK = re.compile(_BEGIN.pattern + r".*?<!-- figures:end -->", re.DOTALL)
+_FILTERS: tuple[str, ...] = ("level", "pass", "dtype", "batch", "width")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """A document as it should be, and the charts it shows."""
+
+    text: str
+    charts: Mapping[Path, str]
+
+
+def refresh(documents: Sequence[Path], published: Path) -> list[Path]:
+    """Bring documents and their charts up to date; returns the files that changed."""
+    changed: list[Path] = []
+    for document in documents:
+        made = render(document, published)
+        for path, text in ((document, made.text), *made.charts.items()):
+            if not path.exists() or path.read_text(encoding="utf-8") != text:
+                write_atomically(path, text)
+                changed.append(path)
+    return changed
+
+
+def render(document: Path, published: Path) -> Rendered:
+    """Return a document with all blocks made anew; raises UsageError where one names no run."""
+    charts: dict[Path, str] = {}
+
+    def replaced(match: re.Match[str]) -> str:
+        body = _body(match["spec"], document, published, charts)
+        return f"<!-- figures:begin {match['spec']} -->\n{body}\n<!-- figures:end -->"
+
+    text = document.read_text(encoding="utf-8")
+    if len(_BEGIN.findall(text)) != len(_BLOCK.findall(text)):
+        raise UsageError(f"{document}: a 'figures:begin' has no 'figures:end'.")
+    return Rendered(text=_BLOCK.sub(replaced, text), charts=charts)
+
+
+def _body(spec: str, document: Path, published: Path, charts: dict[Path, str]) -> str:
+    name, *filters = spec.split()
+    known = sorted(path.parent.name for path in published.glob("*/manifest.json"))
+    if name not in known:
+        raise UsageError(f"{document}: {unknown_name('published run', name, known)}")
+    report = rows.make(analysis.load([published / name]))
+    part = _chosen(report, filters, f"{document}, figures of {name}")
+    entry = summary.summarise_slice(part)
+    picture = published / name / f"time-{'-'.join(str(word) for word in part.key[1:])}.svg"
+    charts[picture] = svg.chart(report, part)
+    link = Path(os.path.relpath(picture, document.parent)).as_posix()
+    image = f"![{markdown.escape(f'Time against sequence length. {entry.crossing}')}]({link})"
+    return "\n\n".join([image, markdown.block(entry), markdown.provenance(report.sources[0])])
+
+
+def _chosen(report: Report, filters: Sequence[str], where: str) -> Slice:
+    wanted = {name: value for name, _, value in (text.partition("=") for text in filters)}
+    for name in wanted:
+        if name not in _FILTERS:
+            raise UsageError(f"{where}: {unknown_name('filter', name, _FILTERS)}")
+    for part in report.slices:
+        have: dict[str, str] = dict(zip(_FILTERS, map(str, part.key[1:]), strict=True))
+        if all(have[name] == value for name, value in wanted.items()):
+            return part
+    raise UsageError(f"{where}: no selection has {' '.join(filters) or 'a case'}.")

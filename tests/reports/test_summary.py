@@ -1,0 +1,162 @@
+"""Sentences and small tables say what the rows hold."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from mambench.harness import analysis
+from mambench.harness.analysis import Result
+from mambench.harness.curves import Crossover, CrossoverKind
+from mambench.harness.spec import Case, DType, Family, Level, Outcome, Pass, Problem
+from mambench.reports import rows, summary
+
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+RUN = analysis.make_run({"run_id": "r", "device": {"kind": "cuda", "name": "Fixture"}})
+
+
+def results(
+    name: str, family: Family, time: Callable[[int], float | None], level: Level = Level.OP
+) -> list[Result]:
+    found = []
+    for seqlen in LENGTHS:
+        problem = Problem(
+            family=family,
+            level=level,
+            batch=1,
+            seqlen=seqlen,
+            d_inner=64,
+            d_model=32 if level is Level.BLOCK else None,
+            d_state=None if family is Family.ATTENTION else 16,
+        )
+        case = Case(
+            implementation=name, variant="v", problem=problem, pass_=Pass.FORWARD, dtype=DType.BF16
+        )
+        value = time(seqlen)
+        samples = () if value is None else tuple(value * (1 + 0.001 * i) for i in range(-5, 6))
+        result = Result(
+            source=RUN.source,
+            run_id="r",
+            case=case,
+            outcome=Outcome.OK if value else Outcome.OOM,
+            reason=None if value else "too large",
+            time_s=value,
+            samples_s=samples,
+            interval=analysis.median_interval(samples),
+            peak_memory_bytes=1000 if value else None,
+            weight_count=12345 if level is Level.BLOCK else None,
+        )
+        found.append(result)
+    return found
+
+
+def summarise(*groups: list[Result]) -> summary.SliceSummary:
+    source = analysis.Source(
+        key=RUN.source, label="Fixture", kind="cuda", device_name="Fixture", runs=(RUN,)
+    )
+    every = tuple(result for group in groups for result in group)
+    made = rows.make(analysis.Analysis(sources=(source,), results=every))
+    return summary.summarise_slice(made.slices[0])
+
+
+def linear(seqlen: int) -> float:
+    return 1e-8 * seqlen
+
+
+def quadratic(seqlen: int) -> float:
+    return 1e-8 * seqlen**2 / 3000
+
+
+def test_an_overtaking_is_said_with_its_length():
+    said = summarise(results("ssd", Family.SSD, linear), results("fa", Family.ATTENTION, quadratic))
+    assert said.crossing == "ssd overtakes fa · v at L\u00a0≈\u00a03,000."
+    assert "interpolated between 2,048 and 4,096" in said.evidence
+    assert "At L = 8,192 ssd (d_state 16) is 2.73\u00d7 faster" in said.evidence
+    assert said.headline == "Fastest: fa · v from L = 512 to 2,048; ssd from L = 4,096 to 8,192."
+
+
+def test_none_in_range_is_said_both_ways():
+    attention = results("fa", Family.ATTENTION, lambda n: 1e-9 * n)
+    slower = summarise(results("ssd", Family.SSD, linear), attention)
+    assert slower.crossing == (
+        "fa · v is faster than every state-space model from L = 512 to 8,192: "
+        "no crossover in range."
+    )
+    assert "10.0\u00d7 slower" in slower.evidence
+    faster = summarise(results("ssd", Family.SSD, lambda n: 1e-10 * n), attention)
+    assert faster.crossing.startswith("ssd is faster than fa · v throughout from L = 512 to 8,192")
+
+
+def test_without_attention_nothing_is_claimed():
+    said = summarise(results("ssd", Family.SSD, linear))
+    assert "No attention was measured" in said.crossing
+    assert said.reference is None
+
+
+def test_attention_that_failed_everywhere_is_no_reference():
+    said = summarise(
+        results("ssd", Family.SSD, linear), results("fa", Family.ATTENTION, lambda n: None)
+    )
+    assert said.reference is None
+    assert said.headline.startswith("ssd is the fastest at every measured length")
+
+
+def test_the_reference_is_the_attention_that_reaches_furthest_and_fastest():
+    def short(n: int) -> float | None:
+        return 1e-12 if n < 4096 else None
+
+    said = summarise(
+        results("short", Family.ATTENTION, short),
+        results("slow", Family.ATTENTION, lambda n: 2 * quadratic(n)),
+        results("good", Family.ATTENTION, quadratic),
+        results("ssd", Family.SSD, linear),
+    )
+    assert said.reference is not None
+    assert said.reference.label == "good · v"
+
+
+def test_the_fastest_of_a_length_and_its_ties():
+    said = summarise(
+        results("a", Family.S6, linear),
+        results("b", Family.S6, lambda n: linear(n) * 1.0005),
+        results("c", Family.S6, lambda n: linear(n) * 2),
+    )
+    entry = said.lengths[0]
+    assert entry.fastest is not None
+    assert entry.fastest.label == "a"
+    assert [row.label for row in entry.tied] == ["b"]
+
+
+def test_a_failed_case_is_in_its_cell_and_never_the_fastest():
+    said = summarise(results("a", Family.S6, lambda n: None), results("b", Family.S6, linear))
+    assert all(entry.fastest and entry.fastest.label == "b" for entry in said.lengths)
+    assert {c.outcome for e in said.lengths for c in e.cells if c} == {Outcome.OK, Outcome.OOM}
+
+
+def test_blocks_say_their_weights():
+    said = summarise(
+        results("ssd", Family.SSD, linear, Level.BLOCK),
+        results("fa", Family.ATTENTION, quadratic, Level.BLOCK),
+    )
+    assert said.weights == (
+        "fa · v: one transformer layer, 12.3 k weights; ssd: 2 Mamba blocks, 12.3 k weights."
+    )
+
+
+def test_failures_are_grouped(gpu_report):
+    found = summary.failures(gpu_report)
+    naive = [f for f in found if f.label == "naive_recurrence · s6"]
+    assert [f.seqlens for f in naive] == [(32768, 65536, 131072)] * 3
+    total = sum(row.outcome is not Outcome.OK for row in gpu_report.rows)
+    assert sum(len(f.case_ids) for f in found) == total
+
+
+def test_cells_of_crossovers():
+    at = Crossover(kind=CrossoverKind.AT, range=(512, 8192), seqlen=1847.0, interval=(1790, 1920))
+    assert summary.crossing_text(at) == "L\u00a0≈\u00a01,850"
+    assert summary.crossing_note(at) == "95 % interval 1,790 to 1,920"
+    open_ended = replace(at, interval=(1790, float("inf")))
+    assert summary.crossing_note(open_ended) == "its interval leaves the measured range"
+    none = Crossover(kind=CrossoverKind.INCUMBENT_FASTER, range=(512, 8192))
+    assert (summary.crossing_text(none), summary.crossing_note(none)) == (
+        "none in range",
+        "L = 512 to 8,192",
+    )
