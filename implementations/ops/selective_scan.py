@@ -1,6 +1,7 @@
 """The fused selective scan: discretisation, scan and output in one pass, the state on chip."""
 
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -10,22 +11,27 @@ from mambench.kernels.s6 import numba_config, triton_config
 
 _MAX_D_STATE = 256
 _FP32_BYTES = 4
+_HOPPER = (9, 0)
+_GLUON_TRITON = "3.6"  # Gluon's interface changes with every minor version of Triton
 
 
 class SelectiveScan(Implementation):
-    """Mamba-1's operation as one kernel: Triton on a GPU, compiled by Numba on the CPU."""
+    """Mamba-1's operation as one kernel: Gluon or Triton on a GPU, Numba's code on the CPU."""
 
     name: ClassVar[str] = "selective_scan"
     families: ClassVar[tuple[Family, ...]] = (Family.S6,)
     summary: ClassVar[str] = (
-        "fused scan, the state never in memory: Triton on the GPU, Numba on the CPU"
+        "fused scan, the state never in memory: Gluon or Triton on the GPU, Numba on the CPU"
     )
 
     def variants(self, device: Device) -> tuple[Variant, ...]:
-        """Return `numba` on the CPU, `triton` on a GPU."""
+        """Return `numba` on the CPU; on a GPU `triton`, on Hopper after `hopper`."""
         if device.kind is DeviceKind.CPU:
             return (Variant(name="numba", unavailable=_missing("numba")),)
-        return (Variant(name="triton", unavailable=_missing("triton") or _too_old(device)),)
+        portable = Variant(name="triton", unavailable=_missing("triton") or _too_old(device))
+        hopper = Variant(name="hopper", unavailable=_no_hopper(device))
+        on_hopper = device.compute_capability == _HOPPER
+        return (hopper, portable) if on_hopper else (portable, hopper)
 
     def op(self, family: Family, variant: str) -> Callable[..., Any]:
         """Import and return `selective_scan` of a variant."""
@@ -37,15 +43,19 @@ class SelectiveScan(Implementation):
             from mambench.kernels.s6 import triton_scan
 
             return triton_scan.selective_scan
-        raise ValueError(f"selective_scan: got variant {variant!r}, expected numba or triton")
+        if variant == "hopper":
+            from mambench.kernels.s6 import hopper_op
+
+            return hopper_op.selective_scan
+        raise ValueError(f"selective_scan: got variant {variant!r}, expected numba, triton, hopper")
 
     def unsupported(self, case: Case, device: Device) -> str | None:
-        """Refuse more than 256 states and, in Triton, float64."""
+        """Refuse more than 256 states and, on a GPU, float64."""
         d_state = case.problem.d_state
         if d_state is not None and d_state > _MAX_D_STATE:
             return f"d_state is at most {_MAX_D_STATE}, got {d_state}"
-        if case.variant == "triton" and case.dtype is DType.FP64:
-            return "the Triton kernel computes in fp32; use fp32, fp16 or bf16"
+        if case.variant in ("triton", "hopper") and case.dtype is DType.FP64:
+            return f"the {case.variant} kernel computes in fp32; use fp32, fp16 or bf16"
         return None
 
     def workspace_bytes(self, case: Case) -> int:
@@ -58,7 +68,9 @@ class SelectiveScan(Implementation):
             "d_state": p.d_state or 1,
             "ngroups": p.ngroups or 1,
         }
-        if case.variant == "triton":
+        if case.variant == "hopper" and not case.pass_.needs_grad:
+            return _FP32_BYTES * p.batch * p.d_inner * sizes["d_state"]  # the last state
+        if case.variant in ("triton", "hopper"):
             return triton_config.workspace_bytes(**sizes, backward=case.pass_.needs_grad)
         wide = max(case.dtype.itemsize, _FP32_BYTES)  # narrow inputs are computed in fp32 copies
         copies = 0
@@ -82,6 +94,26 @@ def _missing(module: str) -> str | None:
     if find_spec(module) is None:
         return f"{module} is not installed: pip install {module}"
     return None
+
+
+def _no_hopper(device: Device) -> str | None:
+    """Return why the Gluon kernel cannot run, read from the device and from metadata alone."""
+    if device.compute_capability != _HOPPER:
+        need = ".".join(map(str, _HOPPER))
+        got = ".".join(map(str, device.compute_capability or ())) or "unknown"
+        return f"needs compute capability {need}; {device.name} has {got}"
+    found = _version("triton") or _version("pytorch-triton")
+    if found is None or not found.startswith(_GLUON_TRITON + "."):
+        have = "Triton is not installed" if found is None else f"Triton is version {found}"
+        return f"{have}, hopper needs {_GLUON_TRITON}: pip install 'triton=={_GLUON_TRITON}.*'"
+    return None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def _too_old(device: Device) -> str | None:
