@@ -6,6 +6,7 @@ rules for what the browser formats; a test compares the two.
 """
 
 import math
+from decimal import ROUND_HALF_UP, Context
 
 MISSING = "\u2013"  # en dash
 TIMES = "\u00d7"  # multiplication sign
@@ -22,15 +23,15 @@ _SI = {
     15: "P",
     18: "E",
 }
+_ROUND = Context(prec=3, rounding=ROUND_HALF_UP)
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def digits(value: float) -> str:
-    """Return a number with three significant digits, without exponent where that is readable."""
+    """Return a number with three significant digits and no exponent."""
     if value == 0:
         return "0"
-    places = 2 - math.floor(math.log10(abs(value)))
-    rounded = round(value, places)
+    rounded = _three_digits(value)
     places = max(0, 2 - math.floor(math.log10(abs(rounded))))
     return f"{rounded:.{places}f}"
 
@@ -41,12 +42,10 @@ def si(value: float | None, unit: str) -> str:
         return MISSING
     if value == 0:
         return f"0 {unit}".strip()
-    exponent = _thousands(value)
-    # 999.9 rounds to 1000, which belongs to the next prefix.
-    if round(abs(value) / 10.0**exponent, 2 - _magnitude(value, exponent)) >= 1000:
-        exponent += 3
+    rounded = _three_digits(value)  # first: 999.9 becomes 1000, which belongs to the next prefix
+    exponent = 3 * math.floor(math.log10(abs(rounded)) / 3 + 1e-12)
     exponent = min(max(exponent, min(_SI)), max(_SI))
-    return f"{digits(value / 10.0**exponent)} {_SI[exponent]}{unit}".strip()
+    return f"{digits(rounded / 10.0**exponent)} {_SI[exponent]}{unit}".strip()
 
 
 def tick(text: str) -> str:
@@ -79,8 +78,7 @@ def count(value: float | None) -> str:
 
 def about(value: float) -> str:
     """Return a length that was interpolated, with three significant digits: `1,850`."""
-    places = 2 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{round(round(value, places)):,}"
+    return f"{round(_three_digits(value)):,}"
 
 
 def ratio(value: float | None) -> str:
@@ -96,9 +94,6 @@ def length(value: int) -> str:
     return f"{value:,}"
 
 
-def _thousands(value: float) -> int:
-    return 3 * math.floor(math.log10(abs(value)) / 3)
-
-
-def _magnitude(value: float, exponent: int) -> int:
-    return math.floor(math.log10(abs(value))) - exponent
+def _three_digits(value: float) -> float:
+    """Round the number's exact binary value, ties away from zero, as JavaScript's toPrecision."""
+    return float(_ROUND.create_decimal_from_float(value))

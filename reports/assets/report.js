@@ -25,7 +25,7 @@
     if (value === 0) return `0 ${unit}`.trim();
     const rounded = Number(value.toPrecision(3));
     const exponent = Math.min(18, Math.max(-12, 3 * Math.floor(Math.log10(Math.abs(rounded)) / 3 + 1e-12)));
-    return `${digits(value / 10 ** exponent)} ${PREFIXES[exponent]}${unit}`.trim();
+    return `${digits(rounded / 10 ** exponent)} ${PREFIXES[exponent]}${unit}`.trim();
   };
   const memory = (value) => {
     if (value === null || value === undefined) return MISSING;

@@ -243,6 +243,16 @@ def cpu_observations() -> list[Observation]:
     return found
 
 
+@pytest.fixture(name="write_run", scope="session")
+def write_run_fixture():
+    return write_run
+
+
+@pytest.fixture(name="gpu_observations", scope="session")
+def gpu_observations_fixture():
+    return gpu_observations
+
+
 @pytest.fixture(scope="session")
 def gpu_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "gpu-run"

@@ -1,0 +1,161 @@
+"""The page as a file: self-contained, atomic, small, and safe whatever the records hold."""
+
+import base64
+import gzip
+import hashlib
+import json
+from html.parser import HTMLParser
+
+import pytest
+from mambench.harness import analysis
+from mambench.harness.errors import RunFolderError
+from mambench.reports import page, rows
+
+from mambench import reports
+
+
+class Outline(HTMLParser):
+    """Collects elements, their text and their attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.text: list[str] = []
+        self._script: dict[str, str | None] | None = None
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._script = dict(attrs) if tag in ("script", "style") else None
+
+    def handle_data(self, data):
+        if self._script is None:
+            self.text.append(data)
+        else:
+            self.scripts.append((self._script, data))
+            self._script = None
+
+
+def outline(html: str) -> Outline:
+    parsed = Outline()
+    parsed.feed(html)
+    return parsed
+
+
+def embedded(html: str) -> dict:
+    packed = next(
+        text for attributes, text in outline(html).scripts if attributes.get("id") == "data"
+    )
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
+
+
+@pytest.fixture(scope="module")
+def html(report) -> str:
+    return page.render(report)
+
+
+def test_nothing_is_loaded_from_elsewhere(html):
+    for tag, attributes in outline(html).tags:
+        assert tag not in ("link", "iframe", "img", "object", "base"), tag
+        assert "src" not in attributes, tag
+        assert (attributes.get("href") or "#").startswith("#")
+
+
+def test_the_policy_admits_the_pages_own_scripts_only(html):
+    parsed = outline(html)
+    policy = next(a["content"] for _, a in parsed.tags if a.get("http-equiv"))
+    assert "default-src 'none'" in policy
+    assert "unsafe-inline" not in policy.split("script-src")[1].split(";")[0]
+    own = [text for attributes, text in parsed.scripts if attributes == {}]
+    script = next(text for text in own if "unpack" in text)
+    plotly = next(text for a, text in parsed.scripts if a.get("id") == "plotly")
+    for text in (script.encode(), gzip.decompress(base64.b64decode(plotly))):
+        assert base64.b64encode(hashlib.sha256(text).digest()).decode() in policy
+
+
+def test_embedded_numbers_are_the_rows(report, html):
+    columns = embedded(html)["columns"]
+    assert len(columns["case_id"]) == len(report.rows)
+    for row in report.rows:
+        assert columns["case_id"][row.index] == row.case_id
+        for name in ("time_s", "tokens_per_s", "peak_memory_bytes", "time_low_s", "time_high_s"):
+            expected = getattr(row, name)
+            assert columns[name][row.index] == (
+                None if expected is None else pytest.approx(expected, rel=1e-6)
+            )
+
+
+def test_every_reference_of_a_figure_is_a_column(html):
+    data = embedded(html)
+    charts = [f for s in data["slices"] for e in s["over_length"] for f in e["charts"].values()]
+    charts += [e["figure"] for s in data["slices"] for e in s["over_state"]]
+    assert len(charts) > 10
+    for figure in charts:
+        for trace in figure["data"]:
+            names = [trace[a]["column"] for a in "xy" if isinstance(trace[a], dict)]
+            for name in [*names, *trace.get("interval", [])]:
+                assert len(data["columns"][name]) > max(trace["rows"])
+            assert trace["meta"]["implementation"] in data["looks"]
+
+
+def test_static_tables_hold_the_results_without_script(report, html):
+    text = " ".join(outline(html).text)
+    for part in report.slices:
+        for series in part.series:
+            for row in series.at_state(series.usual_state):
+                shown = page.units.seconds(row.time_s) if row.ok else row.outcome.value
+                assert shown in text
+    assert "exceeded 5 s" in text
+    assert "driver" in text
+
+
+def test_hostile_records_are_shown_as_text(hostile_run):
+    hostile = page.render(rows.make(analysis.load([hostile_run])))
+    parsed = outline(hostile)
+    tags = {tag for tag, _ in parsed.tags}
+    assert not tags & {"img", "b"}
+    assert sum(tag == "script" for tag, _ in parsed.tags) == 3
+    assert "<b>bold</b>" in " ".join(parsed.text), "it is there, as text"
+    assert "{{ 7 * 7 }}" in json.dumps(embedded(hostile))
+    assert not [name for _, a in parsed.tags for name in a if name.startswith("on")]
+
+
+def test_the_file_is_written_whole_or_not_at_all(gpu_run, tmp_path, monkeypatch):
+    output = tmp_path / "deep" / "report.html"
+    assert reports.build([gpu_run], output) == output
+    before = output.read_bytes()
+    assert len(before) < 1_200_000
+
+    def torn(self, text, **options):
+        with self.open("w") as file:
+            file.write(text[:100])
+        raise OSError("disk full")
+
+    monkeypatch.setattr("pathlib.Path.write_text", torn)
+    with pytest.raises(OSError, match="disk full"):
+        reports.build([gpu_run], output)
+    assert output.read_bytes() == before
+    assert [path.name for path in output.parent.iterdir()] == ["report.html"]
+
+
+def test_equal_runs_give_equal_files(gpu_run, tmp_path):
+    files = [reports.build([gpu_run], tmp_path / name).read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
+
+
+def test_a_broken_run_is_refused_and_nothing_written(tmp_path):
+    output = tmp_path / "report.html"
+    with pytest.raises(RunFolderError):
+        reports.build([tmp_path / "no-run"], output)
+    assert not output.exists()
+
+
+def test_a_run_without_results_is_a_page(tmp_path, write_run):
+    output = reports.build([write_run(tmp_path / "empty", [])], tmp_path / "r.html")
+    assert "These runs hold no case yet." in output.read_text()
+
+
+def test_numbers_that_json_cannot_hold_become_null():
+    assert page._number(float("nan")) is None
+    assert page._number(float("inf")) is None
+    assert page._number(1.23456789e-5) == 1.234568e-5
