@@ -7,7 +7,7 @@ estimates and is corrected by how long the finished cases really took.
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, cast
 
 from mambench.harness.records import Observation
 from mambench.harness.spec import Case, Outcome
@@ -78,7 +78,7 @@ def make_listener(
         stream: where to write.
         environment: its TERM decides, beside the stream, whether a bar can be drawn.
     """
-    stream = stream or sys.stderr
+    stream = stream or cast("TextIO", sys.stderr)
     if quiet:
         return QuietProgress(stream)
     if stream.isatty() and environment.get("TERM", "dumb") not in ("dumb", ""):

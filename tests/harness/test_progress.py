@@ -4,7 +4,9 @@ import io
 import os
 import pty
 import re
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 
 import pytest
 from mambench.harness.progress import (
@@ -122,6 +124,13 @@ def test_quiet_shows_failures_and_notes_only():
     assert [line.split()[0] for line in stream.getvalue().splitlines()] == ["crashed", "note:"]
 
 
+def read_all(terminal: int, written: list[bytes]) -> None:
+    """Read until the other end is closed, as a terminal does; it holds only a few KB."""
+    with suppress(OSError):  # EIO: closed
+        while part := os.read(terminal, 4096):
+            written.append(part)
+
+
 def on_a_terminal(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
     """Return what a run writes to a terminal of 100 columns."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TERM", "COLORTERM", "COLUMNS"):
@@ -129,6 +138,9 @@ def on_a_terminal(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) 
     for name, value in {"COLUMNS": "100", **environment}.items():
         monkeypatch.setenv(name, value)
     ours, theirs = pty.openpty()
+    written: list[bytes] = []
+    reader = threading.Thread(target=read_all, args=(ours, written))
+    reader.start()
     with open(theirs, "w") as stream:
         listener = make_listener(ESTIMATES, stream=stream, environment=os.environ)
         expected = PlainProgress if environment["TERM"] == "dumb" else BarProgress
@@ -139,9 +151,9 @@ def on_a_terminal(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) 
             listener.on_case_end(CASES[0], [observation(CASES[0], values={"time_s": 1.0})])
             listener.on_case_end(CASES[1], [observation(CASES[1], Outcome.CRASHED)])
             listener.on_case_start(CASES[2])
-        written = os.read(ours, 100_000).decode()
+    reader.join()
     os.close(ours)
-    return written
+    return b"".join(written).decode()
 
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch):
