@@ -8,10 +8,12 @@ With dh_t the gradient of the state after step t and r_t = decay_t dh_t what ste
     ddt_t = sum_n q_t A + u_t dx_t         du_t = dt_t dx_t + D dy_t
 
 A program walks one segment of time of some blocks of channels from its end to its beginning, chunk
-by chunk. Within a chunk it first replays the forward from the state that was kept, noting the state
-before every tile in a scratch buffer of its own, small enough for the second-level cache. Then it
-takes the tiles in reverse, with states and their gradients in registers. dB and dC are summed over
-a program's channels, block after block in a fixed order, and over programs by `sum_partials`.
+by chunk. Within a chunk it first computes what needs no state (dt, its derivative, dy), then
+replays the forward from the state that was kept and notes the state before every tile, all in a
+scratch buffer of its own, small enough for the second-level cache. (Computed with the rest, the
+softplus would be repeated in every lane that needs dt.) Then it takes the tiles in reverse, with
+states and their gradients in registers. dB and dC are summed over a program's channels, block after
+block in a fixed order, and over programs by `sum_partials`.
 
 A thread must hold several states and several channels: sums over states and sums over channels then
 both begin in registers. So tensors are (TILE, OUTER, N, INNER), the channels of a block being OUTER
@@ -27,7 +29,6 @@ from mambench.kernels.s6.triton_parts import (
     combine_keeping_input,
     locate,
     pick_right,
-    pin,
     sigmoid,
     softplus,
     widen,
@@ -125,6 +126,51 @@ def segment_adjoint(
 
 
 @triton.jit
+def prepare(
+    delta_ptr,
+    bias_ptr,
+    dout_ptr,
+    z_ptr,
+    scratch_ptrs,  # (AHEAD, BLOCK): dt of the chunk's first steps; then its derivative, then dy
+    d,
+    valid,
+    first,
+    L,
+    stride_delta_d,
+    stride_dout_d,
+    stride_z_d,
+    CHUNK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+):
+    """Write a chunk's dt, ddt / ddelta and dy, zero beyond the sequence, AHEAD steps at a time."""
+    d64 = d.to(tl.int64)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + d, mask=valid, other=0.0)
+    for step in range(0, CHUNK, AHEAD):
+        t = first + step + tl.arange(0, AHEAD)
+        mask = (t < L)[:, None] & valid[None, :]
+        dt = tl.load(delta_ptr + (d64 * stride_delta_d)[None, :] + t[:, None], mask=mask, other=0.0)
+        dy = tl.load(dout_ptr + (d64 * stride_dout_d)[None, :] + t[:, None], mask=mask, other=0.0)
+        dt = dt.to(tl.float32)
+        dy = dy.to(tl.float32)
+        if HAS_BIAS:
+            dt += bias[None, :]
+        if SOFTPLUS:
+            tl.store(scratch_ptrs + BLOCK * CHUNK + step, sigmoid(dt))
+            dt = softplus(dt)
+        if HAS_Z:
+            z = tl.load(z_ptr + (d64 * stride_z_d)[None, :] + t[:, None], mask=mask, other=0.0)
+            z = z.to(tl.float32)
+            dy *= z * sigmoid(z)
+        tl.store(scratch_ptrs + step, tl.where(mask, dt, 0.0))
+        tl.store(scratch_ptrs + 2 * BLOCK * CHUNK + step, dy)
+
+
+@triton.jit
 def scan_backward(
     u_ptr,
     delta_ptr,
@@ -137,7 +183,7 @@ def scan_backward(
     dout_ptr,
     kept_ptr,  # (B, chunks, D, N_TRUE) fp32, from the forward
     start_ptr,  # (B, segments, D, N_TRUE) fp32: r at the segments' ends
-    scratch_ptr,  # (programs, CHUNK / TILE, BLOCK * N) fp32
+    scratch_ptr,  # (programs, BLOCK * (N * CHUNK / TILE + 3 * CHUNK)) fp32
     du_ptr,
     ddelta_ptr,
     dz_ptr,
@@ -173,6 +219,7 @@ def scan_backward(
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
     CHUNK: tl.constexpr,
+    AHEAD: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -194,11 +241,17 @@ def scan_backward(
 
     channel = tl.arange(0, OUTER)[:, None] * INNER + tl.arange(0, INNER)[None, :]
     n = tl.arange(0, N)
+    state_offset = channel[:, None, :] * N_TRUE + n[None, :, None]
     n64 = n.to(tl.int64)
     t = tl.arange(0, TILE)
     t3 = t[:, None, None]
-    state_cell = channel[:, None, :] * N + n[None, :, None]
-    scratch_ptrs = scratch_ptr + pid.to(tl.int64) * (CHUNK // TILE * BLOCK * N) + state_cell
+    SCRATCH: tl.constexpr = BLOCK * (N * (CHUNK // TILE) + 3 * CHUNK)
+    own_ptr = scratch_ptr + pid.to(tl.int64) * SCRATCH
+    scratch_ptrs = own_ptr + channel[:, None, :] * N + n[None, :, None]
+    dt_ptr = own_ptr + BLOCK * N * (CHUNK // TILE)
+    dt_ptrs = dt_ptr + (channel * CHUNK)[None, :, :] + t3
+    flat = tl.arange(0, BLOCK)
+    ahead = tl.arange(0, AHEAD)
     B_ptrs = (
         B_ptr + b * stride_B_b + group64 * stride_B_g + (n64 * stride_B_n)[None, :] + t[:, None]
     )
@@ -216,23 +269,27 @@ def scan_backward(
         valid = d < (group + 1) * (D // G)
         d64 = d.to(tl.int64)
         state_mask = valid[:, None, :] & (n < N_TRUE)[None, :, None]
-        state_offset = d64[:, None, :] * N_TRUE + n[None, :, None]
+        first = group * (D // G) + block * BLOCK
+        block_states = first.to(tl.int64) * N_TRUE
         segment_row = b * segments + segment
-        rate = tl.load(A_ptr + state_offset, mask=state_mask, other=0.0) * LOG2E
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + d, mask=valid, other=0.0)
+        rate = tl.load(A_ptr + block_states + state_offset, mask=state_mask, other=0.0) * LOG2E
         if HAS_D:
             skip = tl.load(D_ptr + d, mask=valid, other=0.0)
         r = tl.zeros([OUTER, N, INNER], tl.float32)
         if HAS_START:
-            r = tl.load(start_ptr + segment_row * size + state_offset, mask=state_mask, other=0.0)
+            r = tl.load(
+                start_ptr + segment_row * size + block_states + state_offset,
+                mask=state_mask,
+                other=0.0,
+            )
         dA = tl.zeros([OUTER, N, INNER], tl.float32)
         dD = tl.zeros([OUTER, INNER], tl.float32)
         dbias = tl.zeros([OUTER, INNER], tl.float32)
         u_ptrs = u_ptr + b * stride_u_b + (d64 * stride_u_d)[None, :, :] + t3
-        delta_ptrs = delta_ptr + b * stride_delta_b + (d64 * stride_delta_d)[None, :, :] + t3
-        dout_ptrs = dout_ptr + b * stride_dout_b + (d64 * stride_dout_d)[None, :, :] + t3
+        d_flat = group * (D // G) + block * BLOCK + flat
+        valid_flat = d_flat < (group + 1) * (D // G)
         if HAS_Z:
+            dout_ptrs = dout_ptr + b * stride_dout_b + (d64 * stride_dout_d)[None, :, :] + t3
             z_ptrs = z_ptr + b * stride_z_b + (d64 * stride_z_d)[None, :, :] + t3
         write_offset = ((b * D + d64) * L)[None, :, :] + t3
 
@@ -240,27 +297,43 @@ def scan_backward(
             chunk = (last_step - 1) // CHUNK - back
             chunk_first = chunk * CHUNK
             tiles = tl.cdiv(tl.minimum(chunk_first + CHUNK, L) - chunk_first, TILE)
-            kept_row = (b * chunks + chunk) * size
+            prepare(
+                delta_ptr + b * stride_delta_b,
+                bias_ptr,
+                dout_ptr + b * stride_dout_b,
+                z_ptr + b * stride_z_b if HAS_Z else None,
+                dt_ptr + (flat * CHUNK)[None, :] + ahead[:, None],
+                d_flat,
+                valid_flat,
+                chunk_first,
+                L,
+                stride_delta_d,
+                stride_dout_d,
+                stride_z_d,
+                CHUNK,
+                AHEAD,
+                BLOCK,
+                HAS_Z,
+                HAS_BIAS,
+                SOFTPLUS,
+            )
+            tl.debug_barrier()  # the lanes that read are not those that wrote
+            kept_row = (b * chunks + chunk) * size + block_states
             h = tl.load(kept_ptr + kept_row + state_offset, mask=state_mask, other=0.0)
             tl.store(scratch_ptrs, h)
             for tile in range(0, tiles - 1):
                 start = chunk_first + tile * TILE
                 shared_mask = (n < N_TRUE)[None, :]
                 u = tl.load(u_ptrs + start, mask=valid[None, :, :], other=0.0).to(tl.float32)
-                dt = tl.load(delta_ptrs + start, mask=valid[None, :, :], other=0.0).to(tl.float32)
+                dt = tl.load(dt_ptrs + tile * TILE)
                 B = widen(tl.load(B_ptrs + start, mask=shared_mask, other=0.0), ASSEMBLY)
-                if HAS_BIAS:
-                    dt += bias[None, :, :]
-                if SOFTPLUS:
-                    dt = softplus(dt)
-                dt = pin(dt, ASSEMBLY)
                 decay = tl.exp2(dt[:, :, None, :] * rate[None, :, :, :])
-                x = pin(dt * u, ASSEMBLY)[:, :, None, :] * B[:, None, :, None]
+                x = (dt * u)[:, :, None, :] * B[:, None, :, None]
                 x = tl.where(t3[:, :, :, None] == 0, x + decay * h[None, :, :, :], x)
                 _, states = tl.associative_scan((decay, x), 0, combine)
                 h = tl.reduce(states, 0, pick_right)
                 tl.store(scratch_ptrs + (tile + 1) * (BLOCK * N), h)
-            tl.debug_barrier()  # the lanes that read a state are not those that wrote it
+            tl.debug_barrier()
 
             for tile_back in range(0, tiles):
                 tile = tiles - 1 - tile_back
@@ -269,57 +342,45 @@ def scan_backward(
                 mask = inside[:, None, None] & valid[None, :, :]
                 shared_mask = inside[:, None] & (n < N_TRUE)[None, :]
                 u = tl.load(u_ptrs + start, mask=mask, other=0.0).to(tl.float32)
-                raw = tl.load(delta_ptrs + start, mask=mask, other=0.0).to(tl.float32)
-                dout = tl.load(dout_ptrs + start, mask=mask, other=0.0).to(tl.float32)
+                dt = tl.load(dt_ptrs + tile * TILE)
+                dy = tl.load(dt_ptrs + 2 * BLOCK * CHUNK + tile * TILE)
                 B = widen(tl.load(B_ptrs + start, mask=shared_mask, other=0.0), ASSEMBLY)
                 C = widen(tl.load(C_ptrs + start, mask=shared_mask, other=0.0), ASSEMBLY)
                 h = tl.load(scratch_ptrs + tile * (BLOCK * N))
-                if HAS_BIAS:
-                    raw += bias[None, :, :]
-                dt = raw
-                if SOFTPLUS:
-                    dt = softplus(raw)
-                dt = pin(tl.where(inside[:, None, None], dt, 0.0), ASSEMBLY)
-                dy = dout
-                if HAS_Z:
-                    z = tl.load(z_ptrs + start, mask=mask, other=0.0).to(tl.float32)
-                    gate = sigmoid(z)
-                    dy = dout * (z * gate)
-                dy = pin(dy, ASSEMBLY)
-                x = pin(dt * u, ASSEMBLY)
+                x = dt * u
 
                 # forward again: the states after (h) and before (h_before) every step of the tile
                 decay = tl.exp2(dt[:, :, None, :] * rate[None, :, :, :])
-                first = t3[:, :, :, None] == 0
+                opening = t3[:, :, :, None] == 0
                 inputs = x[:, :, None, :] * B[:, None, :, None]
-                inputs = tl.where(first, inputs + decay * h[None, :, :, :], inputs)
-                carried = tl.where(first, h[None, :, :, :], -0.0)
+                inputs = tl.where(opening, inputs + decay * h[None, :, :, :], inputs)
+                carried = tl.where(opening, h[None, :, :, :], -0.0)
                 one = tl.full([TILE, OUTER, N, INNER], 1.0, tl.float32)
                 _, states, _, before = tl.associative_scan(
                     (decay, inputs, one, carried), 0, combine_keeping_input
                 )
                 if HAS_Z:
-                    y = pin(tl.sum(states * C[:, None, :, None], 2), ASSEMBLY)
+                    y = tl.sum(states * C[:, None, :, None], 2)
                 dC = tl.sum(tl.sum(states * dy[:, :, None, :], 1), 2)
 
                 # and back: dh is what comes in, passed is what goes on to the step before
                 decay_back = tl.flip(decay, 0)
                 dh_own = tl.flip(dy[:, :, None, :] * C[:, None, :, None], 0)
-                dh_own = tl.where(first, dh_own + r[None, :, :, :], dh_own)
+                dh_own = tl.where(opening, dh_own + r[None, :, :, :], dh_own)
                 _, passed, _, dh = tl.associative_scan(
                     (decay_back, decay_back * dh_own, one, dh_own), 0, combine_keeping_input
                 )
                 r = tl.reduce(passed, 0, pick_right)
                 dh = tl.flip(dh, 0)
                 q = tl.flip(passed, 0) * before
-                dx = pin(tl.sum(dh * B[:, None, :, None], 2), ASSEMBLY)
-                dlog = pin(tl.sum(q * rate[None, :, :, :], 2), ASSEMBLY)
+                dx = tl.sum(dh * B[:, None, :, None], 2)
+                dlog = tl.sum(q * rate[None, :, :, :], 2)
                 dA += tl.sum(q * dt[:, :, None, :], 0)
                 dB = tl.sum(tl.sum(dh * x[:, :, None, :], 1), 2)
 
                 ddelta = dlog * LN2 + u * dx
                 if SOFTPLUS:
-                    ddelta *= sigmoid(raw)
+                    ddelta *= tl.load(dt_ptrs + BLOCK * CHUNK + tile * TILE)
                 du = dt * dx
                 if HAS_D:
                     du += skip[None, :, :] * dy
@@ -330,6 +391,9 @@ def scan_backward(
                 tl.store(du_ptr + write_offset + start, du.to(element), mask=mask)
                 tl.store(ddelta_ptr + write_offset + start, ddelta.to(element), mask=mask)
                 if HAS_Z:
+                    dout = tl.load(dout_ptrs + start, mask=mask, other=0.0).to(tl.float32)
+                    z = tl.load(z_ptrs + start, mask=mask, other=0.0).to(tl.float32)
+                    gate = sigmoid(z)
                     if HAS_D:
                         y += skip[None, :, :] * u
                     dz = dout * y * (gate * (1.0 + z * (1.0 - gate)))
@@ -341,7 +405,8 @@ def scan_backward(
                 tl.store(dB_ptrs + shared_size + start, dC, mask=shared_mask)
             tl.debug_barrier()  # the scratch is written again
 
-        tl.store(dA_ptr + segment_row * size + state_offset, dA, mask=state_mask)
+        dA_ptrs = dA_ptr + segment_row * size + block_states + state_offset
+        tl.store(dA_ptrs, dA, mask=state_mask)
         if HAS_D:
             tl.store(dD_ptr + segment_row * D + d, dD, mask=valid)
         if HAS_BIAS:

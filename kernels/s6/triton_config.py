@@ -8,6 +8,9 @@ from dataclasses import dataclass
 # Warps that keep a large GPU busy: 16 for each of the 132 SMs of an H100, about.
 _WANTED_WARPS = 2048
 
+# Steps that the backward prepares at a time.
+AHEAD = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -32,8 +35,8 @@ class Cut:
 
 
 _FORWARD = {
-    16: Config(tile=8, block=32, warps=1),
-    32: Config(tile=8, block=16, warps=1),
+    16: Config(tile=4, block=32, warps=1),
+    32: Config(tile=4, block=16, warps=1),
     64: Config(tile=8, block=32, warps=4),
     128: Config(tile=8, block=16, warps=4),
     256: Config(tile=8, block=16, warps=8),
@@ -42,9 +45,9 @@ _FORWARD = {
 _BACKWARD = {
     16: Config(tile=4, block=16, warps=1, outer=2),
     32: Config(tile=4, block=16, warps=2, outer=2),
-    64: Config(tile=4, block=16, warps=4, outer=2),
-    128: Config(tile=4, block=8, warps=4, outer=1),
-    256: Config(tile=4, block=8, warps=8, outer=1),
+    64: Config(tile=4, block=8, warps=2, outer=2),
+    128: Config(tile=4, block=8, warps=4, outer=2),
+    256: Config(tile=4, block=8, warps=8, outer=2),
 }
 
 
@@ -56,6 +59,15 @@ def padded_states(d_state: int) -> int:
 def chunk_size(d_state: int) -> int:
     """Return the steps between kept states: fewer bytes than half of a bf16 u up to 16 states."""
     return 64 if d_state <= 16 else 128
+
+
+def scratch_size(cut: Cut, d_state: int) -> int:
+    """Return the fp32 elements that a program of the backward keeps of a chunk.
+
+    The state before each tile, and dt, its derivative and dy.
+    """
+    states = padded_states(d_state) * cut.chunk // cut.config.tile
+    return cut.config.block * (states + 3 * cut.chunk)
 
 
 def forward_cut(
@@ -86,29 +98,38 @@ def backward_cut(
     ngroups: int,
     config: Config | None = None,
 ) -> Cut:
-    """Divide the backward as the forward; then let programs take several blocks of channels each.
+    """Divide the backward by batch and time, and by columns of channel blocks for the rest.
 
-    The partial sums of dB and dC cost 8 N bytes per step and program column. Where time and batch
-    alone give programs enough, fewer columns do.
+    A column's programs add up dB and dC of its blocks in one partial sum, 8 N bytes per step; a
+    segment costs three states per channel. Of the divisions that keep the GPU busy, the one that
+    moves the fewest bytes is taken, or the one with the most programs where none does.
     """
     config = config or _BACKWARD[padded_states(d_state)]
     chunk = chunk_size(d_state)
     group_blocks = _ceil(d_inner // ngroups, config.block)
-    blocks = ngroups * group_blocks
-    segment = _segment(seqlen, chunk, batch * blocks * config.warps)
-    segments = _ceil(seqlen, segment)
-    columns = _ceil(_WANTED_WARPS, batch * ngroups * segments * config.warps)
-    if columns < group_blocks:
-        # so many segments and batches: shorten segments no further, share columns out evenly
-        columns = _ceil(group_blocks, group_blocks // columns)
+
+    def rank(columns: int) -> tuple[int, int]:
+        warps = batch * ngroups * columns * config.warps
+        segments = _ceil(seqlen, _segment(seqlen, chunk, warps))
+        moved = 2 * ngroups * d_state * seqlen * columns + 3 * d_inner * d_state * segments
+        return -min(warps * segments, _WANTED_WARPS), moved
+
+    columns = min(_columns(group_blocks), key=rank)
+    segment = _segment(seqlen, chunk, batch * ngroups * columns * config.warps)
     return Cut(
         config=config,
-        blocks=blocks,
+        blocks=ngroups * group_blocks,
         segment=segment,
-        segments=segments,
+        segments=_ceil(seqlen, segment),
         chunk=chunk,
-        partials=min(columns, group_blocks),
+        partials=columns,
     )
+
+
+def _columns(group_blocks: int) -> list[int]:
+    """Return the numbers of columns that give each 1, 2, 4, ... blocks."""
+    shares = [1 << power for power in range(group_blocks.bit_length())]
+    return [_ceil(group_blocks, share) for share in shares]
 
 
 def workspace_bytes(
@@ -130,8 +151,7 @@ def workspace_bytes(
     cut = backward_cut(**sizes)
     kept = states * _ceil(seqlen, cut.chunk)
     programs = batch * cut.segments * ngroups * cut.partials
-    tiles = cut.chunk // cut.config.tile
-    scratch = programs * tiles * cut.config.block * padded_states(d_state)
+    scratch = programs * scratch_size(cut, d_state)
     partial_sums = cut.partials * 2 * batch * ngroups * d_state * seqlen
     per_segment = 4 * states * cut.segments
     return 4 * (kept + max(held, scratch + partial_sums + per_segment))

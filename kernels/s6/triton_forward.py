@@ -200,9 +200,10 @@ def scan_forward(
     valid = d < end
     d64 = d.to(tl.int64)
     state_mask = valid[None, :] & (n < N_TRUE)[:, None]
-    state_offset = d64[None, :] * N_TRUE + n[:, None]
+    state_offset = tl.arange(0, BLOCK)[None, :] * N_TRUE + n[:, None]
+    block_states = first.to(tl.int64) * N_TRUE
     size = tl.cast(D, tl.int64) * N_TRUE
-    rate = tl.load(A_ptr + state_offset, mask=state_mask, other=0.0) * LOG2E
+    rate = tl.load(A_ptr + block_states + state_offset, mask=state_mask, other=0.0) * LOG2E
     if HAS_BIAS:
         bias = tl.load(bias_ptr + d, mask=valid, other=0.0)
     if HAS_D:
@@ -223,14 +224,14 @@ def scan_forward(
 
     h = tl.zeros([N, BLOCK], tl.float32)
     if SEGMENTED:
-        start_row = (b * segments + segment) * size
+        start_row = (b * segments + segment) * size + block_states
         started = state_mask & (segment > 0)
         h = tl.load(start_ptr + start_row + state_offset, mask=started, other=0.0)
     begin = segment * SEGMENT
     for start in range(begin, tl.minimum(begin + SEGMENT, L), TILE):
         if KEEP:  # noqa: SIM102 - decided when compiled, unlike the next
             if start % CHUNK == 0:
-                kept_row = (b * tl.cdiv(L, CHUNK) + start // CHUNK) * size
+                kept_row = (b * tl.cdiv(L, CHUNK) + start // CHUNK) * size + block_states
                 tl.store(kept_ptr + kept_row + state_offset, h, mask=state_mask)
         inside = (start + t < L)[:, None]
         mask = inside & valid[None, :]
@@ -259,4 +260,4 @@ def scan_forward(
             y *= z * sigmoid(z)
         tl.store(out_ptrs + start, y.to(out_ptr.dtype.element_ty), mask=mask)
     if segment == segments - 1:
-        tl.store(last_ptr + b * size + state_offset, h, mask=state_mask)
+        tl.store(last_ptr + b * size + block_states + state_offset, h, mask=state_mask)

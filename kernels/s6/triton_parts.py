@@ -63,21 +63,6 @@ def widen(x, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def pin(x, ASSEMBLY: tl.constexpr):
-    """Return x (fp32), computed once per element.
-
-    Without it the compiler may move arithmetic behind the hand-out of values to all lanes that need
-    them, where every lane repeats it; a softplus is not cheap.
-    """
-    if ASSEMBLY:
-        return tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1
-        )
-    else:
-        return x
-
-
-@triton.jit
 def softplus(x):
     """log(1 + exp(x)), to 1e-7 relative also where it is small.
 

@@ -12,11 +12,13 @@ import triton
 from mambench.kernels.s6 import triton_backward, triton_forward
 from mambench.kernels.s6.arguments import check_arguments
 from mambench.kernels.s6.triton_config import (
+    AHEAD,
     Config,
     Cut,
     backward_cut,
     forward_cut,
     padded_states,
+    scratch_size,
 )
 from torch import Tensor
 
@@ -218,7 +220,7 @@ def scan_backward(
     dBC = torch.empty(partial_sums.shape[1:], dtype=u.dtype, device=u.device)
     programs = batch * cut.segments * ngroups * cut.partials
     N = padded_states(d_state)
-    scratch = _fp32(u, programs, cut.chunk // cut.config.tile, cut.config.block * N)
+    scratch = _fp32(u, programs, scratch_size(cut, d_state))
     with _on(u):
         triton_backward.scan_backward[(programs,)](
             *(inputs.u, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z),
@@ -235,6 +237,7 @@ def scan_backward(
             OUTER=cut.config.outer,
             INNER=cut.config.block // cut.config.outer,
             CHUNK=cut.chunk,
+            AHEAD=AHEAD,
             HAS_D=inputs.D is not None,
             HAS_Z=inputs.z is not None,
             HAS_START=start is not None,

@@ -1,0 +1,105 @@
+"""Run the Triton selective scan in Triton's interpreter and print as JSON what is wrong.
+
+A process of its own, because Triton decides at decoration whether to interpret. Run as
+`TRITON_INTERPRET=1 python interpret_scan.py CASE ...`, a CASE being a key of CASES.
+"""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import literal
+import numpy as np
+import torch
+from triton.runtime import interpreter
+
+HERE = Path(__file__).resolve()
+
+WANTED_WARPS = 2048
+
+# bfloat16 is left to the GPU: the interpreter truncates where hardware rounds.
+CASES = {
+    # more than one chunk and segment, padded states, two groups
+    "segments": {"sizes": (1, 2, 66, 3, 2)},
+    # one segment; several blocks of channels for a program of the backward, the last one ragged
+    "columns": {"sizes": (1, 37, 5, 16, 1), "wanted_warps": 1},
+    "float16": {"sizes": (2, 3, 6, 16, 1), "dtype": torch.float16},
+    "bare": {"sizes": (1, 1, 1, 1, 1), "without": ("D", "z", "delta_bias")},
+    "no-softplus": {"sizes": (1, 5, 6, 4, 1), "softplus": False},
+    "wide": {"sizes": (1, 4, 6, 40, 1)},
+}
+
+
+def scan_by_steps(self: interpreter.ScanOps, tensors: list) -> list:
+    """As the interpreter's own, which calls the function once for every element."""
+    data = [np.moveaxis(tensor.handle.data, self.axis, 0) for tensor in tensors]
+    results = [np.empty_like(array) for array in data]
+    before: list = []
+    for step in range(data[0].shape[0]):
+        here = [
+            self.to_tensor(np.ascontiguousarray(a[step]), t.dtype)
+            for a, t in zip(data, tensors, strict=True)
+        ]
+        if step:
+            here = list(self.combine_fn.fn(*before, *here))
+        before[:] = here
+        for result, value in zip(results, here, strict=True):
+            result[step] = value.handle.data
+    moved = [np.ascontiguousarray(np.moveaxis(result, 0, self.axis)) for result in results]
+    return [
+        self.to_tensor(array, tensor.dtype) for array, tensor in zip(moved, tensors, strict=True)
+    ]
+
+
+def reduce_by_steps(self: interpreter.ReduceOps, tensors: list) -> interpreter.TensorHandle:
+    """As the interpreter's own, for one operand."""
+    (tensor,) = tensors
+    data = np.moveaxis(tensor.handle.data, self.axis, 0)
+    total = self.to_tensor(np.ascontiguousarray(data[0]), tensor.dtype)
+    for step in range(1, data.shape[0]):
+        here = self.to_tensor(np.ascontiguousarray(data[step]), tensor.dtype)
+        total = self.combine_fn.fn(total, here)
+    array = total.handle.data
+    array = np.expand_dims(array, self.axis) if self.keep_dims else array
+    return self.to_tensor(array, tensor.dtype)
+
+
+def poison(original):
+    """Fill what torch.empty returns with NaN, so that an element left unwritten shows."""
+
+    def empty(*args, **kwargs):
+        tensor = original(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.dtype.is_floating_point else tensor
+
+    return empty
+
+
+def judge(case: dict) -> dict[str, str]:
+    """Return what is wrong with a case, by result; nothing when it is right."""
+    from mambench.kernels.s6 import triton_config, triton_scan
+
+    triton_config._WANTED_WARPS = case.get("wanted_warps", WANTED_WARPS)
+    softplus = case.get("softplus", True)
+    inputs = literal.draw(
+        *case["sizes"], dtype=case.get("dtype", torch.float32), without=case.get("without", ())
+    )
+    if not softplus:
+        with torch.no_grad():
+            inputs["delta"].abs_().mul_(0.01)
+            inputs["delta_bias"].abs_().mul_(0.01)
+
+    def op(**arguments):
+        return triton_scan.selective_scan(**arguments, return_last_state=True)
+
+    return literal.excesses(inputs, literal.run(op, inputs, softplus=softplus), softplus=softplus)
+
+
+if __name__ == "__main__":
+    package = HERE.parents[3] / "mambench"
+    runpy.run_path(str(package / "_start.py"))["load_package"](package)
+    interpreter.ScanOps.generic_scan = scan_by_steps
+    interpreter.ReduceOps.generic_reduce = reduce_by_steps
+    torch.empty, torch.empty_like = poison(torch.empty), poison(torch.empty_like)
+    torch.set_num_threads(1)
+    print(json.dumps({name: judge(CASES[name]) for name in sys.argv[1:]}))
