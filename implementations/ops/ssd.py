@@ -73,7 +73,7 @@ def _triton_workspace(case: Case) -> int:
 
     p = case.problem
     headdim, d_state, ngroups = p.headdim or 0, p.d_state or 0, p.ngroups or 1
-    tiles = tiling(case.dtype.itemsize, headdim, d_state)
+    tiles = tiling(case.dtype.itemsize, headdim, d_state, wgmma=True)
     token_heads = p.tokens * p.nheads
     forward = 8 * token_heads
     if case.pass_ is Pass.FORWARD:

@@ -1,8 +1,7 @@
 """Pinned tilings of the Triton SSD kernels, and how time is divided among programs. Torch-free.
 
-A tiling is a function of the element size, headdim and d_state alone: the same on every device, and
-nothing is tuned while something is timed. Each was chosen so that no kernel spills registers on
-sm_80, sm_90, sm_100 and sm_120, which a test checks.
+A tiling is a function of the element size, headdim, d_state and the kind of tensor core alone:
+nothing is tuned while something is timed. Each was chosen by the registers its kernels need.
 """
 
 from dataclasses import dataclass
@@ -40,8 +39,16 @@ class Tiling:
 
 
 @lru_cache(maxsize=256)
-def tiling(itemsize: int, headdim: int, d_state: int) -> Tiling:
-    """Return the pinned tiling for elements of `itemsize` bytes.
+def tiling(itemsize: int, headdim: int, d_state: int, *, wgmma: bool) -> Tiling:
+    """Return the pinned tiling.
+
+    Args:
+        itemsize: bytes per element of the activations; 4 needs the registers of three products.
+        headdim: P.
+        d_state: N.
+        wgmma: whether products of 64 rows read their operands from shared memory (compute
+            capability 9). Elsewhere operands take registers and tiles are smaller; so too with
+            capability 10, where Triton 3.6 fails to compile the gradients of 64-row products.
 
     Raises:
         ValueError: headdim or d_state is beyond what the kernels hold in registers.
@@ -53,17 +60,21 @@ def tiling(itemsize: int, headdim: int, d_state: int) -> Tiling:
         )
     block_n = max(16, _power_of_two(d_state))
     full_p = max(16, _power_of_two(headdim))
-    wide = itemsize == 4
-    chunk = 32 if wide else 64
-    largest_p = 32 if wide else 64
-    block_p = min(full_p, largest_p, max(16, 8192 // block_n))
+    if itemsize == 4:
+        chunk, grad_chunk, state_elements, grad_block_p = 16, 16, 4096, 32
+    elif wgmma:
+        chunk, grad_chunk, state_elements, grad_block_p = 64, 64, 8192, 32
+    else:
+        chunk, grad_chunk, state_elements, grad_block_p = 32, 32, 4096, 64
+    if block_n == 256:
+        grad_chunk = min(grad_chunk, 32 if wgmma else 16)
     return Tiling(
         chunk=chunk,
+        grad_chunk=grad_chunk,
         block_n=block_n,
-        block_p=block_p,
-        grad_chunk=32,
-        grad_block_p=min(full_p, 64),
-        precision="tf32x3" if wide else "tf32",
+        block_p=min(full_p, 64, max(16, state_elements // block_n)),
+        grad_block_p=min(full_p, grad_block_p),
+        precision="tf32x3" if itemsize == 4 else "tf32",
     )
 
 

@@ -113,7 +113,7 @@ def plan_launch(
     """Choose the tiling and the division of time; `segments` overrides how many there should be."""
     batch, seqlen, nheads, headdim = x.shape
     ngroups, d_state = B.shape[2:]
-    tiles = tiling(x.element_size(), headdim, d_state)
+    tiles = tiling(x.element_size(), headdim, d_state, wgmma=has_wgmma(x.device))
     nchunks = -(-seqlen // tiles.chunk)
     if segments is None:
         programs = batch * nheads * -(-headdim // tiles.block_p)
@@ -144,6 +144,12 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=32)
+def has_wgmma(device: torch.device) -> bool:
+    """Whether the device has Hopper's tensor cores; False for the CPU (Triton's interpreter)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

@@ -45,7 +45,9 @@ from torch.autograd.function import once_differentiable
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@triton.jit(do_not_specialize=["seqlen", "nchunks", "nsegments", "segment_chunks", "heads_per_group"])
+@triton.jit(
+    do_not_specialize=["seqlen", "nchunks", "nsegments", "segment_chunks", "heads_per_group"]
+)
 def scan_kernel(
     x_ptr, z_ptr, B_ptr, C_ptr, D_ptr, cum_ptr, cumj_ptr, entry_ptr, out_ptr, final_ptr,
     seqlen, nchunks, nsegments, segment_chunks, nheads: tl.constexpr, heads_per_group,
@@ -103,10 +105,10 @@ def scan_kernel(
         cumj = tl.load(cumj_ptr + cum_row + q)
         total = tl.load(cum_ptr + cum_row + Q - 1)
 
+        y = tl.dot(C, state.to(x.dtype), input_precision=PRECISION)
         scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
         gap = tl.where(causal, cum[:, None] - cumj[None, :], float("-inf"))
         weights = (scores * tl.exp2(gap)).to(x.dtype)
-        y = tl.dot(C, state.to(x.dtype), input_precision=PRECISION)
         y = tl.dot(weights, x, acc=y * tl.exp2(cum)[:, None], input_precision=PRECISION)
         xf = x.to(tl.float32)
         weighted = (xf * tl.exp2(total - cumj)[:, None]).to(x.dtype)

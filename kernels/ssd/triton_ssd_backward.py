@@ -23,9 +23,10 @@ so no sum runs longer than a chunk and nothing large cancels. Launches:
     grad_b_kernel           grad_x, grad_dt, grad_B, the rest of grad_C, sums of grad_A, grad_D
     sum_kernel              grad_B and grad_C over blocks of heads          (several blocks only)
 
-The gradient kernels take one chunk and a block of heads of one group: B, C and their product are
-read and computed once for the block, and grad_B and grad_C leave the chip summed over it. The part
-of both that stays in the chunk needs only a [Q, Q] tile, summed over heads.
+The gradient kernels take one chunk and a block of heads of one group: B and C are read once for the
+block (their product is computed again for every head: cheaper than the registers to keep it), and
+grad_B and grad_C leave the chip summed over it. The part of both that stays in the chunk needs only
+a [Q, Q] tile, summed over heads.
 """
 
 from typing import Any
@@ -84,7 +85,6 @@ def grad_c_kernel(
     if HAS_Z:
         B_ptr += b * stride_B_batch + t0 * stride_B_token + group.to(tl.int64) * stride_B_group
         B = tl.load(B_ptr + q[:, None] * stride_B_token + n[None, :], mask=mask_n, other=0.0)
-        scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
         causal = q[:, None] >= q[None, :]
     for k in tl.range(0, count, num_stages=STAGES, disable_licm=True):
         h = (first_head + k).to(tl.int64)
@@ -94,6 +94,7 @@ def grad_c_kernel(
         total = tl.load(cum_ptr + token + Q - 1)
         if HAS_Z:
             cumj = tl.load(cumj_ptr + token + q)
+            scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
             gap = tl.where(causal, cum[:, None] - cumj[None, :], float("-inf"))
             weights = (scores * tl.exp2(gap)).to(C.dtype)
         slot = (head * nchunks + chunk) * P * N
@@ -103,7 +104,7 @@ def grad_c_kernel(
         row_out = ((b * seqlen + t0) * nheads + h) * P
         v = tl.zeros([Q], dtype=tl.float32)
         passed = tl.zeros([BLOCK_P], dtype=tl.float32)
-        for block_p in tl.range(0, P_BLOCKS, disable_licm=True):
+        for block_p in tl.range(0, P_BLOCKS):
             p = block_p * BLOCK_P + tl.arange(0, BLOCK_P)
             mask_p = parts.column_mask(rows, p, P, BLOCK_P * P_BLOCKS)
             tile = slot + parts.state_offsets(n, p, N)
@@ -147,7 +148,8 @@ def grad_b_kernel(
     x_ptr, z_ptr, B_ptr, C_ptr, D_ptr, A_ptr, dt_raw_ptr, bias_ptr,
     dout_ptr, cum_ptr, dt_ptr, v_ptr, grad_states_ptr, partial_C_ptr,
     grad_x_ptr, grad_dt_ptr, grad_B_ptr, grad_C_ptr, partial_heads_ptr, partial_D_ptr,
-    seqlen, nchunks, nheads: tl.constexpr, heads_per_group, block_heads, ngroups: tl.constexpr, dt_min, dt_max,
+    seqlen, nchunks, nheads: tl.constexpr, heads_per_group, block_heads, ngroups: tl.constexpr,
+    dt_min, dt_max,
     stride_x_batch, stride_x_token: tl.constexpr, stride_x_head,
     stride_z_batch, stride_z_token: tl.constexpr, stride_z_head,
     stride_B_batch, stride_B_token: tl.constexpr, stride_B_group,
@@ -176,7 +178,6 @@ def grad_b_kernel(
     C_ptr += b * stride_C_batch + t0 * stride_C_token + group.to(tl.int64) * stride_C_group
     B = tl.load(B_ptr + q[:, None] * stride_B_token + n[None, :], mask=mask_n, other=0.0)
     C = tl.load(C_ptr + q[:, None] * stride_C_token + n[None, :], mask=mask_n, other=0.0)
-    scores = tl.dot(B, tl.trans(C), input_precision=PRECISION)  # [j, i]
     grad_scores = tl.zeros([Q, Q], dtype=tl.float32)  # [j, i], summed over the heads
     causal = q[:, None] <= q[None, :]
     for k in tl.range(0, count, num_stages=STAGES, disable_licm=True):
@@ -193,7 +194,7 @@ def grad_b_kernel(
         row_out = ((b * seqlen + t0) * nheads + h) * P
 
         product = tl.zeros([Q, Q], dtype=tl.float32)  # [j, i]: x_j . grad_y_i
-        for block_p in tl.range(0, P_BLOCKS, disable_licm=True):
+        for block_p in tl.range(0, P_BLOCKS):
             p = block_p * BLOCK_P + tl.arange(0, BLOCK_P)
             mask_p = parts.column_mask(rows, p, P, BLOCK_P * P_BLOCKS)
             tile_x = row_x + q[:, None] * stride_x_token + p[None, :]
@@ -211,6 +212,7 @@ def grad_b_kernel(
         if D_DIMS == 1:
             diagonal = tl.where(q[:, None] == q[None, :], product, 0.0)
             tl.store(partial + 2 * nheads, tl.sum(tl.sum(diagonal, 1), 0))
+        scores = tl.dot(B, tl.trans(C), input_precision=PRECISION)  # [j, i]
         gap = tl.where(causal, cum[None, :] - cum[:, None], float("-inf"))
         decay = tl.exp2(gap)
         product *= decay
@@ -221,7 +223,7 @@ def grad_b_kernel(
         weights = (scores * decay * dt[:, None]).to(B.dtype)
         to_end = tl.exp2(total - cum)
         kept = tl.zeros([Q], dtype=tl.float32)  # grad_u_j . x_j through the state
-        for block_p in tl.range(0, P_BLOCKS, disable_licm=True):
+        for block_p in tl.range(0, P_BLOCKS):
             p = block_p * BLOCK_P + tl.arange(0, BLOCK_P)
             mask_p = parts.column_mask(rows, p, P, BLOCK_P * P_BLOCKS)
             tile = slot + parts.state_offsets(n, p, N)
@@ -276,7 +278,7 @@ def grad_b_kernel(
         weight = tl.exp2(total - tl.load(cum_ptr + token + q)) * tl.load(dt_ptr + token + q)
         slot = (head * nchunks + chunk) * P * N
         row_x = b * stride_x_batch + t0 * stride_x_token + h * stride_x_head
-        for block_p in tl.range(0, P_BLOCKS, disable_licm=True):
+        for block_p in tl.range(0, P_BLOCKS):
             p = block_p * BLOCK_P + tl.arange(0, BLOCK_P)
             mask_p = parts.column_mask(rows, p, P, BLOCK_P * P_BLOCKS)
             tile = slot + parts.state_offsets(n, p, N)

@@ -1,0 +1,46 @@
+"""Make the shared scripts available to the tests of this folder."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def beside(name):
+    """Load a script of this folder as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def cases():
+    return beside("ssd_cases")
+
+
+@pytest.fixture(scope="session")
+def resources():
+    return beside("ssd_resources")
+
+
+@pytest.fixture
+def poisoned():
+    """Fill uninitialised memory with NaN, so that what is never written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors here are small: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
