@@ -115,9 +115,10 @@ def segment_start(
     Forward: segment 0 is not written, it starts with zero. Reverse: time runs backwards, and
     segment `segments` - 1 starts with what start_ptr holds for it.
     """
-    b = tl.program_id(1).to(tl.int64)
-    state = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     size = D * N_TRUE
+    state_blocks = tl.cdiv(size, BLOCK)
+    b = (tl.program_id(0) // state_blocks).to(tl.int64)
+    state = (tl.program_id(0) % state_blocks) * BLOCK + tl.arange(0, BLOCK)
     valid = state < size
     d = state // N_TRUE
     rate = tl.load(A_ptr + state, mask=valid, other=0.0) * LOG2E

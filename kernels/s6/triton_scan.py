@@ -305,7 +305,7 @@ def _combine_segments(
     d_inner, d_state = inputs.A.shape
     block = 128
     with _on(end):
-        triton_forward.segment_start[(triton.cdiv(d_inner * d_state, block), end.shape[0])](
+        triton_forward.segment_start[(end.shape[0] * triton.cdiv(d_inner * d_state, block),)](
             *(inputs.A, end, total, start, d_inner, cut.segments),
             REVERSE=reverse,
             N_TRUE=d_state,

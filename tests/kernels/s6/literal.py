@@ -30,10 +30,11 @@ def scan(
     B, C = B.repeat_interleave(repeats, 1), C.repeat_interleave(repeats, 1)
     state = u.new_zeros(u.shape[0], *A.shape)
     steps = []
-    for t in range(u.shape[2]):
-        decay = torch.exp(dt[:, :, t, None] * A)
-        state = decay * state + (dt * u)[:, :, t, None] * B[..., t]
-        steps.append((state * C[..., t]).sum(-1))
+    # unbind, because the gradient of an index into time would be as long as time at every step
+    for dt_t, x_t, B_t, C_t in zip(*(v.unbind(-1) for v in (dt, dt * u, B, C)), strict=True):
+        decay = torch.exp(dt_t[..., None] * A)
+        state = decay * state + x_t[..., None] * B_t
+        steps.append((state * C_t).sum(-1))
     out = torch.stack(steps, -1)
     if D is not None:
         out = out + D[:, None] * u
