@@ -1,0 +1,372 @@
+"""Run Gluon kernels for Hopper on the CPU, from their Python source, with torch.
+
+Checks what a kernel computes and how its partitions hand tiles to each other, not layouts or
+fences.
+Partitions are threads. What the GPU does asynchronously happens as late as the kernel allows:
+products when they are waited for, and stores by TMA when their source may be reused, so that a tile
+overwritten too early gives a wrong result. Shared memory begins as NaN. A wait that never ends and
+a read or write outside a tensor raise.
+
+`installed()` replaces `triton.experimental.gluon` while a kernel's module is imported; `Launcher`
+then stands for its kernels.
+"""
+
+import contextlib
+import sys
+import threading
+import types
+
+import torch
+
+_PATIENCE_S = 20.0
+_state = threading.local()
+
+
+class Dtype:
+    """An element type as the language has it."""
+
+    def __init__(self, dtype):
+        self.torch = dtype
+        self.primitive_bitwidth = dtype.itemsize * 8
+
+
+FLOAT32, BFLOAT16, FLOAT16 = (Dtype(t) for t in (torch.float32, torch.bfloat16, torch.float16))
+INT32, INT64 = Dtype(torch.int32), Dtype(torch.int64)
+_OF_TORCH = {d.torch: d for d in (FLOAT32, BFLOAT16, FLOAT16, INT32, INT64)}
+
+
+class Tensor(torch.Tensor):
+    """A tensor whose `to` takes the language's types, and its arithmetic within one type."""
+
+    def to(self, dtype):
+        return torch.Tensor.to(self, dtype.torch if isinstance(dtype, Dtype) else dtype)
+
+
+def tensor(value):
+    return torch.as_tensor(value).as_subclass(Tensor)
+
+
+class Pointer:
+    """An element of a contiguous tensor, or a tensor of them."""
+
+    def __init__(self, base, offset=0):
+        self.base, self.offset = base, offset
+
+    def __add__(self, offset):
+        return Pointer(self.base, self.offset + offset)
+
+    def at(self, mask):
+        flat = self.base.view(-1)
+        offsets = torch.as_tensor(self.offset)
+        mask = torch.ones_like(offsets, dtype=torch.bool) if mask is None else mask
+        offsets, mask = torch.broadcast_tensors(offsets, torch.as_tensor(mask))
+        inside = (offsets >= 0) & (offsets < flat.numel())
+        if bool((mask & ~inside).any()):
+            raise IndexError("access outside a tensor")
+        return flat, offsets, mask
+
+
+def load(pointer, mask=None, other=None):
+    flat, offsets, mask = pointer.at(mask)
+    got = flat[torch.where(mask, offsets, 0)]
+    missing = torch.tensor(float("nan") if other is None else other, dtype=got.dtype)
+    return tensor(torch.where(mask, got, missing))
+
+
+def store(pointer, value, mask=None):
+    flat, offsets, mask = pointer.at(mask)
+    value = torch.broadcast_to(torch.as_tensor(value), offsets.shape).to(flat.dtype)
+    flat[offsets[mask]] = value[mask].as_subclass(torch.Tensor)
+
+
+class Shared:
+    """A tile of shared memory."""
+
+    def __init__(self, data):
+        self.data = data
+        self.dtype = _OF_TORCH[data.dtype]
+        self.shape = list(data.shape)
+        self.layout = None
+
+    def index(self, i):
+        if not 0 <= i < self.shape[0]:
+            raise IndexError("a stage outside the ring")
+        return Shared(self.data[int(i)])
+
+    def permute(self, order):
+        return Shared(self.data.permute(order))
+
+    def slice(self, start, length, dim=0):
+        return Shared(self.data.narrow(dim, start, length))
+
+    def _reinterpret(self, dtype, shape, layout):
+        return Shared(self.data.view(shape))
+
+    def load(self, layout):
+        return tensor(self.data.clone())
+
+    def store(self, value):
+        if value.dtype != self.data.dtype or list(value.shape) != self.shape:
+            raise TypeError(f"stored {value.dtype} {value.shape} as {self.data.dtype} {self.shape}")
+        self.data.copy_(value)
+
+
+def allocate_shared_memory(dtype, shape, layout):
+    if isinstance(layout, Barriers):
+        return [Barrier() for _ in range(shape[0])] and BarrierRing(shape[0])
+    return Shared(torch.full(shape, float("nan"), dtype=dtype.torch))
+
+
+class Barriers:
+    """The layout of barriers."""
+
+
+class Barrier:
+    """Counts arrivals and bytes; each time both are complete, a phase ends."""
+
+    def __init__(self):
+        self.condition = threading.Condition()
+        self.count = self.arrivals = self.phase = self.missing_bytes = 0
+
+    def update(self, arrivals=0, missing_bytes=0):
+        with self.condition:
+            self.arrivals += arrivals
+            self.missing_bytes += missing_bytes
+            if self.arrivals > self.count:
+                raise RuntimeError("more arrivals at a barrier than it expects")
+            if self.arrivals == self.count and self.missing_bytes == 0:
+                self.phase += 1
+                self.arrivals = 0
+                self.condition.notify_all()
+
+    def wait(self, parity):
+        with self.condition:
+            done = self.condition.wait_for(
+                lambda: _state.launch.failed or (self.phase & 1) != parity, _PATIENCE_S
+            )
+        if _state.launch.failed or not done:
+            raise RuntimeError("waits for ever at a barrier")
+
+
+class BarrierRing:
+    """Barriers by stage."""
+
+    def __init__(self, size):
+        self.barriers = [Barrier() for _ in range(size)]
+
+    def index(self, i):
+        return self.barriers[int(i)]
+
+
+def init(barrier, count):
+    barrier.count = count
+
+
+class Descriptor:
+    """A tensor as TMA sees it: zeros outside on reading, nothing outside on writing."""
+
+    def __init__(self, host):
+        storage = host.base
+        if storage.data_ptr() % 16:
+            raise ValueError("TMA needs addresses of multiples of 16 bytes")
+        for stride in host.strides[:-1]:
+            if stride * storage.element_size() % 16:
+                raise ValueError("TMA needs strides of multiples of 16 bytes")
+        self.view = torch.as_strided(storage, tuple(host.shape), tuple(host.strides))
+        self.block = tuple(host.block_shape)
+        self.dtype = _OF_TORCH[storage.dtype]
+        self.layout = host.layout
+
+    def window(self, coordinates):
+        """The part of the tensor that a tile covers, and its place in the tile."""
+        there, here = [], []
+        for start, size, length in zip(coordinates, self.view.shape, self.block, strict=True):
+            if int(start) < 0:
+                raise IndexError("a tile before a tensor")
+            stop = min(int(start) + length, size)
+            there.append(slice(min(int(start), size), stop))
+            here.append(slice(0, max(0, stop - int(start))))
+        return self.view[tuple(there)], tuple(here)
+
+
+def async_copy_global_to_shared(descriptor, coordinates, barrier, tile):
+    part, here = descriptor.window(coordinates)
+    block = torch.zeros(descriptor.block, dtype=part.dtype)
+    block[here] = part
+    tile.data.copy_(block.view(tile.data.shape))
+    barrier.update(missing_bytes=-block.numel() * block.element_size())
+
+
+def async_copy_shared_to_global(descriptor, coordinates, tile):
+    part, here = descriptor.window(coordinates)
+    _state.stores.append(lambda: part.copy_(tile.data.reshape(descriptor.block)[here]))
+
+
+def store_wait(pending):
+    while len(_state.stores) > pending:
+        _state.stores.pop(0)()
+
+
+def warpgroup_mma(a, b, acc, use_acc=True, is_async=False):
+    result = types.SimpleNamespace(value=None)
+
+    def product():
+        left = (a.data if isinstance(a, Shared) else a).float()
+        start = acc.value if isinstance(acc, types.SimpleNamespace) else acc
+        made = left @ b.data.float()
+        result.value = tensor(made + start if use_acc else made)
+
+    _state.products.append(product)
+    return result
+
+
+def warpgroup_mma_wait(pending, deps):
+    while len(_state.products) > pending:
+        _state.products.pop(0)()
+    values = tuple(d.value if isinstance(d, types.SimpleNamespace) else d for d in deps)
+    if any(v is None for v in values):
+        raise RuntimeError("a product is used before it is complete")
+    return values[0] if len(values) == 1 else values
+
+
+class Launch:
+    """One block's partitions."""
+
+    def __init__(self, program):
+        self.program = program
+        self.failed = None
+
+    def enter(self):
+        _state.launch, _state.stores, _state.products = self, [], []
+
+
+def warp_specialize(partitions, warps, registers):
+    launch = _state.launch
+
+    def run(function, arguments):
+        launch.enter()
+        try:
+            with torch.no_grad():
+                function(*arguments)
+            if _state.products or _state.stores:
+                raise RuntimeError("a partition ended with work that nobody waited for")
+        except BaseException as exc:
+            launch.failed = launch.failed or exc
+
+    threads = [threading.Thread(target=run, args=p) for p in partitions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if launch.failed:
+        raise launch.failed
+
+
+class Launcher:
+    """A kernel, run block by block; keeps how often it was launched."""
+
+    def __init__(self, function):
+        self.function = function
+        self.launches = 0
+
+    def __getitem__(self, grid):
+        def run(*args, num_warps, launch_pdl=False, **kwargs):
+            self.launches += 1
+            for z in range(grid[2]):
+                for y in range(grid[1]):
+                    for x in range(grid[0]):
+                        Launch((x, y, z)).enter()
+                        self.function(*map(argument, args), **kwargs)
+
+        return run
+
+
+def argument(value):
+    if hasattr(value, "block_shape"):
+        return Descriptor(value)
+    return Pointer(value) if isinstance(value, torch.Tensor) else value
+
+
+def jit(function=None, **_):
+    return function if function is not None else (lambda f: f)
+
+
+def _language():
+    def layout(*_args, **_kwargs):
+        return "a layout"
+
+    def full(shape, value, dtype, layout=None):
+        return tensor(torch.full(shape, value, dtype=dtype.torch))
+
+    layouts = ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "SwizzledSharedLayout")
+    return dict.fromkeys(layouts, layout) | {
+        "constexpr": lambda value=None: value,
+        "float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16,
+        "int32": INT32, "int64": INT64,
+        "program_id": lambda axis: tensor(_state.launch.program[axis]),
+        "arange": lambda start, end, layout: tensor(torch.arange(start, end)),
+        "full": full,
+        "load": load,
+        "store": store,
+        "exp2": torch.exp2,
+        "minimum": lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
+        "where": lambda c, a, b: torch.where(c, a, b),
+        "convert_layout": lambda value, layout: value,
+        "static_range": range,
+        "allocate_shared_memory": allocate_shared_memory,
+        "warp_specialize": warp_specialize,
+    }  # fmt: skip
+
+
+class _HostLayout:
+    @staticmethod
+    def get_default_for(shape, dtype):
+        return "a layout"
+
+
+@contextlib.contextmanager
+def installed():
+    """Stand for Gluon while the block imports kernels; puts the real one back."""
+    base = "triton.experimental.gluon"
+    language = types.ModuleType(base + ".language")
+    language.__dict__.update(_language(), NVMMASharedLayout=_HostLayout)
+    hopper = types.ModuleType(base + ".language.nvidia.hopper")
+    hopper.mbarrier = types.SimpleNamespace(
+        MBarrierLayout=Barriers,
+        init=init,
+        expect=lambda barrier, size: barrier.update(arrivals=1, missing_bytes=size),
+        arrive=lambda barrier, count=1: barrier.update(arrivals=count),
+        wait=lambda barrier, parity: barrier.wait(parity),
+    )
+    hopper.tma = types.SimpleNamespace(
+        async_copy_global_to_shared=async_copy_global_to_shared,
+        async_copy_shared_to_global=async_copy_shared_to_global,
+        store_wait=store_wait,
+    )
+    hopper.fence_async_shared = lambda: None
+    hopper.warpgroup_mma = warpgroup_mma
+    hopper.warpgroup_mma_wait = warpgroup_mma_wait
+    host = types.ModuleType(base + ".nvidia.hopper")
+    host.TensorDescriptor = lambda base, shape, strides, block_shape, layout: types.SimpleNamespace(
+        base=base, shape=shape, strides=strides, block_shape=block_shape, layout=layout
+    )
+    gluon = types.ModuleType(base)
+    gluon.jit, gluon.language = jit, language
+    experimental = types.ModuleType("triton.experimental")
+    experimental.gluon = gluon
+    stand_ins = {
+        "triton.experimental": experimental, base: gluon, base + ".language": language,
+        base + ".language.nvidia": types.ModuleType(base + ".language.nvidia"),
+        base + ".language.nvidia.hopper": hopper,
+        base + ".nvidia": types.ModuleType(base + ".nvidia"), base + ".nvidia.hopper": host,
+    }  # fmt: skip
+    before = {name: sys.modules.get(name) for name in stand_ins}
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if module is None:
+                sys.modules.pop(name, None)
+            else:
+                sys.modules[name] = module

@@ -1,0 +1,94 @@
+"""Judge the Hopper SSD on the CPU: its Triton kernels interpreted, its Gluon kernels run by torch.
+
+A process of its own, because TRITON_INTERPRET is read when a kernel is defined:
+`hopper_cases.py '[{...}, ...]' [old new]` prints the errors of every case as JSON; with old and new,
+the Gluon kernels' source is changed first, to plant a fault.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import runpy
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def beside(name, path):
+    """Load a script of the tests as a module."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+machine = beside("gluon_machine", Path(__file__).parents[1] / "gluon_machine.py")
+cases = beside("ssd_cases", Path(__file__).with_name("ssd_cases.py"))
+
+
+def planted(kernels, old, new):
+    """Replace the module's kernels by those of a changed source."""
+    source = Path(kernels.__file__).read_text()
+    if old not in source:
+        raise ValueError(f"not in the source: {old}")
+    exec(compile(source.replace(old, new), "planted", "exec"), kernels.__dict__)
+
+
+def load(old=None, new=None):
+    """Import the operation with Gluon stood in for."""
+    package = ROOT / "mambench"
+    runpy.run_path(str(package / "_start.py"))["load_package"](package)
+    with machine.installed():
+        from mambench.kernels.ssd import hopper_kernel, hopper_ssd
+
+        if old is not None:
+            planted(hopper_kernel, old, new)
+    hopper_ssd.scan_kernel = machine.Launcher(hopper_kernel.scan_kernel)
+    hopper_ssd.state_kernel = machine.Launcher(hopper_kernel.state_kernel)
+    return hopper_ssd
+
+
+def errors(op, case):
+    """Return the relative errors of what the forward leaves, against the loop in float64."""
+    case = dict(case)
+    config = op.Config(pdl=False, segments=case.pop("segments"), scores=case.pop("scores", True))
+    limit = tuple(case.pop("dt_limit", (0.0, math.inf)))
+    shared = {"dt_softplus": case.pop("dt_softplus", True), "dt_limit": limit}
+    exact = cases.draw(**case)
+    out, state = cases.loop(**exact, **shared)
+    inputs = {k: v.detach() for k, v in cases.cast(exact, dtype_of(case), "cpu").items()}
+    got = op.ssd_forward(**inputs, **shared, return_final_states=True, config=config)
+    found = {"out": cases.relative_error(got[0], out)}
+    found["final_states"] = cases.relative_error(got[1], state)
+    nchunks = -(-case["seqlen"] // 64)
+    per_segment = -(-nchunks // config.segments) * 64
+    for index, start in enumerate(range(per_segment, case["seqlen"], per_segment), 1):
+        timed = ("x", "dt", "B", "C", "z")
+        head = {k: v[:, :start] if k in timed else v for k, v in exact.items()}
+        entry = cases.loop(**head, **shared)[1]
+        found[f"entry {index}"] = cases.relative_error(got[2][:, :, index], entry)
+    return found | {"launches": [op.state_kernel.launches, op.scan_kernel.launches]}
+
+
+def dtype_of(case):
+    return getattr(torch, case["dtype"])
+
+
+def main():
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    op = load(*sys.argv[2:])
+    torch.set_grad_enabled(False)
+    print(json.dumps([errors(op, case) for case in json.loads(sys.argv[1])]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""The Hopper SSD: run on the CPU against the loop in float64, its compilation, and the GPU itself."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon")
+
+import triton
+from mambench.kernels.ssd import hopper_kernel, hopper_parts, hopper_ssd
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+SHAPE = {"headdim": 64, "dtype": "float16", "long_memory": True}
+# The interpreter has no products of bf16, which the scores need; the consumers' own are the machine's.
+CASES = {
+    "one segment, ragged": {**SHAPE, "seqlen": 130, "d_state": 32, "gated": False, "segments": 1},
+    "segments, gate": {**SHAPE, "seqlen": 300, "d_state": 64, "segments": 3},
+    "bf16, own scores": {
+        **SHAPE, "seqlen": 300, "d_state": 64, "dtype": "bfloat16", "scores": False, "segments": 3,
+    },
+    "odd heads of groups, padded P and N, D (H, P)": {
+        **SHAPE, "seqlen": 200, "batch": 2, "nheads": 3, "ngroups": 3, "headdim": 40,
+        "d_state": 24, "D": 2, "segments": 2,
+    },
+    "two blocks of channels, nothing optional": {
+        **SHAPE, "seqlen": 450, "nheads": 4, "ngroups": 2, "headdim": 128, "d_state": 16, "D": 0,
+        "gated": False, "bias": False, "start": False, "segments": 2,
+    },
+    "one token, limits": {
+        **SHAPE, "seqlen": 1, "headdim": 32, "d_state": 128, "segments": 4,
+        "dt_softplus": False, "dt_limit": (0.05, 0.4),
+    },
+}  # fmt: skip
+
+
+def judged(cases, *fault):
+    """Run cases on the CPU in a process of its own; returns each one's errors."""
+    script = Path(__file__).with_name("hopper_cases.py")
+    command = [sys.executable, script, json.dumps(cases), *fault]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return dict(zip(CASES, judged(list(CASES.values())), strict=True))
+
+
+def wrong(errors, dtype):
+    """Return the names of what is off by more than a few roundings."""
+    bound = torch.finfo(getattr(torch, dtype)).eps
+    return [name for name, e in errors.items() if name != "launches" and not e < bound]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_gives_the_recurrence_and_what_enters_segments(results, name):
+    assert wrong(results[name], CASES[name]["dtype"]) == []
+
+
+def test_a_single_segment_has_no_pass_over_states(results):
+    assert results["one segment, ragged"]["launches"] == [0, 1]
+
+
+FAULTS = {
+    "a state that does not decay": ("return state * decay[:, None], scaled", "return state, scaled"),
+    "a stage released before it is read": (
+        "        # What enters the chunk",
+        "        mbarrier.arrive(empty.index(stage), count=1) if c == 0 else None\n        # What",
+    ),
+    "an output tile reused too early": (
+        "        fence_async_shared()\n        tma.store_wait(0)\n",
+        "        fence_async_shared()\n",
+    ),
+    "weights of later tokens": ("        if SCORES:\n            # For", "        if True:\n            # For"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_caught(name):
+    case = {**CASES["bf16, own scores"], "seqlen": 200, "d_state": 32, "nheads": 1, "segments": 2}
+    assert FAULTS[name][0] in Path(hopper_kernel.__file__).read_text()
+    try:
+        (errors,) = judged([case], *FAULTS[name])
+    except AssertionError:  # raised or never ended
+        return
+    assert wrong(errors, case["dtype"])
+
+
+def described(shape, dtype, rows_layout=None):
+    """The signature's type of a descriptor."""
+    layout = hopper_ssd.tile_layout(*(rows_layout or shape[-2:]), dtype)
+    return f"tensordesc<{NAMES[dtype]}[{', '.join(map(str, shape))}],{layout!r}>"
+
+
+def compiled(kernel, types, constants, *, source=GluonASTSource, **options):
+    names = kernel.arg_names
+    constants = {
+        n: None for n in names if n.endswith(("_ptr", "_desc")) and n not in types
+    } | constants
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")
+    }
+    fixed = {(names.index(n),): v for n, v in constants.items()}
+    target = GPUTarget("cuda", 90, 32)
+    return triton.compile(
+        source(kernel, signature, fixed, attributes),
+        target=target,
+        options={"num_warps": 4} | options,
+    )
+
+
+def resources(kernel, tmp_path):
+    """What ptxas gave the kernel."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    command = [tool, "-res-usage", cubin]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def scan(*, d_state=128, dtype=torch.bfloat16, gated=False, D=1, entry=True, final=True, **config):
+    config = hopper_ssd.Config(**config)
+    ring = hopper_ssd.ring(d_state, dtype, gated, config)
+    x = described((1, 1, 64, 64), dtype)
+    n_tile = described((1, 1, 64, ring.block_n), dtype)
+    row = described((1, 64), torch.float32)
+    types = {"out_desc": x, "x_desc": x, "B_desc": n_tile, "C_desc": n_tile}
+    types |= {"cum_desc": row, "cumj_desc": row}
+    types |= {"z_desc": x} if gated else {}
+    types |= {"scores_desc": described((64, 64), ring.scores_dtype)} if config.scores else {}
+    types |= {"D_ptr": "*fp32"} if D else {}
+    types |= {"entry": "*fp32"} if entry else {}
+    types |= {"final": "*fp32"} if final else {}
+    constants = {
+        "PDL": config.pdl, "P": 64, "N": d_state, "BLOCK_N": ring.block_n, "STAGES": ring.stages,
+        "REGISTERS": config.registers, "D_DIMS": D, "HAS_Z": gated, "HAS_ENTRY": entry,
+        "STORE_FINAL": final, "SCORES": config.scores,
+    }  # fmt: skip
+    constants |= {name: None for name in ("entry", "final") if name not in types}
+    return compiled(hopper_kernel.scan_kernel, types, constants)
+
+
+SCANS = {
+    "as timed": {},
+    "gated": {"gated": True, "D": 2},
+    "fp16": {"dtype": torch.float16, "gated": True},
+    "small state, bare": {"d_state": 16, "D": 0, "entry": False, "final": False},
+}
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_the_scan_compiles_for_sm_90_without_spills(name, tmp_path):
+    kernel = scan(**SCANS[name])
+    usage = resources(kernel, tmp_path)
+    # A few words kept across the walk are not spills of the walk itself.
+    stack = int(usage.split("STACK:")[1].split()[0])
+    assert stack <= 16
+    assert "LOCAL:0" in usage
+    assert kernel.metadata.shared <= 232448
+    ptx = kernel.asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+    assert "cp.async.bulk.tensor.4d.global" in ptx
+    assert "ldmatrix.sync.aligned.m8n8.x4.trans" in ptx
+
+
+def test_the_state_walk_compiles_for_sm_90_without_spills(tmp_path):
+    ring = hopper_ssd.ring(128, torch.bfloat16, False, hopper_ssd.DEFAULT)
+    row = described((1, 64), torch.float32)
+    types = {"x_desc": described((1, 1, 64, 64), torch.bfloat16), "cum_desc": row, "cumj_desc": row}
+    types |= {
+        "B_desc": described((1, 1, 64, 128), torch.bfloat16),
+        "end": "*fp32",
+        "decay": "*fp32",
+    }
+    constants = {"PDL": True, "P": 64, "N": 128, "BLOCK_N": 128, "STAGES": ring.state_stages}
+    constants |= {"REGISTERS": hopper_ssd.DEFAULT.state_registers}
+    kernel = compiled(hopper_kernel.state_kernel, types, constants)
+    assert "STACK:0" in resources(kernel, tmp_path)
+    assert kernel.metadata.shared <= 232448
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_the_small_launches_compile_for_sm_90_without_spills(scores, tmp_path):
+    types = {
+        "dt_ptr": "*bf16",
+        "B_ptr": "*bf16",
+        "C_ptr": "*bf16",
+        "dt_min": "fp32",
+        "dt_max": "fp32",
+    }
+    types |= dict.fromkeys(("A_ptr", "bias_ptr", "cum_ptr", "cumj_ptr"), "*fp32")
+    types |= {"scores_ptr": "*bf16"} if scores else {}
+    constants = {
+        "Q": 64, "BLOCK_H": 8, "N": 128, "BLOCK_N": 128, "HAS_BIAS": True, "SOFTPLUS": True,
+        "SCORES": scores, "PDL": True,
+    }  # fmt: skip
+    kernel = compiled(hopper_parts.prepare_kernel, types, constants, source=ASTSource)
+    assert "STACK:0" in resources(kernel, tmp_path)
+    assert "griddepcontrol.launch_dependents" in kernel.asm["ptx"]
+    types = {"slots_ptr": "*fp32", "decay_ptr": "*fp32"}
+    constants = {"SIZE": 8192, "BLOCK": 256, "HAS_START": False, "PDL": True}
+    kernel = compiled(hopper_parts.prefix_kernel, types, constants, source=ASTSource, num_warps=2)
+    assert "STACK:0" in resources(kernel, tmp_path)
+    assert "griddepcontrol.wait" in kernel.asm["ptx"]
+
+
+def test_supported_names_what_is_refused():
+    good = {"headdim": 64, "d_state": 128, "dtype": torch.bfloat16}
+    assert hopper_ssd.supported(**good) is None
+    assert "float32" in str(hopper_ssd.supported(**good | {"dtype": torch.float32}))
+    assert "headdim 129" in str(hopper_ssd.supported(**good | {"headdim": 129}))
+    assert "d_state 20" in str(hopper_ssd.supported(**good | {"d_state": 20}))
+    x, B = torch.empty(1, 8, 2, 60, dtype=torch.bfloat16), torch.empty(1, 8, 1, 16)
+    with pytest.raises(ValueError, match="headdim 60"):
+        hopper_ssd.plan_hopper(x, B, dt_softplus=True, dt_limit=(0.0, 1.0))
+
+
+def test_only_what_tma_cannot_read_is_copied():
+    whole = torch.zeros(2, 10, 4, 72, dtype=torch.bfloat16)
+    assert hopper_ssd.fetchable(whole) is whole
+    part = whole[:, :, :, 8:]
+    assert hopper_ssd.fetchable(part) is part
+    for refused in (whole[..., 1:65], whole[:1].expand(2, -1, -1, -1), whole.transpose(2, 3)):
+        copied = hopper_ssd.fetchable(refused)
+        assert copied.is_contiguous()
+        assert copied.data_ptr() % 16 == 0
+        assert torch.equal(copied, refused)
+
+
+def test_rings_fit_into_shared_memory():
+    ring = hopper_ssd.ring(128, torch.bfloat16, False, hopper_ssd.DEFAULT)
+    assert (ring.stages, ring.block_n) == (3, 128)
+    wide = hopper_ssd.ring(128, torch.float16, True, hopper_ssd.DEFAULT)
+    assert (wide.stages, wide.scores_dtype) == (2, torch.float32)
+
+
+GPU_CASES = (
+    *CASES.values(),
+    {
+        "seqlen": 1024,
+        "headdim": 64,
+        "d_state": 128,
+        "dtype": "bfloat16",
+        "nheads": 8,
+        "segments": None,
+    },
+    {"seqlen": 777, "headdim": 64, "d_state": 128, "dtype": "bfloat16", "segments": 4, "batch": 2},
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+@pytest.mark.parametrize("pdl", [True, False])
+@pytest.mark.usefixtures("poisoned")
+def test_it_is_right_on_the_gpu(cases, case, pdl):
+    case = dict(case)
+    config = hopper_ssd.Config(
+        segments=case.pop("segments"), scores=case.pop("scores", True), pdl=pdl
+    )
+    shared = {"dt_softplus": case.pop("dt_softplus", True)}
+    shared["dt_limit"] = case.pop("dt_limit", (0.0, float("inf")))
+    exact = cases.draw(**case)
+    want = cases.loop(**exact, **shared)
+    dtype = getattr(torch, case["dtype"])
+    inputs = {k: v.detach() for k, v in cases.cast(exact, dtype, "cuda").items()}
+    got = hopper_ssd.ssd_forward(**inputs, **shared, return_final_states=True, config=config)
+    bound = torch.finfo(dtype).eps
+    assert cases.relative_error(got[0], want[0]) < bound
+    assert cases.relative_error(got[1], want[1]) < bound
