@@ -184,7 +184,7 @@ def per_execution(durations_s: Sequence[float], count: int) -> list[float]:
 def _kernel_durations_s(execute: Execute, count: int) -> list[float]:
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         for _ in range(count):
             execute()
         torch.cuda.synchronize()
