@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-# Another index for torch, e.g. TORCH_PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu".
+# Options of pip for torch alone, to name another index: TORCH_PIP_ARGS="--index-url URL".
 TORCH_PIP_ARGS ?=
 PYTEST_ARGS ?=
 
