@@ -178,3 +178,78 @@ def affine(decay_before, value_before, decay, value):
 def last(_before, value):
     """The later of two values: a reduction that keeps the last one."""
     return value
+
+
+@gluon.jit
+def first(value, _after):
+    """The earlier of two values: a reduction that keeps the first one."""
+    return value
+
+
+@gluon.jit
+def sum_steps_over_lanes(x, LANES: gl.constexpr):
+    """Sum each step over LANES (4 or 8) lanes, of a tensor whose registers are steps.
+
+    Every LANES consecutive registers are summed over as many lanes (lane bits 0 up); the first of
+    them then holds the sum of step `lane % LANES`, the rest hold nothing of use. Lanes exchange
+    half of what they hold in each round, so that it costs LANES - 1 shuffles, not LANES log LANES.
+    """
+    if LANES == 4:
+        return gl.inline_asm_elementwise(
+            """{
+            .reg .pred p, q; .reg .b32 l, i; .reg .f32 k0, k1, s0, s1;
+            mov.u32 l, %laneid;
+            and.b32 i, l, 2; setp.ne.b32 q, i, 0;
+            and.b32 i, l, 1; setp.ne.b32 p, i, 0;
+            selp.f32 s0, $4, $6, q; selp.f32 k0, $6, $4, q;
+            selp.f32 s1, $5, $7, q; selp.f32 k1, $7, $5, q;
+            shfl.sync.bfly.b32 s0, s0, 2, 0x1f, 0xffffffff;
+            shfl.sync.bfly.b32 s1, s1, 2, 0x1f, 0xffffffff;
+            add.f32 k0, k0, s0; add.f32 k1, k1, s1;
+            selp.f32 s0, k0, k1, p; selp.f32 k0, k1, k0, p;
+            shfl.sync.bfly.b32 s0, s0, 1, 0x1f, 0xffffffff;
+            add.f32 $0, k0, s0;
+            mov.f32 $1, 0f00000000; mov.f32 $2, 0f00000000; mov.f32 $3, 0f00000000;
+            }""",
+            "=&f,=&f,=&f,=&f,f,f,f,f",
+            [x],
+            dtype=gl.float32,
+            is_pure=False,
+            pack=4,
+        )
+    else:
+        gl.static_assert(LANES == 8)
+        return gl.inline_asm_elementwise(
+            """{
+            .reg .pred p, q, r; .reg .b32 l, i; .reg .f32 k0, k1, k2, k3, s0, s1, s2, s3;
+            mov.u32 l, %laneid;
+            and.b32 i, l, 4; setp.ne.b32 r, i, 0;
+            and.b32 i, l, 2; setp.ne.b32 q, i, 0;
+            and.b32 i, l, 1; setp.ne.b32 p, i, 0;
+            selp.f32 s0, $8, $12, r; selp.f32 k0, $12, $8, r;
+            selp.f32 s1, $9, $13, r; selp.f32 k1, $13, $9, r;
+            selp.f32 s2, $10, $14, r; selp.f32 k2, $14, $10, r;
+            selp.f32 s3, $11, $15, r; selp.f32 k3, $15, $11, r;
+            shfl.sync.bfly.b32 s0, s0, 4, 0x1f, 0xffffffff;
+            shfl.sync.bfly.b32 s1, s1, 4, 0x1f, 0xffffffff;
+            shfl.sync.bfly.b32 s2, s2, 4, 0x1f, 0xffffffff;
+            shfl.sync.bfly.b32 s3, s3, 4, 0x1f, 0xffffffff;
+            add.f32 k0, k0, s0; add.f32 k1, k1, s1; add.f32 k2, k2, s2; add.f32 k3, k3, s3;
+            selp.f32 s0, k0, k2, q; selp.f32 k0, k2, k0, q;
+            selp.f32 s1, k1, k3, q; selp.f32 k1, k3, k1, q;
+            shfl.sync.bfly.b32 s0, s0, 2, 0x1f, 0xffffffff;
+            shfl.sync.bfly.b32 s1, s1, 2, 0x1f, 0xffffffff;
+            add.f32 k0, k0, s0; add.f32 k1, k1, s1;
+            selp.f32 s0, k0, k1, p; selp.f32 k0, k1, k0, p;
+            shfl.sync.bfly.b32 s0, s0, 1, 0x1f, 0xffffffff;
+            add.f32 $0, k0, s0;
+            mov.f32 $1, 0f00000000; mov.f32 $2, 0f00000000; mov.f32 $3, 0f00000000;
+            mov.f32 $4, 0f00000000; mov.f32 $5, 0f00000000; mov.f32 $6, 0f00000000;
+            mov.f32 $7, 0f00000000;
+            }""",
+            "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f",
+            [x],
+            dtype=gl.float32,
+            is_pure=False,
+            pack=8,
+        )

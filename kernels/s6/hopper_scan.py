@@ -1,10 +1,17 @@
-"""Selective scan forward on Hopper: the launcher of `hopper_kernel`, and what it supports."""
+"""Selective scan forward on Hopper: the launcher of its two kernels, and what they support.
+
+`hopper_kernel` divides time over the lanes of a warp, `hopper_serial` states and channels; `choose`
+takes one by the number of channels that a GPU has to keep it busy.
+"""
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 from mambench.kernels.s6.hopper_kernel import scan_forward_kernel
+from mambench.kernels.s6.hopper_serial import serial_scan_kernel
 
 RUN = 16  # steps in a lane's registers
 STATES = 16  # states per block of B and C in shared memory, and per queue of carries
@@ -20,6 +27,41 @@ class Config:
     pipeline: bool = False
     unroll: int = 1
     paired: bool = False
+    registers: int | None = (
+        None  # limit for a thread, so that more blocks fit; None: the compiler's
+    )
+
+    @property
+    def block(self) -> int:
+        """Channels of a thread block."""
+        return self.channels * self.warps
+
+
+@dataclass(frozen=True, kw_only=True)
+class SerialConfig:
+    """How the serial kernel is built.
+
+    A warp's lanes that share a channel, channels a thread, warps of a block over states and over
+    channels, steps staged in shared memory, steps in registers.
+    """
+
+    lanes: int = 4
+    channels: int = 2
+    warps_n: int = 1
+    warps_d: int = 4
+    tile: int = 32
+    steps: int = 8
+    registers: int | None = None
+
+    @property
+    def block(self) -> int:
+        """Channels of a thread block."""
+        return 32 // self.lanes * self.channels * self.warps_d
+
+    @property
+    def warps(self) -> int:
+        """Warps of a thread block."""
+        return self.warps_n * self.warps_d
 
 
 DEFAULT = Config()
@@ -38,6 +80,30 @@ def supported(*, d_state: int, dtype: torch.dtype) -> str | None:
     return None
 
 
+def choose(
+    *, batch: int, d_inner: int, d_state: int, checkpoint_every: int | None, multiprocessors: int
+) -> Config | SerialConfig:
+    """Return the kernel and its configuration for a problem.
+
+    The serial kernel where its channels alone give every scheduler two warps, up to 16 states.
+    """
+    serial = SerialConfig()
+    warps = batch * d_inner * serial.warps_d // serial.block
+    busy = 16 * warps >= 15 * 2 * 4 * multiprocessors
+    aligned = checkpoint_every is None or checkpoint_every % serial.tile == 0
+    return serial if busy and aligned and d_state <= STATES else DEFAULT
+
+
+def padded_states(d_state: int) -> int:
+    """Return the states that the serial kernel computes with: a power of two of at least 16."""
+    return max(16, 1 << (d_state - 1).bit_length())
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def scan_forward(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -50,21 +116,26 @@ def scan_forward(
     delta_softplus: bool = False,
     *,
     checkpoint_every: int | None = None,
-    config: Config = DEFAULT,
+    config: Config | SerialConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Run the selective scan forward on a Hopper GPU.
 
     u, delta, z (B, D, L) and B, C (B, G, N, L) of one dtype (bf16, fp16 or fp32); A (D, N), D and
     delta_bias (D,) fp32; G divides the channels. Returns out (B, D, L) in the inputs' dtype, the
     last state (B, D, N) fp32, and, with checkpoint_every = K (a multiple of 16), the fp32 states
-    (B, ceil(L / K), D, N) before the steps 0, K, 2 K, ... Raises ValueError for what `supported`
-    refuses.
+    (B, ceil(L / K), D, N) before the steps 0, K, 2 K, ... Without a config `choose` takes one.
+    Raises ValueError for what `supported` refuses.
     """
     batch, d_inner, seqlen = u.shape
     ngroups, d_state = B.shape[1], B.shape[2]
+    config = config or choose(
+        batch=batch, d_inner=d_inner, d_state=d_state, checkpoint_every=checkpoint_every,
+        multiprocessors=_multiprocessors(u.device),
+    )  # fmt: skip
     reason = supported(d_state=d_state, dtype=u.dtype)
-    if reason is None and checkpoint_every is not None and checkpoint_every % RUN:
-        reason = f"checkpoint_every {checkpoint_every} is not a multiple of {RUN}"
+    grain = config.tile if isinstance(config, SerialConfig) else RUN
+    if reason is None and checkpoint_every is not None and checkpoint_every % grain:
+        reason = f"checkpoint_every {checkpoint_every} is not a multiple of {grain}"
     if reason is not None:
         raise ValueError(reason)
     u, delta, B, C = (t.contiguous() for t in (u, delta, B, C))
@@ -81,20 +152,53 @@ def scan_forward(
     if out.numel() == 0:
         return out, last_state.zero_(), checkpoints
     unit = row_unit(seqlen, (u, delta, B, C, out) if z is None else (u, delta, B, C, z, out))
-    group_channels = d_inner // ngroups
-    block = config.channels * config.warps
-    blocks_per_group = triton.cdiv(group_channels, block)
-    constants = specialisation(
-        d_inner=d_inner, ngroups=ngroups, d_state=d_state, dtype=u.dtype, unit=unit,
-        has_D=D is not None, has_z=z is not None, has_bias=delta_bias is not None,
-        softplus=delta_softplus, checkpoint_every=checkpoint_every, config=config,
-    )  # fmt: skip
-    scan_forward_kernel[(batch * ngroups * blocks_per_group,)](
-        u, delta, A, B, C, D, z, delta_bias, out, last_state, checkpoints,
-        seqlen // unit, d_inner, ngroups, d_state, blocks_per_group, n_checkpoints,
-        **constants, num_warps=config.warps,
+    blocks_per_group = triton.cdiv(d_inner // ngroups, config.block)
+    sizes = (seqlen // unit, d_inner, ngroups)
+    if isinstance(config, Config):
+        sizes = (*sizes, d_state)
+    _launch(
+        (batch * ngroups * blocks_per_group, 1, 1),
+        (u, delta, A, B, C, D, z, delta_bias, out, last_state, checkpoints),
+        (*sizes, blocks_per_group, n_checkpoints),
+        {
+            "d_inner": d_inner, "ngroups": ngroups, "d_state": d_state, "dtype": u.dtype,
+            "unit": unit, "has_D": D is not None, "has_z": z is not None,
+            "has_bias": delta_bias is not None, "softplus": delta_softplus,
+            "checkpoint_every": checkpoint_every, "config": config,
+        },
     )  # fmt: skip
     return out, last_state, checkpoints
+
+
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[int | bool, ...]]] = {}
+
+
+def _launch(
+    grid: tuple[int, int, int],
+    pointers: tuple[torch.Tensor | None, ...],
+    sizes: tuple[int, ...],
+    problem: dict[str, Any],
+) -> None:
+    """Launch the configuration's kernel; past the first time around Triton's argument binding.
+
+    Binding some forty arguments takes Triton longer than the kernel takes at short lengths. What
+    it would find out is in the key here, with the alignment of pointers, which must be 16 bytes.
+    """
+    config = problem["config"]
+    aligned = all(t is None or t.data_ptr() % 16 == 0 for t in pointers)
+    key = (torch.cuda.current_device(), *problem.values())
+    found = _compiled.get(key) if aligned else None
+    if found is not None:
+        kernel, constants = found
+        kernel[grid](*pointers, *sizes, *constants)
+        return
+    constants = specialisation(**problem)
+    function = serial_scan_kernel if isinstance(config, SerialConfig) else scan_forward_kernel
+    options = {"num_warps": config.warps, "maxnreg": config.registers}
+    kernel = function[grid](*pointers, *sizes, **constants, **options)
+    if aligned:
+        last = function.arg_names[-len(constants) :]
+        _compiled[key] = kernel, tuple(constants[name] for name in last)
 
 
 def row_unit(seqlen: int, tensors: tuple[torch.Tensor, ...]) -> int:
@@ -107,23 +211,35 @@ def row_unit(seqlen: int, tensors: tuple[torch.Tensor, ...]) -> int:
 def specialisation(
     *, d_inner: int, ngroups: int, d_state: int, dtype: torch.dtype, unit: int,
     has_D: bool, has_z: bool, has_bias: bool, softplus: bool,
-    checkpoint_every: int | None, config: Config,
+    checkpoint_every: int | None, config: Config | SerialConfig,
 ) -> dict[str, int | bool]:  # fmt: skip
     """Return the kernel's compile-time arguments for a problem."""
-    return {
+    shared: dict[str, int | bool] = {
         "HAS_D": has_D,
         "HAS_Z": has_z,
         "HAS_BIAS": has_bias,
         "SOFTPLUS": softplus,
         "CHECKPOINT_EVERY": checkpoint_every or 0,
-        "MASK_CHANNELS": d_inner // ngroups % (config.channels * config.warps) != 0,
+        "MASK_CHANNELS": d_inner // ngroups % config.block != 0,
+        "UNIT": unit,
+        "CHANNELS": config.channels,
+    }
+    if isinstance(config, SerialConfig):
+        return shared | {
+            "D_STATE": d_state,
+            "N": padded_states(d_state),
+            "LANES": config.lanes,
+            "WARPS_N": config.warps_n,
+            "WARPS_D": config.warps_d,
+            "TILE": config.tile,
+            "STEPS": config.steps,
+        }
+    return shared | {
         "MASK_STATES": d_state % STATES != 0,
         "STATE_BLOCKS": triton.cdiv(d_state, STATES),
-        "UNIT": unit,
         "WIDE": config.wide and dtype != torch.float32,
         "PIPELINE": config.pipeline,
         "UNROLL": config.unroll,
         "PAIRED": config.paired,
-        "CHANNELS": config.channels,
         "WARPS": config.warps,
     }

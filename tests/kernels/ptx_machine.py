@@ -98,6 +98,7 @@ class Block:
         self.write_epoch, self.read_epoch = np.full(words, -1), np.full(words, -1)
         self.registers: dict[str, np.ndarray] = {
             "%tid.x": np.arange(threads, dtype=np.uint32),
+            "%laneid": (np.arange(threads) % WARP).astype(np.uint32),
             "%ctaid.x": np.full(threads, block, np.uint32),
             "global_smem": np.zeros(threads, np.uint32),
         }

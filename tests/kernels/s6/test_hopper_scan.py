@@ -16,7 +16,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton.experimental.gluon")
 
 import triton
-from mambench.kernels.s6 import hopper_kernel, hopper_scan
+from mambench.kernels.s6 import hopper_kernel, hopper_scan, hopper_serial
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -100,9 +100,10 @@ def reference(p: Problem, t: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor
     return y, h, torch.stack(saved, 1)
 
 
-def compiled(
-    p: Problem, config: hopper_scan.Config, module: ModuleType = hopper_kernel
-) -> tuple[Any, int]:
+AnyConfig = hopper_scan.Config | hopper_scan.SerialConfig
+
+
+def compiled(p: Problem, config: AnyConfig, module: ModuleType | None = None) -> tuple[Any, int]:
     """Compile the kernel of a problem for sm_90; returns it and the alignment unit of rows."""
     unit = next(u for u in (8, 2, 1) if p.seqlen % u == 0)
     absent = {"D_ptr": p.has_D, "z_ptr": p.gated, "bias_ptr": p.has_bias}
@@ -113,7 +114,10 @@ def compiled(
         has_D=p.has_D, has_z=p.gated, has_bias=p.has_bias, softplus=p.softplus,
         checkpoint_every=p.checkpoint_every, config=config,
     )  # fmt: skip
-    kernel = module.scan_forward_kernel
+    if isinstance(config, hopper_scan.SerialConfig):
+        kernel = (module or hopper_serial).serial_scan_kernel
+    else:
+        kernel = (module or hopper_kernel).scan_forward_kernel
     narrow = ("u_ptr", "delta_ptr", "B_ptr", "C_ptr", "z_ptr", "out_ptr")
     signature: dict[str, str] = {}
     for name in kernel.arg_names:
@@ -132,7 +136,7 @@ def compiled(
 
 
 def emulate(
-    p: Problem, config: hopper_scan.Config, module: ModuleType = hopper_kernel
+    p: Problem, config: AnyConfig, module: ModuleType | None = None
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Run the kernel's PTX on the CPU, outputs poisoned with NaN."""
     kernel, unit = compiled(p, config, module)
@@ -142,10 +146,12 @@ def emulate(
     state = torch.full((p.batch, p.d_inner, p.d_state), nan)
     slots = triton.cdiv(p.seqlen, p.checkpoint_every) if p.checkpoint_every else 0
     saved = torch.full((p.batch, slots, p.d_inner, p.d_state), nan) if slots else None
-    blocks = triton.cdiv(p.d_inner // p.ngroups, config.channels * config.warps)
+    blocks = triton.cdiv(p.d_inner // p.ngroups, config.block)
     order = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
     pointers = [x for x in (*(t[k] for k in order), out, state, saved) if x is not None]
     sizes = [p.seqlen // unit, p.d_inner, p.ngroups, p.d_state, blocks, slots]
+    if isinstance(config, hopper_scan.SerialConfig):
+        del sizes[3]  # the number of states is known when compiling
     ptx = kernel.asm["ptx"]
     missing = ptx[: ptx.index(".reqntid")].count(".param") - len(pointers) - len(sizes)
     machine.launch(
@@ -175,7 +181,24 @@ def assert_right(
 WIDE = hopper_scan.DEFAULT
 ODD = Problem(d_inner=10, ngroups=2, seqlen=43, d_state=20, gated=True, checkpoint_every=16)
 BARE = Problem(dtype=torch.float16, seqlen=40, has_D=False, has_bias=False, softplus=False)
+SERIAL = hopper_scan.SerialConfig(warps_d=1)
+EIGHT = replace(SERIAL, lanes=8, channels=1, warps_d=2)  # lanes that share a channel
+SPLIT = replace(SERIAL, channels=1, warps_n=2)  # states over warps
 EMULATED = {
+    "serial": (Problem(seqlen=72), SERIAL),
+    "serial, eight lanes, 64 steps, even length": (
+        Problem(d_inner=10, seqlen=134, gated=True),
+        replace(EIGHT, tile=64),
+    ),
+    "serial, odd, gated, groups, checkpoints": (
+        replace(ODD, batch=2, checkpoint_every=32),
+        SPLIT,
+    ),
+    "serial, fp16, bare, 16 steps": (BARE, replace(EIGHT, steps=16)),
+    "serial, fp32, few steps": (
+        Problem(dtype=torch.float32, seqlen=40, gated=True, d_state=16),
+        replace(SERIAL, steps=4),
+    ),
     "plain": (Problem(seqlen=1032), WIDE),
     "paired": (Problem(seqlen=520, gated=True), replace(WIDE, paired=True)),
     "odd, gated, groups, checkpoints": (ODD, WIDE),
@@ -191,9 +214,11 @@ def test_its_ptx_gives_the_recurrence(name: str) -> None:
     assert_right(problem, *emulate(problem, config))
 
 
-def planted(tmp_path: Path, name: str, old: str, new: str) -> ModuleType:
-    """Import a copy of the kernel with a fault."""
-    source = Path(hopper_kernel.__file__).read_text()
+def planted(
+    tmp_path: Path, name: str, old: str, new: str, kernel: ModuleType = hopper_kernel
+) -> ModuleType:
+    """Import a copy of a kernel with a fault."""
+    source = Path(str(kernel.__file__)).read_text()
     assert old in source
     path = tmp_path / f"{name}.py"
     path.write_text(source.replace(old, new))
@@ -215,6 +240,23 @@ def test_a_dropped_carry_is_caught(tmp_path: Path) -> None:
         assert_right(problem, t, out, state, None)
 
 
+SERIAL_FAULTS = {
+    "a state that starts anew": ("inflow + decay * gl.expand_dims(h, 0)", "inflow"),
+    "steps in the wrong order": ("gl.join(sums[0], sums[2])", "gl.join(sums[2], sums[0])"),
+    "steps past the end that decay": ("gl.where(start + io_step < seqlen, dt, 0.0)", "dt"),
+    "a partial sum": ("gl.sum(y_smem.load(PARTS), 1)", "gl.reduce(y_smem.load(PARTS), 1, last)"),
+}
+
+
+@pytest.mark.parametrize("name", SERIAL_FAULTS)
+def test_faults_of_the_serial_kernel_are_caught(name: str, tmp_path: Path) -> None:
+    stem = name.replace(" ", "_")
+    wrong = planted(tmp_path, stem, *SERIAL_FAULTS[name], kernel=hopper_serial)
+    problem = Problem(seqlen=70, d_state=32)
+    with pytest.raises(AssertionError):
+        assert_right(problem, *emulate(problem, SPLIT, wrong))
+
+
 def test_missing_barriers_are_caught() -> None:
     p = Problem()
     kernel, unit = compiled(p, WIDE)
@@ -230,23 +272,61 @@ def test_missing_barriers_are_caught() -> None:
         machine.launch(ptx, 1, arguments + [0] * missing, threads=256, shared_bytes=shared_bytes)
 
 
+def resources(kernel: Any, folder: Path) -> str:
+    """What cuobjdump says of a kernel's registers, stack and local memory."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    ran = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
+    return ran.stdout
+
+
 @pytest.mark.parametrize("config", [WIDE, replace(WIDE, wide=False)], ids=["wide", "half"])
 def test_it_compiles_for_sm_90_without_spills_or_a_barrier_per_state(
     config: hopper_scan.Config, tmp_path: Path
 ) -> None:
     kernel, _ = compiled(Problem(seqlen=2048), config)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run(
-        [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
+    usage = resources(kernel, tmp_path)
     assert "STACK:0" in usage
     assert "LOCAL:0" in usage
     assert kernel.metadata.shared <= 232448
     loop = inner_loop(kernel.asm["ptx"])
     assert loop.count("ex2.approx") >= 16 * config.channels
     assert "bar.sync" not in loop
+
+
+SERIAL_CONFIGS = {
+    "many channels": (16, hopper_scan.SerialConfig()),
+    "few channels": (16, hopper_scan.SerialConfig(lanes=8, channels=1, tile=64)),
+    "many states": (128, hopper_scan.SerialConfig(channels=1, warps_n=8, warps_d=2)),
+}
+
+
+@pytest.mark.parametrize("name", SERIAL_CONFIGS)
+def test_the_serial_kernel_compiles_without_spills_or_a_barrier_per_run(
+    name: str, tmp_path: Path
+) -> None:
+    d_state, config = SERIAL_CONFIGS[name]
+    kernel, _ = compiled(Problem(d_inner=2048, seqlen=2048, d_state=d_state), config)
+    usage = resources(kernel, tmp_path)
+    assert "STACK:0" in usage
+    assert "LOCAL:0" in usage
+    assert kernel.metadata.shared <= 232448
+    assert kernel.asm["ptx"].count("bar.sync") <= 4
+
+
+def test_the_kernel_is_chosen_by_the_channels_there_are() -> None:
+    def chosen(batch: int, d_inner: int, d_state: int = 16, every: int | None = None) -> AnyConfig:
+        return hopper_scan.choose(
+            batch=batch, d_inner=d_inner, d_state=d_state, checkpoint_every=every,
+            multiprocessors=132,
+        )  # fmt: skip
+
+    assert isinstance(chosen(8, 2048), hopper_scan.SerialConfig)
+    assert isinstance(chosen(8, 2048, every=64), hopper_scan.SerialConfig)
+    assert chosen(1, 2048) == WIDE
+    assert chosen(8, 2048, every=16) == WIDE
+    assert chosen(8, 2048, d_state=64) == WIDE
 
 
 def inner_loop(ptx: str) -> str:
@@ -267,7 +347,7 @@ def test_supported_names_what_is_refused() -> None:
 def test_checkpoints_must_fall_on_run_boundaries() -> None:
     t = tensors(Problem(seqlen=32))
     with pytest.raises(ValueError, match="checkpoint_every 24"):
-        hopper_scan.scan_forward(**t, checkpoint_every=24)
+        hopper_scan.scan_forward(**t, checkpoint_every=24, config=WIDE)
 
 
 def test_rows_are_as_aligned_as_length_and_pointers_allow() -> None:
@@ -285,6 +365,8 @@ GPU_PROBLEMS = (
     Problem(d_inner=16, seqlen=1, d_state=256, gated=True),
     Problem(d_inner=33, seqlen=1100, d_state=200, dtype=torch.float16),
     Problem(d_inner=19, seqlen=1023, dtype=torch.float32, gated=True, checkpoint_every=128),
+    Problem(batch=8, d_inner=2080, seqlen=100),  # channels enough for the serial kernel
+    Problem(batch=8, d_inner=2080, seqlen=99, ngroups=2, gated=True, checkpoint_every=32),
 )
 
 
