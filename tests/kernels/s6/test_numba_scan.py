@@ -2,7 +2,7 @@ import functools
 
 import pytest
 import torch
-from mambench.kernels.s6 import numba_scan
+from mambench.kernels.s6 import numba_kernels, numba_scan
 from mambench.kernels.s6.numba_config import CHUNK, LANES, partial_count, workspace_bytes
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -162,3 +162,28 @@ def test_workspace_is_what_the_backward_allocates(literal):
     assert partials == 18
     expected = 4 * (kept + 2 * partials * 16 * 130)
     assert workspace_bytes(**sizes, backward=True, itemsize=4) == expected
+
+
+def test_kernels_compile_where_no_cache_can_be_written(monkeypatch):
+    def njit(*, cache=False, **options):
+        def decorate(function):
+            if cache:
+                raise RuntimeError("cannot cache function: no locator available")
+            return function, options
+
+        return decorate
+
+    def kernel():
+        """Stand in for a kernel."""
+
+    monkeypatch.setattr(numba_kernels, "njit", njit)
+    assert numba_kernels._jit(nogil=True)(kernel) == (kernel, {"nogil": True})
+
+
+def test_a_failure_in_a_thread_reaches_the_caller():
+    def fail_at_last(begin, end):
+        if end == 100:
+            raise MemoryError("out of memory")
+
+    with pytest.raises(MemoryError, match="out of memory"):
+        numba_scan._in_threads(fail_at_last, 100)
