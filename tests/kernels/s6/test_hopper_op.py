@@ -109,7 +109,8 @@ def test_outputs_and_gradients_against_float64(shape, dtype) -> None:
     pairs = {name: (t[name].grad, exact[name].grad) for name in t}
     pairs |= {"out": (got[0], want[0]), "last": (got[1], want[1])}
     for name, (value, reference) in pairs.items():
-        error = (value.double() - reference).norm() / reference.norm()
+        # A gradient may be exactly zero: that of A at one token.
+        error = (value.double() - reference).norm() / reference.norm().clamp_min(1e-12)
         assert error < limit, f"{name}: {error:.1e}"
 
 
