@@ -15,11 +15,11 @@ import math
 import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
-import numpy as np
 from mambench.harness.records import Observation
 from mambench.harness.spec import METRICS, Case, DeviceKind, Outcome, digest
 from mambench.harness.store import RunFolder
@@ -138,7 +138,8 @@ class Result:
         """Quantiles of the pooled samples at `QUANTILES`."""
         if not self.samples_s:
             return None
-        return tuple(float(q) for q in np.quantile(np.asarray(self.samples_s), QUANTILES))
+        ordered = sorted(self.samples_s)
+        return tuple(_quantile(ordered, at) for at in QUANTILES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,9 +243,10 @@ def fold(
     run_id: str = "",
 ) -> list[Result]:
     """Return one result per case of (run id, observation) pairs, then planned cases without any."""
-    grouped: dict[str, list[tuple[str, Observation]]] = defaultdict(list)
+    # By the case itself: making its case_id is the dearer of the two by far.
+    grouped: dict[Case, list[tuple[str, Observation]]] = defaultdict(list)
     for owner, observation in observations:
-        grouped[observation.case.case_id].append((owner, observation))
+        grouped[observation.case].append((owner, observation))
     results = [_fold_case(source, entries) for entries in grouped.values()]
     return results + _unmeasured(planned, set(grouped), source, run_id)
 
@@ -277,7 +279,7 @@ def frame(analysis: Analysis) -> Any:
 
 def record(result: Result, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Return a result as flat plain values: what CSV and JSON exports hold."""
-    problem = result.case.problem.to_dict()
+    problem = result.case.problem
     interval = result.interval
     return {
         "device": (labels or {}).get(result.source, result.source),
@@ -285,7 +287,7 @@ def record(result: Result, labels: Mapping[str, str] | None = None) -> dict[str,
         "case_id": result.case.case_id,
         "implementation": result.case.implementation,
         "variant": result.case.variant,
-        **{key: _plain(value) for key, value in problem.items()},
+        **{f.name: _plain(getattr(problem, f.name)) for f in fields(problem)},
         "pass": result.case.pass_.value,
         "dtype": result.case.dtype.value,
         "outcome": result.outcome.value,
@@ -362,7 +364,7 @@ def _with_values(result: Result, by_measurement: Mapping[str, list[Observation]]
     flags = [flag for o in timed for flag in _suspicions(o)]
     if medians and len(medians) == len(timed):
         samples = tuple(s for o in timed for s in o.samples_s or ())
-        values |= {"time_s": float(np.median(medians)), "samples_s": samples}
+        values |= {"time_s": median(medians), "samples_s": samples}
     else:
         missing |= dict.fromkeys(("time_s", "tokens_per_s"), _why_no_time(timed))
     converged = [c for c in (_converged(o) for o in timed) if c is not None]
@@ -401,14 +403,14 @@ def _time_interval(timed: Sequence[Observation], medians: Sequence[float]) -> In
 def _round_median(observation: Observation) -> float | None:
     value = observation.values.get("time_s")
     if value is None and observation.samples_s:
-        value = float(np.median(observation.samples_s))
+        value = median(observation.samples_s)
     return float(value) if value is not None and math.isfinite(value) and value > 0 else None
 
 
 def _suspicions(observation: Observation) -> list[str]:
     found: list[str] = []
     samples, value = observation.samples_s, observation.values.get("time_s")
-    if samples and value and abs(float(np.median(samples)) / value - 1) > 0.01:
+    if samples and value and abs(median(samples) / value - 1) > 0.01:
         found.append("the recorded time is not the median of its samples")
     if _converged(observation) is False:
         stopped = _mapping(observation.details.get("convergence")).get("stopped_by") or "its limit"
@@ -442,7 +444,7 @@ def _aggregate(
             elif _measures(measurement, tag) and o.details.get("missing"):
                 failed.append(str(o.details["missing"]))
     if found:
-        return (max(found) if "memory" in tag else float(np.median(found))), ""
+        return (max(found) if "memory" in tag else median(found)), ""
     return None, failed[0] if failed else "not measured"
 
 
@@ -481,15 +483,15 @@ def _merged(
 
 
 def _unmeasured(
-    planned: Iterable[Mapping[str, Any]], known: set[str], source: str, run_id: str
+    planned: Iterable[Mapping[str, Any]], known: set[Case], source: str, run_id: str
 ) -> list[Result]:
     """Planned cases that have no observation: outcomes known beforehand, or not run yet."""
     results: list[Result] = []
     for entry in planned:
         case = Case.from_dict(entry.get("case") or entry)
-        if case.case_id in known:
+        if case in known:
             continue
-        known.add(case.case_id)
+        known.add(case)
         outcome = Outcome(entry.get("outcome") or Outcome.SKIPPED)
         reason = entry.get("reason") or "planned, but not run: the run was interrupted"
         missing = dict.fromkeys(_TAGS, "the case was not run")
@@ -561,6 +563,14 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _plain(value: Any) -> Any:
     return value.value if hasattr(value, "value") else value
+
+
+def _quantile(ordered: Sequence[float], at: float) -> float:
+    """Interpolate linearly between order statistics, as numpy does by default."""
+    place = at * (len(ordered) - 1)
+    below = min(int(place), len(ordered) - 2) if len(ordered) > 1 else 0
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
 def _ratio(numerator: float | None, denominator: float | None) -> float | None:

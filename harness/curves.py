@@ -160,7 +160,7 @@ def exponent(points: Sequence[Point]) -> Exponent:
             return _fit(start)
     return Exponent(
         value=None,
-        reason=f"fewer than 3 lengths take {FLOOR_FACTORS[-1]:g} times the shortest time or more",
+        reason=f"too few lengths at {FLOOR_FACTORS[-1]:g} times the shortest time",
     )
 
 
@@ -248,8 +248,8 @@ def _crossover_interval(
 
 def _draw_medians(rng: np.random.Generator, samples: Sequence[float]) -> Array:
     shape = (len(samples) + 1) / 2
-    at = rng.beta(shape, shape, DRAWS)
-    return np.asarray(np.quantile(np.asarray(samples, dtype=float), at), dtype=np.float64)
+    last = len(samples) - 1
+    return np.interp(rng.beta(shape, shape, DRAWS) * last, np.arange(last + 1), sorted(samples))
 
 
 def _tails() -> list[float]:

@@ -27,7 +27,12 @@ from mambench.reports.style import Style, styles
 
 HERE = Path(__file__).resolve().parent
 PLOTLY = "plotly-cartesian-4.1.1.min.js.gz"
-SIGNIFICANT = 7  # digits of embedded numbers: finer than any measurement, and half the size
+# Digits of embedded numbers: finer than any measurement, and half the size.
+SIGNIFICANT = 7
+SIGNIFICANT_BOUNDS = 5
+SIGNIFICANT_QUANTILES = 4
+# The script makes these from time and what it is divided by.
+DERIVED = ("tokens_per_s", "model_flop_per_s", "modelled_bytes_per_s")
 
 
 def build(run_folders: Sequence[Path], output: Path) -> Path:
@@ -57,7 +62,7 @@ def render(report: Report) -> str:
     script = (HERE / "assets" / "report.js").read_text(encoding="utf-8")
     looks = styles(report.implementations)
     summaries = summary.summarise(report)
-    return (
+    return _without_indents(
         _environment()
         .get_template("report.html.j2")
         .render(
@@ -76,6 +81,12 @@ def render(report: Report) -> str:
     )
 
 
+def _without_indents(html: str) -> str:
+    """Drop the template's indents, a third of the tables' size, but leave the scripts alone."""
+    markup, script, rest = html.partition("<script")
+    return re.sub(r"\n\s+", "\n", markup) + script + rest
+
+
 def payload(report: Report) -> dict[str, Any]:
     """Return everything the page's script needs, as plain JSON values."""
     looks = styles(report.implementations)
@@ -92,15 +103,22 @@ def payload(report: Report) -> dict[str, Any]:
 
 
 def columns(found: Sequence[Row]) -> dict[str, list[Any]]:
-    """Return the rows column by column: SI numbers to seven digits, texts, and None for missing."""
+    """Return the rows column by column: SI numbers, texts, and None for missing.
+
+    What is left out (`DERIVED`) the script adds.
+    """
     names = [row.label for row in found]
     table: dict[str, list[Any]] = {"label": names, "commit": [row.commit for row in found]}
     records = [analysis.record(row.result, {row.slice.source: row.device}) for row in found]
     for key in records[0] if records else ():
-        table[key] = [_number(record[key]) for record in records]
+        digits = SIGNIFICANT_BOUNDS if key in ("time_low_s", "time_high_s") else SIGNIFICANT
+        if key not in DERIVED:
+            table[key] = [_number(record[key], digits) for record in records]
     table["coverage"] = table.pop("interval_coverage", [])
     table["quantiles_s"] = [
-        None if (q := row.result.quantiles_s) is None else [_number(value) for value in q]
+        None
+        if (q := row.result.quantiles_s) is None
+        else [_number(value, SIGNIFICANT_QUANTILES) for value in q]
         for row in found
     ]
     table["missing"] = [dict(row.result.missing) if row.ok else {} for row in found]
@@ -149,14 +167,14 @@ def _slice(report: Report, part: Slice, looks: Mapping[str, Style]) -> dict[str,
 
 
 def _telemetry(row: Row) -> dict[str, str]:
-    found = flatten(row.result.telemetry)
+    found = {key: units.entry(key, text) for key, text in flatten(row.result.telemetry).items()}
     gate = row.result.details.get("gate")
     return found | flatten({} if gate is None else {"gate": gate})
 
 
-def _number(value: Any) -> Any:
+def _number(value: Any, digits: int = SIGNIFICANT) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.{SIGNIFICANT}g}") if math.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return value
 
 

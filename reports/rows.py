@@ -52,6 +52,7 @@ class Row:
 
     index: int
     result: Result = field(repr=False)
+    case_id: str  # identity of the question
     device: str
     commit: str
     slice: SliceKey
@@ -66,11 +67,6 @@ class Row:
     time_high_s: float | None
     tokens_per_s: float | None
     peak_memory_bytes: int | None
-
-    @property
-    def case_id(self) -> str:
-        """Identity of the question."""
-        return self.result.case.case_id
 
     @property
     def ok(self) -> bool:
@@ -211,8 +207,6 @@ def environment(runs: Sequence[Run]) -> list[tuple[str, tuple[str, ...]]]:
 
 def _environment(run: Run) -> Mapping[str, str]:
     device = dict(run.device)
-    if isinstance(device.get("memory_bytes"), int):
-        device["memory"] = units.memory(device.pop("memory_bytes"))
     capability = device.get("compute_capability")
     if isinstance(capability, list | tuple):
         parts = cast("Sequence[Any]", capability)
@@ -222,11 +216,15 @@ def _environment(run: Run) -> Mapping[str, str]:
         "suite": run.suite,
         "started": run.created_at,
         "command": run.command,
-        **flatten(device, "device."),
+        **_readable(flatten(device, "device.")),
         **flatten(run.code, "code."),
-        **flatten(run.environment),
-        **flatten(run.settings, "settings."),
+        **_readable(flatten(run.environment)),
+        **_readable(flatten(run.settings, "settings.")),
     }
+
+
+def _readable(values: Mapping[str, str]) -> dict[str, str]:
+    return {key: units.entry(key, text) for key, text in values.items()}
 
 
 def _row(
@@ -240,6 +238,7 @@ def _row(
     return Row(
         index=index,
         result=result,
+        case_id=result.case.case_id,
         device=device,
         commit=commits.get(result.run_id, ""),
         slice=slice_key,

@@ -227,9 +227,16 @@ def _headline(lengths: Sequence[LengthSummary]) -> str:
     ]
     if len(stretches) == 1:
         label, inside = stretches[0]
-        return f"{label} is the fastest at every measured length, {_span(inside[0], inside[-1])}."
+        text = f"{label} is the fastest at every measured length, {_span(inside[0], inside[-1])}."
+        return text + _undecided(measured)
     parts = [f"{label} {_at(inside)}" for label, inside in stretches]
-    return f"Fastest: {'; '.join(parts)}."
+    return f"Fastest: {'; '.join(parts)}.{_undecided(measured)}"
+
+
+def _undecided(lengths: Sequence[LengthSummary]) -> str:
+    """Name the lengths at which the fastest is not told apart from others."""
+    close = [units.count(entry.seqlen) for entry in lengths if entry.tied]
+    return f" At L = {', '.join(close)} intervals overlap." if close else ""
 
 
 def _crossing(series: Sequence[SeriesSummary], reference: Series | None) -> tuple[str, str]:
@@ -247,14 +254,11 @@ def _crossing(series: Sequence[SeriesSummary], reference: Series | None) -> tupl
 
 def _verdict(best: SeriesSummary, found: Crossover, attention: str) -> str:
     name = best.series.label
-    span = "" if found.range is None else f" from L = {_span(*found.range)}"
     if found.kind is CrossoverKind.AT and found.seqlen:
         return f"{name} overtakes {attention} at {_length(found.seqlen)}."
     return {
-        CrossoverKind.CHALLENGER_FASTER: f"{name} is faster than {attention} throughout{span}: "
-        "no crossover in range.",
-        CrossoverKind.INCUMBENT_FASTER: f"{attention} is faster than every state-space model"
-        f"{span}: no crossover in range.",
+        CrossoverKind.CHALLENGER_FASTER: f"{name} is faster than {attention} at every length.",
+        CrossoverKind.INCUMBENT_FASTER: f"{attention} is faster than {name} at every length.",
         CrossoverKind.SEVERAL: f"{name} and {attention} cross at "
         + " and ".join(_length(length) for length in found.crossings)
         + ".",
@@ -264,6 +268,9 @@ def _verdict(best: SeriesSummary, found: Crossover, attention: str) -> str:
 
 def _found_by(found: Crossover) -> str:
     """The crossover's interval, and the measured lengths between which it was interpolated."""
+    none = (CrossoverKind.CHALLENGER_FASTER, CrossoverKind.INCUMBENT_FASTER)
+    if found.kind in none and found.range is not None:
+        return f"Crossover: none in range, L = {_span(*found.range)}."
     if found.kind is not CrossoverKind.AT:
         return ""
     parts = [_interval_text(found).strip().strip("()")]

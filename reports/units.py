@@ -23,6 +23,7 @@ _SI = {
     15: "P",
     18: "E",
 }
+_SUFFIXES = {"_hz": "Hz", "_s": "s", "_w": "W", "_j": "J", "_c": "°C"}
 _ROUND = Context(prec=3, rounding=ROUND_HALF_UP)
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -84,6 +85,21 @@ def about(value: float) -> str:
 def ratio(value: float | None) -> str:
     """Return a factor, such as 2.41 times."""
     return MISSING if value is None else f"{digits(value)}{TIMES}"
+
+
+def entry(key: str, text: str) -> str:
+    """Return a manifest's or telemetry's number with the unit that its dotted key names."""
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    for part in reversed(key.split(".")):
+        if part.endswith("_bytes"):
+            return memory(value)
+        for suffix, unit in _SUFFIXES.items():
+            if part.endswith(suffix):
+                return si(value, unit)
+    return text
 
 
 def length(value: int) -> str:

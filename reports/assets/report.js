@@ -41,6 +41,12 @@
   if (typeof DecompressionStream === "undefined") return;
   const data = JSON.parse(await unpack("data"));
   const columns = data.columns, slices = data.slices;
+  const over = (numerator) => columns.time_s.map((time, row) => (time === null || numerator(row) === null ? null : numerator(row) / time));
+  if (columns.time_s) {
+    columns.tokens_per_s = over((row) => columns.batch[row] * columns.seqlen[row]);
+    columns.model_flop_per_s = over((row) => columns.model_flop[row]);
+    columns.modelled_bytes_per_s = over((row) => columns.compulsory_bytes[row]);
+  }
   const value = (name, row) => columns[name][row];
   const total = columns.case_id ? columns.case_id.length : 0;
   if (!slices.length) return;

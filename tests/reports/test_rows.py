@@ -78,7 +78,7 @@ def test_states_and_lengths_to_choose_from(gpu_report):
 def test_environment_has_a_column_for_each_run(report):
     entries = dict(rows.environment(report.analysis.runs))
     assert sorted(entries["device.name"]) == ["Fixture CPU", "Fixture GPU 80GB"]
-    assert "80.0 GiB" in entries["device.memory"]
+    assert "80.0 GiB" in entries["device.memory_bytes"]
     assert entries["gpu.driver"].count(rows.units.MISSING) == 1
 
 

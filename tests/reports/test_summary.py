@@ -76,13 +76,11 @@ def test_an_overtaking_is_said_with_its_length():
 def test_none_in_range_is_said_both_ways():
     attention = results("fa", Family.ATTENTION, lambda n: 1e-9 * n)
     slower = summarise(results("ssd", Family.SSD, linear), attention)
-    assert slower.crossing == (
-        "fa · v is faster than every state-space model from L = 512 to 8,192: "
-        "no crossover in range."
-    )
+    assert slower.crossing == "fa · v is faster than ssd at every length."
+    assert slower.evidence.startswith("Crossover: none in range, L = 512 to 8,192.")
     assert "10.0\u00d7 slower" in slower.evidence
     faster = summarise(results("ssd", Family.SSD, lambda n: 1e-10 * n), attention)
-    assert faster.crossing.startswith("ssd is faster than fa · v throughout from L = 512 to 8,192")
+    assert faster.crossing == "ssd is faster than fa · v at every length."
 
 
 def test_without_attention_nothing_is_claimed():
@@ -123,6 +121,7 @@ def test_the_fastest_of_a_length_and_its_ties():
     assert entry.fastest is not None
     assert entry.fastest.label == "a"
     assert [row.label for row in entry.tied] == ["b"]
+    assert said.headline.endswith("At L = 512, 1,024, 2,048, 4,096, 8,192 intervals overlap.")
 
 
 def test_a_failed_case_is_in_its_cell_and_never_the_fastest():
