@@ -10,8 +10,8 @@ product and only the weights pass through shared memory:
     W    (Q j, Q i) = (B C^T)_ji exp2(cum_i - cumj_j), 0 for i < j
     S    (64, N)   <- S exp2(total) + (x^T scaled by exp2(total - cumj)) B (Q, N)
 
-B C^T is the same for all heads of a group: `prepare_kernel` makes it once (SCORES), or each consumer
-makes its own. Past the end of the sequence TMA delivers zeros and writes nothing, and cum and cumj
+B C^T is the same for all heads of a group: `prepare_kernel` makes it once (SCORES), or each
+consumer makes its own. Past the end of the sequence TMA delivers zeros and writes nothing, and cum and cumj
 (see triton_parts) make every weight 0. Channels and states beyond P and N are delivered as zeros.
 """
 
@@ -397,7 +397,6 @@ def scan_kernel(
     first = segment * segment_chunks
     count = gl.minimum(segment_chunks, nchunks - first)
     dtype: gl.constexpr = x_desc.dtype
-    Z_STAGES: gl.constexpr = STAGES if HAS_Z else 1
     xs = gl.allocate_shared_memory(dtype, [STAGES * 2, _Q, _P], x_desc.layout)
     Bs = gl.allocate_shared_memory(dtype, [STAGES, _Q, BLOCK_N], B_desc.layout)
     Cs = gl.allocate_shared_memory(dtype, [STAGES, _Q, BLOCK_N], B_desc.layout)

@@ -9,7 +9,12 @@ import triton.language as tl
 from mambench.kernels.ssd.triton_parts import LOG2_E, softplus
 from triton.language.extra import cuda
 
-_PREPARE_SIZES = ["seqlen", "nchunks", "nheads", "dt_min", "dt_max"]
+_PREPARE_SIZES = [
+    "seqlen", "nchunks", "nheads", "dt_min", "dt_max", "ngroups",
+    "stride_batch", "stride_token", "stride_head",
+    "stride_B_batch", "stride_B_token", "stride_B_group",
+    "stride_C_batch", "stride_C_token", "stride_C_group",
+]  # fmt: skip
 
 
 @triton.jit
@@ -67,10 +72,13 @@ def prepare_kernel(
             n = tl.arange(0, BLOCK_N)
             t = (chunk * Q + q).to(tl.int64)
             mask = (t < seqlen)[:, None] & (n < N)[None, :]
-            B_ptr += b * stride_B_batch + part.to(tl.int64) * stride_B_group
-            C_ptr += b * stride_C_batch + part.to(tl.int64) * stride_C_group
-            B = tl.load(B_ptr + t[:, None] * stride_B_token + n[None, :], mask=mask, other=0.0)
-            C = tl.load(C_ptr + t[:, None] * stride_C_token + n[None, :], mask=mask, other=0.0)
+            # TMA reads the same tensors: their strides are multiples of 16 bytes.
+            B_ptr += tl.multiple_of(b * stride_B_batch + part.to(tl.int64) * stride_B_group, 8)
+            C_ptr += tl.multiple_of(b * stride_C_batch + part.to(tl.int64) * stride_C_group, 8)
+            rows_B = tl.multiple_of(t * stride_B_token, 8)
+            rows_C = tl.multiple_of(t * stride_C_token, 8)
+            B = tl.load(B_ptr + rows_B[:, None] + n[None, :], mask=mask, other=0.0)
+            C = tl.load(C_ptr + rows_C[:, None] + n[None, :], mask=mask, other=0.0)
             scores = tl.dot(B, tl.trans(C))
             scores = tl.where(q[:, None] <= q[None, :], scores, 0.0)
             tile = ((b * ngroups + part) * nchunks + chunk) * Q * Q

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from mambench.kernels.ssd.hopper_kernel import CHANNELS, CHUNK, scan_kernel, state_kernel
+from mambench.kernels.ssd.hopper_launch import fetchable, launch, rows_of, tiles_of
 from mambench.kernels.ssd.hopper_parts import prefix_kernel, prepare_kernel
 from mambench.kernels.ssd.triton_config import segment_chunks
 from mambench.kernels.ssd.triton_launch import (
@@ -27,10 +28,7 @@ from mambench.kernels.ssd.triton_launch import (
     strides3,
 )
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 _SHARED_BYTES = 232448  # that one block may have on compute capability 9.0
 _BLOCK_H = 8
 MAX_D_STATE = 128  # at 256 the scan spills registers
@@ -85,19 +83,31 @@ def plan_hopper(
     Raises:
         ValueError: what `supported` refuses.
     """
-    headdim, d_state = x.shape[3], B.shape[3]
-    reason = supported(headdim=headdim, d_state=d_state, dtype=x.dtype)
+    limit = (float(dt_limit[0]), float(dt_limit[1]))
+    return _planned(x.shape, B.shape[2], B.shape[3], x.dtype, x.device, dt_softplus, limit, config)
+
+
+@lru_cache(maxsize=256)
+def _planned(
+    shape: torch.Size, ngroups: int, d_state: int, dtype: torch.dtype, device: torch.device,
+    dt_softplus: bool, dt_limit: tuple[float, float], config: Config,
+) -> Launch:  # fmt: skip
+    """Plan from sizes alone; the tensors made here take no memory to speak of."""
+    batch, seqlen, nheads, headdim = shape
+    reason = supported(headdim=headdim, d_state=d_state, dtype=dtype)
     if reason is not None:
         raise ValueError(reason)
-    nchunks = -(-x.shape[1] // CHUNK)
+    nchunks = -(-seqlen // CHUNK)
     if config.segments is None:
-        blocks = x.shape[0] * B.shape[2] * pairs(x.shape[2] // B.shape[2], headdim)
-        per_segment = segment_chunks(nchunks, blocks, multiprocessors(x.device))
+        blocks = batch * ngroups * pairs(nheads // ngroups, headdim)
+        per_segment = segment_chunks(nchunks, blocks, multiprocessors(device))
     else:
         per_segment = -(-nchunks // max(1, min(config.segments, nchunks)))
-    launch = plan_launch(x, B, dt_softplus=dt_softplus, dt_limit=dt_limit, segments=1)
+    one = torch.empty((), dtype=dtype, device=device)
+    x, B = one.expand(shape), one.expand(batch, seqlen, ngroups, d_state)
+    portable = plan_launch(x, B, dt_softplus=dt_softplus, dt_limit=dt_limit, segments=1)
     return replace(
-        launch,
+        portable,
         chunk=CHUNK,
         nchunks=nchunks,
         segment_chunks=per_segment,
@@ -143,73 +153,93 @@ def ring(d_state: int, dtype: torch.dtype, gated: bool, config: Config) -> Ring:
     )
 
 
-@lru_cache(maxsize=64)
-def tile_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """Return the shared-memory layout of a tile that TMA delivers."""
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], _DTYPES[dtype])
-
-
-def tiles_of(tensor: Tensor, columns: int) -> TensorDescriptor:
-    """Describe a (B, L, H, P) tensor to TMA as (B, H, L, P), in tiles of Q tokens of one head."""
-    batch, seqlen, heads, size = tensor.shape
-    stride_batch, stride_token, stride_head, _ = tensor.stride()
-    # The stride of a dimension of size 1 is never used and may be anything; TMA wants multiples.
-    strides = [
-        stride_batch if batch > 1 else 64,
-        stride_head if heads > 1 else 64,
-        stride_token if seqlen > 1 else 64,
-        1,
-    ]
-    layout = tile_layout(CHUNK, columns, tensor.dtype)
-    shape = [batch, heads, seqlen, size]
-    return TensorDescriptor(tensor, shape, strides, [1, 1, CHUNK, columns], layout)
-
-
-def rows_of(tensor: Tensor, columns: int, rows: int) -> TensorDescriptor:
-    """Describe a contiguous tensor to TMA as a matrix with its last dimension as columns."""
-    width = tensor.shape[-1]
-    layout = tile_layout(rows, columns, tensor.dtype)
-    shape = [tensor.numel() // width, width]
-    return TensorDescriptor(tensor, shape, [width, 1], [rows, columns], layout)
-
-
-def fetchable(tensor: Tensor) -> Tensor:
-    """Return the tensor as TMA can read it: copied where its address or strides are not right."""
-    per_16_bytes = 16 // tensor.element_size()
-    *outer, last = tensor.stride()
-    right = last == 1 and tensor.data_ptr() % 16 == 0
-    for size, stride in zip(tensor.shape, outer, strict=False):
-        right = right and (size == 1 or (stride > 0 and stride % per_16_bytes == 0))
-    return tensor if right else tensor.clone(memory_format=torch.contiguous_format)
-
-
 def run_prepare(
-    launch: Launch, tensors: Operands, shape: Ring, config: Config
+    plan: Launch, tensors: Operands, shape: Ring, config: Config
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return cum and cumj (B, H, chunks * Q) fp32, and scores (B, G, chunks, Q, Q) if wanted."""
-    x, dt, B = tensors.x, tensors.dt, tensors.B
+    x, dt, A, bias = tensors.x, tensors.dt, tensors.A, tensors.dt_bias
     cum, cumj = torch.empty(
-        (2, launch.batch, launch.nheads, launch.nchunks * CHUNK),
-        dtype=torch.float32, device=x.device,
-    )  # fmt: skip
+        (2, plan.batch, plan.nheads, plan.nchunks * CHUNK), dtype=torch.float32, device=x.device
+    ).unbind()
     scores = None
     if shape.scores_dtype is not None:
-        size = (launch.batch, launch.ngroups, launch.nchunks, CHUNK, CHUNK)
+        size = (plan.batch, plan.ngroups, plan.nchunks, CHUNK, CHUNK)
         scores = torch.empty(size, dtype=shape.scores_dtype, device=x.device)
-    parts = -(-launch.nheads // _BLOCK_H) + (launch.ngroups if scores is not None else 0)
-    prepare_kernel[(launch.nchunks, parts, launch.batch)](
-        dt, tensors.A, tensors.dt_bias, cum, cumj, B, tensors.C, scores,
-        launch.seqlen, launch.nchunks, launch.nheads, *launch.dt_limit, launch.ngroups,
-        *dt.stride(), *strides3(B), *strides3(tensors.C),
-        Q=CHUNK, BLOCK_H=_BLOCK_H, N=launch.d_state, BLOCK_N=shape.block_n,
-        HAS_BIAS=tensors.dt_bias is not None, SOFTPLUS=launch.dt_softplus,
-        SCORES=scores is not None, PDL=config.pdl, num_warps=4,
+    parts = -(-plan.nheads // _BLOCK_H) + (plan.ngroups if scores is not None else 0)
+    constants = {
+        "Q": CHUNK, "BLOCK_H": _BLOCK_H, "N": plan.d_state, "BLOCK_N": shape.block_n,
+        "HAS_BIAS": bias is not None, "SOFTPLUS": plan.dt_softplus,
+        "SCORES": scores is not None, "PDL": config.pdl,
+    }  # fmt: skip
+    arguments = (
+        dt, A, bias, cum, cumj, tensors.B, tensors.C, scores,
+        plan.seqlen, plan.nchunks, plan.nheads, *plan.dt_limit, plan.ngroups,
+        *dt.stride(), *strides3(tensors.B), *strides3(tensors.C),
     )  # fmt: skip
+    grid = (plan.nchunks, parts, plan.batch)
+    # What came before on the stream may still use the memory: this launch waits for all of it.
+    given = (dt, A, bias, tensors.B)
+    launch(
+        prepare_kernel,
+        grid,
+        arguments,
+        constants,
+        given,
+        device=x.device.index,
+        num_warps=4,
+        pdl=False,
+    )
     return cum, cumj, scores
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """What both walks read, as TMA sees it, and their common arguments."""
+
+    x: Any
+    B: Any
+    cum: Any
+    cumj: Any
+    npairs: int
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+def segment_entries(
+    plan: Launch,
+    tiles: Tiles,
+    start: Tensor | None,
+    shape: Ring,
+    config: Config,
+    device: torch.device,
+) -> Tensor | None:
+    """Return what enters each segment, (B, H, segments, P, N) fp32; `start` if there is but one."""
+    if plan.nsegments == 1:
+        return start
+    slots = (plan.batch, plan.nheads, plan.nsegments)
+    size = plan.headdim * plan.d_state
+    states = (*slots, plan.headdim, plan.d_state)
+    entries = torch.empty(states, dtype=torch.float32, device=device)
+    decay = torch.empty(slots, dtype=torch.float32, device=device)
+    constants = tiles.constants | {
+        "STAGES": shape.state_stages, "REGISTERS": config.state_registers,
+    }  # fmt: skip
+    grid = (plan.nsegments - 1, tiles.npairs, plan.batch)
+    arguments = (tiles.x, tiles.B, tiles.cum, tiles.cumj, entries, decay, *tiles.sizes)
+    given = (tiles.x.base,)
+    on = {"device": device.index, "pdl": config.pdl}
+    launch(state_kernel, grid, arguments, constants, given, num_warps=4, **on)
+    constants = {
+        "SIZE": size, "BLOCK": _PREFIX_BLOCK, "HAS_START": start is not None, "PDL": config.pdl,
+    }  # fmt: skip
+    grid = (-(-size // _PREFIX_BLOCK), plan.batch * plan.nheads, 1)
+    arguments = (entries, decay, start, plan.nsegments)
+    launch(prefix_kernel, grid, arguments, constants, (start,), num_warps=2, **on)
+    return entries
+
+
 def run_forward(
-    launch: Launch,
+    plan: Launch,
     tensors: Operands,
     *,
     return_final_states: bool,
@@ -217,60 +247,51 @@ def run_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return out, the final states if wanted, and what enters each segment.
 
-    The same as the portable `triton_ssd.run_forward`; `launch` comes from `plan_hopper`.
+    The same as the portable `triton_ssd.run_forward`; `plan` comes from `plan_hopper`.
     """
-    x, z, B, C = (
-        None if t is None else fetchable(t) for t in (tensors.x, tensors.z, tensors.B, tensors.C)
-    )
-    assert x is not None
-    assert B is not None
+    x, z, D = fetchable(tensors.x), tensors.z, tensors.D
+    z = None if z is None else fetchable(z)
+    B, C = fetchable(tensors.B), fetchable(tensors.C)
     tensors = replace(tensors, x=x, z=z, B=B, C=C)
-    shape = ring(launch.d_state, x.dtype, z is not None, config)
+    shape = ring(plan.d_state, x.dtype, z is not None, config)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    states = (launch.batch, launch.nheads, launch.headdim, launch.d_state)
     final = None
     if return_final_states:
+        states = (plan.batch, plan.nheads, plan.headdim, plan.d_state)
         final = torch.empty(states, dtype=torch.float32, device=x.device)
-    heads_per_group = launch.heads_per_group
-    per_group = pairs(heads_per_group, launch.headdim)
-    npairs = per_group * launch.ngroups
-    sizes = (launch.nchunks, launch.segment_chunks, launch.nsegments, launch.nheads, per_group)
-    options: dict[str, Any] = {
-        "PDL": config.pdl, "P": launch.headdim, "N": launch.d_state, "BLOCK_N": shape.block_n,
-        "num_warps": 4, "launch_pdl": config.pdl,
-    }  # fmt: skip
+    per_group = pairs(plan.heads_per_group, plan.headdim)
     with on_device(x):
-        cum, cumj, scores = run_prepare(launch, tensors, shape, config)
-        x_desc = tiles_of(x, CHANNELS)
-        B_desc = tiles_of(B, shape.block_n)
-        cum_desc, cumj_desc = rows_of(cum, CHUNK, 1), rows_of(cumj, CHUNK, 1)
-        entries = tensors.initial_states
-        if launch.nsegments > 1:
-            slots = (launch.batch, launch.nheads, launch.nsegments)
-            entries = torch.empty((*slots, *states[2:]), dtype=torch.float32, device=x.device)
-            decay = torch.empty(slots, dtype=torch.float32, device=x.device)
-            state_kernel[(launch.nsegments - 1, npairs, launch.batch)](
-                x_desc, B_desc, cum_desc, cumj_desc, entries, decay, *sizes, heads_per_group,
-                STAGES=shape.state_stages, REGISTERS=config.state_registers, **options,
-            )  # fmt: skip
-            size = launch.headdim * launch.d_state
-            grid = (-(-size // _PREFIX_BLOCK), launch.batch * launch.nheads)
-            prefix_kernel[grid](
-                entries, decay, tensors.initial_states, launch.nsegments,
-                SIZE=size, BLOCK=_PREFIX_BLOCK, HAS_START=tensors.initial_states is not None,
-                PDL=config.pdl, num_warps=2, launch_pdl=config.pdl,
-            )  # fmt: skip
-        D = tensors.D
-        scan_kernel[(launch.nsegments, npairs, launch.batch)](
-            tiles_of(out, CHANNELS), x_desc, None if z is None else tiles_of(z, CHANNELS),
-            B_desc, tiles_of(C, shape.block_n),
-            None if scores is None else rows_of(scores, CHUNK, CHUNK),
-            cum_desc, cumj_desc, D, entries, final, *sizes, heads_per_group,
-            STAGES=shape.stages, REGISTERS=config.registers,
-            D_DIMS=0 if D is None else D.dim(), HAS_Z=z is not None,
-            HAS_ENTRY=entries is not None, STORE_FINAL=final is not None,
-            SCORES=scores is not None, **options,
+        cum, cumj, scores = run_prepare(plan, tensors, shape, config)
+        tiles = Tiles(
+            x=tiles_of(x, CHANNELS), B=tiles_of(B, shape.block_n),
+            cum=rows_of(cum, CHUNK, 1), cumj=rows_of(cumj, CHUNK, 1),
+            npairs=per_group * plan.ngroups,
+            sizes=(
+                plan.nchunks, plan.segment_chunks, plan.nsegments, plan.nheads, per_group,
+                plan.heads_per_group,
+            ),
+            constants={
+                "PDL": config.pdl, "P": plan.headdim, "N": plan.d_state, "BLOCK_N": shape.block_n,
+            },
         )  # fmt: skip
+        start = tensors.initial_states
+        entries = segment_entries(plan, tiles, start, shape, config, x.device)
+        constants = tiles.constants | {
+            "STAGES": shape.stages, "REGISTERS": config.registers,
+            "D_DIMS": 0 if D is None else D.dim(), "HAS_Z": z is not None,
+            "HAS_ENTRY": entries is not None, "STORE_FINAL": final is not None,
+            "SCORES": scores is not None,
+        }  # fmt: skip
+        arguments = (
+            tiles_of(out, CHANNELS), tiles.x, None if z is None else tiles_of(z, CHANNELS),
+            tiles.B, tiles_of(C, shape.block_n),
+            None if scores is None else rows_of(scores, CHUNK, CHUNK),
+            tiles.cum, tiles.cumj, D, entries, final, *tiles.sizes,
+        )  # fmt: skip
+        grid = (plan.nsegments, tiles.npairs, plan.batch)
+        given = (x, D, entries, scores)
+        on = {"device": x.device.index, "pdl": config.pdl}
+        launch(scan_kernel, grid, arguments, constants, given, num_warps=4, **on)
     return out, final, entries
 
 
@@ -314,6 +335,6 @@ def ssd_forward(
     Raises:
         ValueError: what `supported` refuses.
     """
-    launch = plan_hopper(x, B, dt_softplus=dt_softplus, dt_limit=dt_limit, config=config)
+    plan = plan_hopper(x, B, dt_softplus=dt_softplus, dt_limit=dt_limit, config=config)
     operands = Operands.laid_out(x, dt, A, B, C, D, z, dt_bias, initial_states)
-    return run_forward(launch, operands, return_final_states=return_final_states, config=config)
+    return run_forward(plan, operands, return_final_states=return_final_states, config=config)

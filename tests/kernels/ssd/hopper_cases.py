@@ -1,8 +1,8 @@
 """Judge the Hopper SSD on the CPU: its Triton kernels interpreted, its Gluon kernels run by torch.
 
 A process of its own, because TRITON_INTERPRET is read when a kernel is defined:
-`hopper_cases.py '[{...}, ...]' [old new]` prints the errors of every case as JSON; with old and new,
-the Gluon kernels' source is changed first, to plant a fault.
+`hopper_cases.py '[{...}, ...]' [old new]` prints the errors of every case as JSON; with old and
+new, the Gluon kernels' source is changed first, to plant a fault.
 """
 
 import importlib.util
