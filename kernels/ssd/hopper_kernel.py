@@ -11,8 +11,8 @@ product and only the weights pass through shared memory:
     S    (64, N)   <- S exp2(total) + (x^T scaled by exp2(total - cumj)) B (Q, N)
 
 B C^T is the same for all heads of a group: `prepare_kernel` makes it once (SCORES), or each
-consumer makes its own. Past the end of the sequence TMA delivers zeros and writes nothing, and cum and cumj
-(see triton_parts) make every weight 0. Channels and states beyond P and N are delivered as zeros.
+consumer makes its own. Past the end of the sequence TMA delivers zeros and writes nothing, and cum
+and cumj (see triton_parts) make every weight 0. Channels and states beyond P and N are delivered as zeros.
 """
 
 from triton.experimental import gluon
@@ -302,7 +302,7 @@ def _scan_consumer(
         state = warpgroup_mma_wait(0, deps=(state,))
         mbarrier.arrive(empty.index(stage), count=1)
     tma.store_wait(0)
-    if STORE_FINAL:
+    if STORE_FINAL:  # noqa: SIM102 of compile time, the other is not
         if segment == nsegments - 1:
             offsets, mask = state_tile(head, channel, P, N, BLOCK_N, STATE)
             gl.store(final + offsets, state, mask=mask)

@@ -19,7 +19,7 @@ import types
 
 import torch
 
-_PATIENCE_S = 20.0
+_PATIENCE_S = 6.0
 _state = threading.local()
 
 
