@@ -75,6 +75,7 @@ def tiling(itemsize: int, headdim: int, d_state: int, *, wgmma: bool) -> Tiling:
         block_p=min(full_p, 64, max(16, state_elements // block_n)),
         grad_block_p=min(full_p, grad_block_p),
         precision="tf32x3" if itemsize == 4 else "tf32",
+        scan_programs_per_sm=1 if wgmma and block_n == 256 else 2,
     )
 
 

@@ -13,8 +13,16 @@ pytest.importorskip("triton")
 # Triton's interpreter multiplies the bits of bf16 operands, so bf16 is judged on the GPU alone.
 INTERPRETED = [
     {"seqlen": 1, "d_state": 16, "D": 0, "gated": False, "bias": False, "start": False},
-    {"seqlen": 70, "nheads": 4, "ngroups": 2, "d_state": 32, "segments": 3, "batch": 2},
-    {"seqlen": 40, "headdim": 20, "d_state": 24, "D": 2, "dt_limit": [0.05, 0.3], "segments": 2},
+    {"seqlen": 70, "nheads": 4, "ngroups": 2, "d_state": 32, "segments": 3},
+    {
+        "batch": 2,
+        "seqlen": 40,
+        "headdim": 20,
+        "d_state": 24,
+        "D": 2,
+        "dt_limit": [0.05, 0.3],
+        "segments": 2,
+    },
     {"seqlen": 33, "headdim": 48, "dt_softplus": False, "bias": False, "final": False},
     {"seqlen": 70, "dtype": "float16", "nheads": 3, "D": 2, "segments": 2, "headdim": 80},
     {"seqlen": 100, "dtype": "float16", "long_memory": True, "start": False, "gated": False},
