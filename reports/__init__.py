@@ -9,3 +9,26 @@ def build(run_folders: Sequence[Path], output: Path) -> Path:
     from mambench.reports import page
 
     return page.build(run_folders, output)
+
+
+FORMATS = ("text", "markdown", "csv", "json")
+
+
+def render(run_folders: Sequence[Path], format: str) -> str:
+    """Return the report of one or several runs in one of `FORMATS`.
+
+    Raises RunFolderError where a folder is not a sound run, UsageError for another format.
+    """
+    from mambench.harness import analysis
+    from mambench.harness.errors import UsageError, unknown_name
+    from mambench.reports import export, markdown, rows, text
+
+    writers = {
+        "text": text.render,
+        "markdown": markdown.render,
+        "csv": export.to_csv,
+        "json": export.to_json,
+    }
+    if format not in writers:
+        raise UsageError(unknown_name("format", format, FORMATS))
+    return writers[format](rows.make(analysis.load(run_folders)))

@@ -294,7 +294,7 @@
     showCases();
   };
   const describe = (card, text) => {
-    card.plot.setAttribute("role", "img");
+    card.plot.setAttribute("role", "group");
     card.plot.setAttribute("aria-label", `${text}, ${state.slice.device}, ${state.slice.title}. The numbers are in the tables below.`);
   };
 
@@ -430,7 +430,7 @@
     const names = Object.keys(THEMES), next = names[(names.indexOf(document.documentElement.dataset.theme || "") + 1) % 3];
     if (next) document.documentElement.dataset.theme = next; else delete document.documentElement.dataset.theme;
     $("theme").textContent = THEMES[next];
-    $("theme").setAttribute("aria-label", `Colour scheme: ${next || "automatic"}`);
+    $("theme").setAttribute("aria-label", `${THEMES[next]}: colour scheme`);
     repaint();
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);

@@ -11,6 +11,8 @@ from mambench.harness import analysis
 from mambench.harness.errors import UsageError
 from mambench.reports import export, markdown, readme, rows, svg, text, units
 
+from mambench import reports
+
 HOSTILE_ESCAPE = "\x1b[31mred\x07"
 
 
@@ -24,6 +26,16 @@ def test_csv_and_json_hold_every_row(report):
         assert line["time_s"] == ("" if row.time_s is None else repr(row.time_s))
         assert entry["device"] == row.device
     assert data["runs"]["gpu-run"]["gpu.driver"] == "580.0"
+
+
+def test_every_format_is_rendered_from_run_folders(gpu_run, gpu_report):
+    found = {name: reports.render([gpu_run], name) for name in reports.FORMATS}
+    assert found["csv"] == export.to_csv(gpu_report)
+    assert json.loads(found["json"])["results"]
+    assert found["text"] == text.render(gpu_report)
+    assert found["markdown"] == markdown.render(gpu_report)
+    with pytest.raises(UsageError, match="Did you mean 'json'"):
+        reports.render([gpu_run], "jsn")
 
 
 def test_csv_cells_are_never_formulas(report):
