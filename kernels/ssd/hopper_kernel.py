@@ -12,7 +12,8 @@ product and only the weights pass through shared memory:
 
 B C^T is the same for all heads of a group: `prepare_kernel` makes it once (SCORES), or each
 consumer makes its own. Past the end of the sequence TMA delivers zeros and writes nothing, and cum
-and cumj (see triton_parts) make every weight 0. Channels and states beyond P and N are delivered as zeros.
+and cumj (see triton_parts) make every weight 0. Channels and states beyond P and N are delivered as
+zeros.
 """
 
 from triton.experimental import gluon
@@ -113,7 +114,7 @@ def _state_consumer(
     PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     xs, Bs, cums, full, empty = tiles
-    end, decay, b, pair, segment, first, count, nsegments, sizes = work
+    end, decay, b, pair, segment, _first, count, nsegments, sizes = work
     nheads, pairs_per_group, heads_per_group = sizes
     BLOCK_N: gl.constexpr = Bs.shape[2]
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -163,7 +164,7 @@ def _state_producer(
 ):  # fmt: skip
     xs, Bs, cums, full, empty = tiles
     x_desc, B_desc, cum_desc, cumj_desc = sources
-    end, decay, b, pair, segment, first, count, nsegments, sizes = work
+    _end, _decay, b, pair, _segment, first, count, _nsegments, sizes = work
     nheads, pairs_per_group, heads_per_group = sizes
     itemsize: gl.constexpr = Bs.dtype.primitive_bitwidth // 8
     fetched: gl.constexpr = (2 * _P + Bs.shape[2]) * _Q * itemsize + 4 * _Q * 4
@@ -339,9 +340,9 @@ def _scan_producer(
     D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr,
     STORE_FINAL: gl.constexpr, SCORES: gl.constexpr,
 ):  # fmt: skip
-    xs, zs, Bs, Cs, scores_ring, cums, all_weights, outs, full, empty = tiles
-    out_desc, x_desc, z_desc, B_desc, C_desc, scores_desc, cum_desc, cumj_desc, nchunks = sources
-    D_ptr, entry, final, b, pair, segment, first, count, nsegments, sizes = work
+    xs, zs, Bs, Cs, scores_ring, cums, _all_weights, _outs, full, empty = tiles
+    _out_desc, x_desc, z_desc, B_desc, C_desc, scores_desc, cum_desc, cumj_desc, nchunks = sources
+    _D_ptr, _entry, _final, b, pair, _segment, first, count, _nsegments, sizes = work
     nheads, pairs_per_group, heads_per_group = sizes
     group = pair // pairs_per_group
     itemsize: gl.constexpr = Bs.dtype.primitive_bitwidth // 8
