@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+
 from mambench.harness.timing import (
     WARM_UP_S,
     Criterion,

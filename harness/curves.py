@@ -11,8 +11,9 @@ from enum import StrEnum
 from itertools import pairwise
 
 import numpy as np
-from mambench.harness.analysis import ROUNDS_FOR_INTERVAL, Result
 from numpy.typing import NDArray
+
+from mambench.harness.analysis import ROUNDS_FOR_INTERVAL, Result
 
 DRAWS = 2000
 LEVEL = 0.95

@@ -31,11 +31,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from mambench.harness.gate_errors import Energies, ErrorPair, judge, measure
 from mambench.harness.spec import Case
 from mambench.implementations.problems.base import TORCH_DTYPES, Sample
 from mambench.implementations.workload import Workload
-from torch import Tensor
 
 NOISY_VALUES = 1 << 10  # a gradient of at most so many values is judged again if it fails
 MAX_DRAWS = 8

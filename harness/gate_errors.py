@@ -8,8 +8,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from mambench.harness.spec import DType
 from torch import Tensor
+
+from mambench.harness.spec import DType
 
 FACTOR = 2.0  # how many times the independent solution's error is allowed
 FLOORS = {DType.FP64: 1e-10, DType.FP32: 5e-5, DType.FP16: 2.5e-4, DType.BF16: 2e-3}

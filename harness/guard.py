@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
+
 from mambench.harness.limits import oom_kills
 from mambench.harness.pool import Worker, signal_name
 from mambench.harness.protocol import SETTING_UP, START, Done, Finding, Phase, Work

@@ -3,6 +3,7 @@
 import os
 
 import psutil
+
 from mambench.harness import machine
 from mambench.harness.spec import Settings
 

@@ -19,10 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol, Self
 
+import mambench
 from mambench.harness.errors import MeasurementError
 from mambench.harness.protocol import WorkerConfig
-
-import mambench
 
 START_LIMIT_S = 300.0  # importing torch from a cold network disk takes minutes
 FORK_LIMIT_S = 60.0

@@ -34,10 +34,16 @@ class Observation:
     observation_id: str
     started_at: str  # ISO 8601, UTC
     duration_s: float  # wall time the harness spent on it
-    method: str | None = None  # how the measurement was taken: "cuda-graph", "events", "perf_counter" ...
-    values: Mapping[str, float | int | None] = field(default_factory=dict)  # keys: tags of spec.METRICS
+    method: str | None = (
+        None  # how the measurement was taken: "cuda-graph", "events", "perf_counter" ...
+    )
+    values: Mapping[str, float | int | None] = field(
+        default_factory=dict
+    )  # keys: tags of spec.METRICS
     samples_s: tuple[float, ...] | None = None  # raw, in the order taken; outliers are not dropped
-    details: Mapping[str, Any] = field(default_factory=dict)  # gate, telemetry, convergence, traceback
+    details: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # gate, telemetry, convergence, traceback
 
     def to_line(self) -> str:
         """Return the JSON line, without its newline."""

@@ -15,10 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import mambench
 from mambench.harness.pool import EXIT_LIMIT_S, Worker, output_file, thread_environment
 from mambench.harness.protocol import WorkerConfig
-
-import mambench
 
 
 class SpawnPool:

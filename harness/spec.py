@@ -231,15 +231,67 @@ class Metric:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric(tag="time_s", name="time", unit="s", description="median time of one execution; the method is in the record"),
-    Metric(tag="tokens_per_s", name="throughput", unit="tokens/s", better="higher", description="batch * seqlen / time_s"),
-    Metric(tag="call_time_s", name="call time", unit="s", description="median time by device events around one eager call, launch gaps included (GPU only)"),
-    Metric(tag="peak_memory_bytes", name="peak memory", unit="bytes", description="most memory allocated at once while the pass ran, inputs and outputs included; nothing of the correctness check"),
-    Metric(tag="extra_memory_bytes", name="extra memory", unit="bytes", description="peak memory less what was allocated before the pass began"),
-    Metric(tag="first_call_s", name="first call", unit="s", description="time of the first call in the worker, compilation included where nothing was cached"),
-    Metric(tag="model_flop", name="model FLOP", unit="FLOP", better="neither", modelled=True, description="arithmetic of the algorithm, the same for all implementations of a family"),
-    Metric(tag="compulsory_bytes", name="compulsory bytes", unit="bytes", better="neither", modelled=True, description="each input read once and each output written once"),
-    Metric(tag="weight_count", name="weights", unit="1", better="neither", modelled=True, description="parameters of the block (block level only)"),
+    Metric(
+        tag="time_s",
+        name="time",
+        unit="s",
+        description="median time of one execution; the method is in the record",
+    ),
+    Metric(
+        tag="tokens_per_s",
+        name="throughput",
+        unit="tokens/s",
+        better="higher",
+        description="batch * seqlen / time_s",
+    ),
+    Metric(
+        tag="call_time_s",
+        name="call time",
+        unit="s",
+        description="median time by device events around one eager call, launch gaps included (GPU only)",
+    ),
+    Metric(
+        tag="peak_memory_bytes",
+        name="peak memory",
+        unit="bytes",
+        description="most memory allocated at once while the pass ran, inputs and outputs included; nothing of the correctness check",
+    ),
+    Metric(
+        tag="extra_memory_bytes",
+        name="extra memory",
+        unit="bytes",
+        description="peak memory less what was allocated before the pass began",
+    ),
+    Metric(
+        tag="first_call_s",
+        name="first call",
+        unit="s",
+        description="time of the first call in the worker, compilation included where nothing was cached",
+    ),
+    Metric(
+        tag="model_flop",
+        name="model FLOP",
+        unit="FLOP",
+        better="neither",
+        modelled=True,
+        description="arithmetic of the algorithm, the same for all implementations of a family",
+    ),
+    Metric(
+        tag="compulsory_bytes",
+        name="compulsory bytes",
+        unit="bytes",
+        better="neither",
+        modelled=True,
+        description="each input read once and each output written once",
+    ),
+    Metric(
+        tag="weight_count",
+        name="weights",
+        unit="1",
+        better="neither",
+        modelled=True,
+        description="parameters of the block (block level only)",
+    ),
 )
 
 

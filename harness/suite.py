@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import yaml
+
 from mambench.harness import axes
 from mambench.harness.errors import SuiteError, UsageError, unknown_name
 from mambench.harness.spec import DeviceKind, DType, Family, Level, Pass, Settings

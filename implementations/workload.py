@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from mambench.harness.spec import Case, Device, DeviceKind, Family, Level, Pass, Problem
 from mambench.implementations.base import Implementation
 from mambench.implementations.problems.base import TORCH_DTYPES, ProblemFamily
-from torch import Tensor
 
 # What the gate may spend on the float64 reference of a scan: about a second on two CPU cores.
 CPU_JUDGED_STATES = {Family.S6: 1 << 21, Family.SSD: 1 << 28}

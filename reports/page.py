@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+
 from mambench.harness import analysis
 from mambench.harness.analysis import flatten
 from mambench.harness.spec import METRICS

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+
 from mambench.reports import figures
 from mambench.reports.figures import Chart, Figure
 from mambench.reports.rows import Report, Slice

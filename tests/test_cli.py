@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from mambench.harness import machine, plan, reproduce, runner, suite
 from mambench.harness.cli_options import parse_duration
 from mambench.harness.errors import DeviceBusyError, UsageError

@@ -1,10 +1,11 @@
 """Layers that the blocks share, in plain torch."""
 
 import torch
-from mambench.implementations.blocks.sizes import CONV_WIDTH
-from mambench.implementations.problems.draws import Draws
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mambench.implementations.blocks.sizes import CONV_WIDTH
+from mambench.implementations.problems.draws import Draws
 
 NORM_EPS = 1e-5
 

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from mambench.harness.spec import Problem
 from mambench.implementations.blocks.layers import CausalConv, RMSNorm, linear, linear_weight
 from mambench.implementations.blocks.sizes import d_model_of, d_state_of, dt_rank
 from mambench.implementations.problems.draws import Draws, memory_scale
-from torch import Tensor, nn
 
 _SELECTION_GAIN = 1.6  # of x_proj, against the smaller variance that SiLU leaves
 _STATE_GAIN = 2.0  # of B and C beyond that, so that the state counts in the output, not D u alone

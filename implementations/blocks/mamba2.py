@@ -12,13 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from mambench.harness.spec import Problem
 from mambench.implementations.blocks.layers import CausalConv, RMSNorm, linear, linear_weight
 from mambench.implementations.blocks.sizes import d_model_of, d_state_of
 from mambench.implementations.problems.draws import Draws, long_memory, memory_scale
 from mambench.implementations.problems.ssd import CHUNK_SIZE
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 _DT_GAIN = 0.25  # how far the input moves the step size
 _STATE_GAIN = 2.5  # of B and C, so that the state counts in the output, not D x alone

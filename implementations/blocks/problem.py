@@ -25,6 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
+
 from mambench.harness.spec import Family, Level, Problem
 from mambench.implementations.blocks.mamba import MambaBlock
 from mambench.implementations.blocks.mamba2 import Mamba2Block
@@ -39,8 +42,6 @@ from mambench.implementations.problems.base import Inputs, Outputs, ProblemFamil
 from mambench.implementations.problems.draws import FULL_TOKENS, Draws
 from mambench.implementations.problems.s6 import S6Problem
 from mambench.implementations.problems.ssd import SsdProblem
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 RECOMPUTED_TOKENS = FULL_TOKENS
 WIDE_ELEMENTS = 1 << 27  # 1 GiB in float64

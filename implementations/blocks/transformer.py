@@ -13,12 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from mambench.harness.spec import Problem
 from mambench.implementations.blocks.layers import RMSNorm, linear, linear_weight
 from mambench.implementations.blocks.sizes import d_model_of, mlp_width
 from mambench.implementations.problems.draws import Draws
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 ROTARY_BASE = 10_000.0
 _ATTENTION_GAIN = 3.0  # an average over many values is small; trained models make up for it

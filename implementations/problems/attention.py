@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from mambench.harness.spec import Family, Problem
 from mambench.implementations.problems.base import Inputs, Outputs, ProblemFamily, Sample
-from torch import Tensor
 
 # Pairs of a query and a key that are judged: the float64 reference, forward and backward, then
 # takes about a second on two CPU cores.

@@ -14,12 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import silu, softplus
+
 from mambench.harness.spec import Family, Problem
 from mambench.implementations.problems.base import Inputs, Outputs, ProblemFamily, Sample
 from mambench.implementations.problems.draws import Draws, choose, in_slices, index, memory_scale
 from mambench.implementations.problems.recurrence import Solver, by_doubling, by_rows, solve
-from torch import Tensor
-from torch.nn.functional import silu, softplus
 
 JUDGED_STATES = 1 << 26  # batch * seqlen * channels * d_state judged at most, 4 channels at least
 

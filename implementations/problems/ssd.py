@@ -21,6 +21,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad, silu, softplus
+
 from mambench.harness.spec import Family, Problem
 from mambench.implementations.problems.base import Inputs, Outputs, ProblemFamily, Sample
 from mambench.implementations.problems.draws import (
@@ -31,8 +34,6 @@ from mambench.implementations.problems.draws import (
     long_memory,
     memory_scale,
 )
-from torch import Tensor
-from torch.nn.functional import pad, silu, softplus
 
 CHUNK_SIZE = (
     256  # what callers of the reference interface pass; implementations may choose their own

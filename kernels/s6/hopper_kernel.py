@@ -24,6 +24,10 @@ The carries of 16 states live in one register per channel: a queue over the lane
 place a state; its reader is lane 0 and its writer lane 31.
 """
 
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
 from mambench.kernels.s6.hopper_lanes import (
     affine,
     lane_above,
@@ -35,9 +39,6 @@ from mambench.kernels.s6.hopper_lanes import (
     softplus,
     to_fp32,
 )
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 
 @gluon.jit

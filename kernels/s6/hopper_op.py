@@ -3,6 +3,8 @@
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from mambench.kernels.s6.arguments import check_arguments
 from mambench.kernels.s6.hopper_scan import scan_forward, supported
 from mambench.kernels.s6.triton_config import chunk_size
@@ -10,7 +12,6 @@ from mambench.kernels.s6.triton_scan import (
     _Inputs as Inputs,  # pyright: ignore[reportPrivateUsage]
 )
 from mambench.kernels.s6.triton_scan import scan_backward
-from torch import Tensor
 
 
 def selective_scan(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import triton
+
 from mambench.kernels.s6.hopper_kernel import scan_forward_kernel
 from mambench.kernels.s6.hopper_serial import serial_scan_kernel
 

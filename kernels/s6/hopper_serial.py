@@ -12,6 +12,9 @@ at a time. The sum over states is taken across lanes for LANES steps at once, ea
 the sum of one step, and across warps when the block's outputs are collected.
 """
 
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
 from mambench.kernels.s6.hopper_lanes import (
     affine,
     first,
@@ -21,8 +24,6 @@ from mambench.kernels.s6.hopper_lanes import (
     sum_steps_over_lanes,
     to_fp32,
 )
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
 
 
 @gluon.jit

@@ -24,10 +24,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from mambench.kernels.s6.numba_config import CHUNK, LANES
 from numba import njit, types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
+
+from mambench.kernels.s6.numba_config import CHUNK, LANES
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from mambench.kernels.s6 import numba_kernels as kernels
 from mambench.kernels.s6.arguments import check_arguments
 from mambench.kernels.s6.numba_config import CHUNK, LANES, block_count, partial_count
-from torch import Tensor
 
 _RANGES_PER_THREAD = 4  # so that a thread that is held up delays the end by a quarter of its share
 

@@ -22,6 +22,7 @@ times INNER: INNER of them and 32 / INNER states lie across a warp's lanes, the 
 
 import triton
 import triton.language as tl
+
 from mambench.kernels.s6.triton_parts import (
     LN2,
     LOG2E,

@@ -10,6 +10,7 @@ of dt (exp(A sum dt) is the whole segment's decay), and `segment_start` combines
 
 import triton
 import triton.language as tl
+
 from mambench.kernels.s6.triton_parts import (
     LOG2E,
     combine,

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+
 from mambench.kernels.s6 import triton_backward, triton_forward
 from mambench.kernels.s6.arguments import check_arguments
 from mambench.kernels.s6.triton_config import (
@@ -20,7 +22,6 @@ from mambench.kernels.s6.triton_config import (
     padded_states,
     scratch_size,
 )
-from torch import Tensor
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SUM_BLOCK = 1024

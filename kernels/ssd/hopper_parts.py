@@ -6,8 +6,9 @@ starts while the one before ends, and waits for its results only where it reads 
 
 import triton
 import triton.language as tl
-from mambench.kernels.ssd.triton_parts import LOG2_E, softplus
 from triton.language.extra import cuda
+
+from mambench.kernels.ssd.triton_parts import LOG2_E, softplus
 
 _PREPARE_SIZES = [
     "seqlen", "nchunks", "nheads", "dt_min", "dt_max", "ngroups",

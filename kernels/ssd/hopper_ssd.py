@@ -15,6 +15,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from mambench.kernels.ssd.hopper_kernel import CHANNELS, CHUNK, scan_kernel, state_kernel
 from mambench.kernels.ssd.hopper_launch import fetchable, launch, rows_of, tiles_of
 from mambench.kernels.ssd.hopper_parts import prefix_kernel, prepare_kernel
@@ -27,7 +29,6 @@ from mambench.kernels.ssd.triton_launch import (
     plan_launch,
     strides3,
 )
-from torch import Tensor
 
 _SHARED_BYTES = 232448  # that one block may have on compute capability 9.0
 _BLOCK_H = 8

@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mambench.kernels.ssd.arguments import check_arguments, check_dtype
-from mambench.kernels.ssd.torch_config import KEEP, LARGEST_CHUNK
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from mambench.kernels.ssd.arguments import check_arguments, check_dtype
+from mambench.kernels.ssd.torch_config import KEEP, LARGEST_CHUNK
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -6,9 +6,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from mambench.kernels.ssd import triton_parts as parts
 from mambench.kernels.ssd.triton_config import Tiling, segment_chunks, tiling
-from torch import Tensor
 
 _PREFIX_BLOCK = 256
 _DT_BLOCK_H = 8

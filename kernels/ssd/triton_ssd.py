@@ -28,6 +28,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
 from mambench.kernels.ssd import triton_parts as parts
 from mambench.kernels.ssd.arguments import check_arguments, check_dtype
 from mambench.kernels.ssd.triton_launch import (
@@ -39,8 +42,6 @@ from mambench.kernels.ssd.triton_launch import (
     segment_entries,
     strides3,
 )
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -34,6 +34,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from mambench.kernels.ssd import triton_parts as parts
 from mambench.kernels.ssd.triton_config import heads_per_program
 from mambench.kernels.ssd.triton_launch import (
@@ -46,7 +48,6 @@ from mambench.kernels.ssd.triton_launch import (
     strides3,
     unit_last,
 )
-from torch import Tensor
 
 _SUM_BLOCK = 1024
 _SIZES = ["seqlen", "nchunks", "heads_per_group", "block_heads"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from mambench.harness import analysis
 from mambench.harness.analysis import combine, fold, make_run, median_interval, record
 from mambench.harness.errors import RunFolderError

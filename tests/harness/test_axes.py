@@ -1,6 +1,7 @@
 """The notation of axes: what it expands to, and what each slip is answered with."""
 
 import pytest
+
 from mambench.harness.axes import MAX_VALUES, AxisError, parse_axis, parse_values
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from mambench.harness import cli_views, doctor, machine, registry
 from mambench.harness.doctor import Check
 from mambench.harness.spec import Device, Family

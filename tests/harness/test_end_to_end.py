@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from mambench.harness import machine, registry, runner
 from mambench.harness.lock import device_lock
 from mambench.harness.plan import Plan, PlannedCase

@@ -1,6 +1,7 @@
 """Filters of the command line: comparisons, globs, text, and what they are answered with."""
 
 import pytest
+
 from mambench.harness.errors import UsageError
 from mambench.harness.filters import compile_filter
 from mambench.harness.spec import Case, DType, Family, Pass, Problem

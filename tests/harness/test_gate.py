@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+
 from mambench.harness import gate
 from mambench.harness.spec import Case, Device, DeviceKind, DType, Family, Pass, Problem
 from mambench.implementations.problems.s6 import S6Problem

@@ -1,6 +1,7 @@
 import os
 
 import pytest
+
 from mambench.harness.guard import Limits, Stopwatch, resident_bytes
 
 

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from mambench.harness.errors import DeviceBusyError
 from mambench.harness.lock import device_lock
 

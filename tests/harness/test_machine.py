@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from mambench.harness import machine
 from mambench.harness.errors import UsageError
 from mambench.harness.spec import DeviceKind

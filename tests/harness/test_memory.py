@@ -1,6 +1,7 @@
 from collections.abc import Callable
 
 import pytest
+
 from mambench.harness.memory import CudaMeter, ResidentMeter, cpu_missing, measure
 
 MIB = 1 << 20

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from mambench.harness import plan as planning
 from mambench.harness import registry, suite
 from mambench.harness.errors import PluginError, UsageError

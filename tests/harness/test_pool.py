@@ -3,6 +3,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+
 from mambench.harness import machine
 from mambench.harness.errors import MeasurementError
 from mambench.harness.guard import Limits, supervise

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 import pytest
+
 from mambench.harness.progress import (
     PRIOR_S,
     BarProgress,

@@ -4,6 +4,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+
 from mambench.harness import registry
 from mambench.harness.errors import PluginError, UsageError
 from mambench.implementations.base import Implementation

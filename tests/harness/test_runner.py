@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+import mambench
 from mambench.harness import machine, precompile, runner
 from mambench.harness.errors import DeviceBusyError, RunFolderError
 from mambench.harness.lock import device_lock
@@ -22,8 +24,6 @@ from mambench.harness.pool import WorkerPool
 from mambench.harness.records import Observation
 from mambench.harness.spec import Case, Device, DeviceKind, Outcome, Pass, Settings
 from mambench.harness.store import RunFolder
-
-import mambench
 
 _PATH = Path(__file__).parent.parent / "faults" / "planning.py"
 _SPEC = importlib.util.spec_from_file_location("planning", _PATH)

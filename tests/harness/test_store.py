@@ -3,6 +3,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+
 from mambench.harness.errors import RunFolderError
 from mambench.harness.records import Observation
 from mambench.harness.spec import Case, DType, Family, Outcome, Pass, Problem

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from mambench.harness import suite
 from mambench.harness.errors import SuiteError, UsageError
 from mambench.harness.spec import DeviceKind, DType, Family, Level, Pass

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from mambench.harness import machine, telemetry
 from mambench.harness.spec import Device, DeviceKind
 

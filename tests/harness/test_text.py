@@ -1,6 +1,7 @@
 """How quantities and tables are written."""
 
 import pytest
+
 from mambench.harness.text import binary_bytes, duration, si_time, table
 
 

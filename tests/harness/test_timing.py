@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 
 import pytest
+
 from mambench.harness.timing import (
     Criterion,
     StopRule,

@@ -1,4 +1,5 @@
 import pytest
+
 from mambench.harness.spec import Outcome
 from mambench.harness.worker import REASON_LENGTH, classify, describe
 

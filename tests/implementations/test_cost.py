@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from mambench.harness.spec import Case, DType, Family, Level, Pass, Problem
 from mambench.implementations.cost import case_cost
 

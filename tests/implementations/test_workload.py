@@ -2,6 +2,7 @@ import weakref
 
 import pytest
 import torch
+
 from mambench.harness.spec import Case, Device, DeviceKind, DType, Family, Level, Pass, Problem
 from mambench.implementations.ops.associative_scan import AssociativeScan
 from mambench.implementations.problems.attention import AttentionProblem

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mambench.harness import analysis
 from mambench.harness.records import Observation
 from mambench.harness.spec import Case, DType, Family, Level, Outcome, Pass, Problem

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from mambench.reports import units
 
 from mambench import reports
+from mambench.reports import units
 
 pytestmark = pytest.mark.browser
 

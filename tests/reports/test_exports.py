@@ -7,11 +7,11 @@ import xml.etree.ElementTree as ET
 from itertools import pairwise
 
 import pytest
+
+from mambench import reports
 from mambench.harness import analysis
 from mambench.harness.errors import UsageError
 from mambench.reports import export, markdown, readme, rows, svg, text, units
-
-from mambench import reports
 
 HOSTILE_ESCAPE = "\x1b[31mred\x07"
 

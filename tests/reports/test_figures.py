@@ -4,6 +4,7 @@ import math
 
 import plotly.graph_objects as go
 import pytest
+
 from mambench.harness.spec import Outcome
 from mambench.reports import figures
 from mambench.reports.figures import (

@@ -7,11 +7,11 @@ import json
 from html.parser import HTMLParser
 
 import pytest
+
+from mambench import reports
 from mambench.harness import analysis
 from mambench.harness.errors import RunFolderError
 from mambench.reports import page, rows
-
-from mambench import reports
 
 
 class Outline(HTMLParser):

@@ -1,6 +1,7 @@
 """Quantities are written with three digits and the right prefix."""
 
 import pytest
+
 from mambench.reports import units
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from mambench.harness.spec import DType, Family, Level, Pass, Problem
 from mambench.implementations.blocks import cost as cost_module
 from mambench.implementations.blocks.cost import cost

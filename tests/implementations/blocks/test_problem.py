@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import silu, softplus
+
 from mambench.harness.spec import Family, Level, Problem
 from mambench.implementations.blocks import problem as blocks
 from mambench.implementations.blocks.problem import BlockProblem, block_family
 from mambench.implementations.problems.base import Sample
-from torch import Tensor
-from torch.nn.functional import silu, softplus
 
 NAMES = {
     Family.ATTENTION: ("q", "k", "v"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from mambench.harness.spec import Case, Device, DeviceKind, DType, Family, Pass, Problem
 from mambench.implementations.ops import flash_attention
 from mambench.implementations.ops.flash_attention import FlashAttention

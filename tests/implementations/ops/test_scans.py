@@ -4,9 +4,10 @@ from itertools import product
 
 import pytest
 import torch
+from torch.nn.functional import softplus
+
 from mambench.harness.registry import get
 from mambench.harness.spec import Case, Device, DeviceKind, DType, Family, Pass, Problem
-from torch.nn.functional import softplus
 
 NAMES = ["naive_recurrence", "associative_scan"]
 SHAPES = list(product([1, 2, 3, 6, 19, 64], [1, 2]))

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from mambench.harness.spec import Case, Device, DeviceKind, DType, Family, Pass, Problem
 from mambench.implementations.ops import selective_scan as module
 from mambench.implementations.ops.selective_scan import SelectiveScan

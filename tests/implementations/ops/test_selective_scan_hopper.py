@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from mambench.harness.spec import Case, Device, DeviceKind, DType, Family, Pass, Problem
 from mambench.implementations.ops import selective_scan
 from mambench.implementations.ops.selective_scan import SelectiveScan

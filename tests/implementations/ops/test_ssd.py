@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from mambench.harness.spec import Case, Device, DeviceKind, DType, Family, Pass, Problem
 from mambench.implementations.ops.ssd import Ssd
 

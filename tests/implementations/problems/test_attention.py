@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import Tensor
+
 from mambench.harness.spec import Family, Problem
 from mambench.implementations.problems import attention
 from mambench.implementations.problems.attention import AttentionProblem
 from mambench.implementations.problems.base import Sample
-from torch import Tensor
 
 FAMILY = AttentionProblem()
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from mambench.implementations.problems.recurrence import by_doubling, by_rows, solve
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from mambench.harness.spec import Family, Problem
 from mambench.implementations.problems import draws
 from mambench.implementations.problems.base import Sample

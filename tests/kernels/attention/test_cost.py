@@ -1,6 +1,7 @@
 """The cost model of attention against products counted one by one."""
 
 import pytest
+
 from mambench.kernels.attention.cost import cost
 
 SIZES = {"batch": 2, "seqlen": 512, "nheads": 3, "headdim": 64, "itemsize": 2}

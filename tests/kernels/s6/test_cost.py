@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+
 from mambench.kernels.s6.cost import cost
 
 SIZES = {"batch": 1, "seqlen": 8192, "d_inner": 2048, "d_state": 16, "ngroups": 1, "itemsize": 2}

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton.experimental.gluon")
 
-from mambench.kernels.s6 import hopper_op
 from torch import Tensor
+
+from mambench.kernels.s6 import hopper_op
 
 SHAPES = (  # batch, d_inner, seqlen, ngroups, d_state
     (1, 48, 1040, 1, 16),

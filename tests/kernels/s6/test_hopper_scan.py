@@ -16,9 +16,10 @@ import torch.nn.functional as F
 pytest.importorskip("triton.experimental.gluon")
 
 import triton
-from mambench.kernels.s6 import hopper_kernel, hopper_scan, hopper_serial
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
+
+from mambench.kernels.s6 import hopper_kernel, hopper_scan, hopper_serial
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 OUT_LIMIT = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 2e-6}  # one rounding

@@ -2,6 +2,7 @@ import functools
 
 import pytest
 import torch
+
 from mambench.kernels.s6 import numba_kernels, numba_scan
 from mambench.kernels.s6.numba_config import CHUNK, LANES, partial_count, workspace_bytes
 

@@ -2,10 +2,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mambench.kernels.s6.triton_config as config
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import mambench.kernels.s6.triton_config as config
 
 SIZES = {"batch": 1, "seqlen": 8192, "d_inner": 2048, "d_state": 16, "ngroups": 1}
 

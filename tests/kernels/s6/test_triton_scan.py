@@ -12,9 +12,10 @@ import pytest
 
 pytest.importorskip("triton")
 import triton
-from mambench.kernels.s6 import triton_backward, triton_config, triton_forward
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from mambench.kernels.s6 import triton_backward, triton_config, triton_forward
 
 HERE = Path(__file__).parent
 CASES = ("segments", "columns", "float16", "bare", "no-softplus", "wide")

@@ -1,4 +1,5 @@
 import pytest
+
 from mambench.kernels.ssd.cost import cost
 
 SIZES = {"batch": 2, "seqlen": 48, "nheads": 6, "headdim": 8, "d_state": 4, "ngroups": 3}

@@ -11,10 +11,11 @@ import torch
 pytest.importorskip("triton.experimental.gluon")
 
 import triton
-from mambench.kernels.ssd import hopper_kernel, hopper_launch, hopper_parts, hopper_ssd
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
+
+from mambench.kernels.ssd import hopper_kernel, hopper_launch, hopper_parts, hopper_ssd
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 SHAPE = {"headdim": 64, "dtype": "float16", "long_memory": True}

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from mambench.kernels.ssd import torch_ssd
 from mambench.kernels.ssd.torch_ssd import ssd
 

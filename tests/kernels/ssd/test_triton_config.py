@@ -1,4 +1,5 @@
 import pytest
+
 from mambench.kernels.ssd.triton_config import heads_per_program, segment_chunks, tiling
 
 
