@@ -1,18 +1,16 @@
 """The fused selective scan: discretisation, scan and output in one pass, the state on chip."""
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from mambench.harness.spec import Case, Device, DeviceKind, DType, Family
+from mambench.implementations import hopper as hopper_device
 from mambench.implementations.base import Implementation, Variant
 from mambench.kernels.s6 import numba_config, triton_config
 
 _MAX_D_STATE = 256
 _FP32_BYTES = 4
-_HOPPER = (9, 0)
-_GLUON_TRITON = "3.6"  # Gluon's interface changes with every minor version of Triton
 
 
 class SelectiveScan(Implementation):
@@ -29,8 +27,8 @@ class SelectiveScan(Implementation):
         if device.kind is DeviceKind.CPU:
             return (Variant(name="numba", unavailable=_missing("numba")),)
         portable = Variant(name="triton", unavailable=_missing("triton") or _too_old(device))
-        hopper = Variant(name="hopper", unavailable=_no_hopper(device))
-        on_hopper = device.compute_capability == _HOPPER
+        hopper = Variant(name="hopper", unavailable=hopper_device.unavailable_on(device))
+        on_hopper = device.compute_capability == hopper_device.CAPABILITY
         return (hopper, portable) if on_hopper else (portable, hopper)
 
     def op(self, family: Family, variant: str) -> Callable[..., Any]:
@@ -94,26 +92,6 @@ def _missing(module: str) -> str | None:
     if find_spec(module) is None:
         return f"{module} is not installed: pip install {module}"
     return None
-
-
-def _no_hopper(device: Device) -> str | None:
-    """Return why the Gluon kernel cannot run, read from the device and from metadata alone."""
-    if device.compute_capability != _HOPPER:
-        need = ".".join(map(str, _HOPPER))
-        got = ".".join(map(str, device.compute_capability or ())) or "unknown"
-        return f"needs compute capability {need}; {device.name} has {got}"
-    found = _version("triton") or _version("pytorch-triton")
-    if found is None or not found.startswith(_GLUON_TRITON + "."):
-        have = "Triton is not installed" if found is None else f"Triton is version {found}"
-        return f"{have}, hopper needs {_GLUON_TRITON}: pip install 'triton=={_GLUON_TRITON}.*'"
-    return None
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def _too_old(device: Device) -> str | None:

@@ -5,26 +5,32 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from mambench.harness.spec import Case, Device, DeviceKind, DType, Family, Pass
+from mambench.implementations import hopper as hopper_device
 from mambench.implementations.base import Implementation, Variant
 
 
 class Ssd(Implementation):
-    """Triton kernels on the GPU, batched torch products on the CPU (and anywhere else)."""
+    """Gluon or Triton kernels on the GPU, batched torch products on the CPU (and elsewhere)."""
 
     name: ClassVar[str] = "ssd"
     families: ClassVar[tuple[Family, ...]] = (Family.SSD,)
     summary: ClassVar[str] = "Mamba-2 in chunks: intra-chunk products, chunk states, state passing"
 
     def variants(self, device: Device) -> tuple[Variant, ...]:
-        """Return `triton` and `torch` on a GPU, `torch` on a CPU."""
+        """Return `torch` on a CPU; on a GPU `triton` and `torch`, on Hopper after `hopper`."""
+        portable = Variant(name="torch")
         if device.kind is DeviceKind.CPU:
-            return (Variant(name="torch"),)
+            return (portable,)
         missing = None
         if importlib.util.find_spec("triton") is None:
             missing = "triton is not installed: pip install 'triton>=3.6' (Linux only)"
         elif device.compute_capability is not None and device.compute_capability < (8, 0):
             missing = "needs compute capability 8.0 (bf16 tensor cores)"
-        return (Variant(name="triton", unavailable=missing), Variant(name="torch"))
+        triton = Variant(name="triton", unavailable=missing)
+        hopper = Variant(name="hopper", unavailable=hopper_device.unavailable_on(device))
+        if device.compute_capability == hopper_device.CAPABILITY:
+            return (hopper, triton, portable)
+        return (triton, portable, hopper)
 
     def op(self, family: Family, variant: str) -> Callable[..., Any]:
         """Import and return the operation of a variant."""
@@ -32,12 +38,18 @@ class Ssd(Implementation):
             from mambench.kernels.ssd.triton_ssd import ssd
 
             return ssd
+        if variant == "hopper":
+            from mambench.kernels.ssd.hopper_op import ssd as hopper_ssd
+
+            return hopper_ssd
         from mambench.kernels.ssd.torch_ssd import ssd as torch_ssd
 
         return torch_ssd
 
     def unsupported(self, case: Case, device: Device) -> str | None:
-        """Return the limit of the Triton kernels that the case is beyond, or None."""
+        """Return the limit of the variant's kernels that the case is beyond, or None."""
+        if case.variant == "hopper":
+            return _beyond_hopper(case)
         if case.variant != "triton":
             return None
         from mambench.kernels.ssd.triton_config import MAX_D_STATE, MAX_HEADDIM
@@ -51,7 +63,9 @@ class Ssd(Implementation):
 
     def workspace_bytes(self, case: Case) -> int:
         """Estimate what the largest pass allocates beyond inputs, outputs and gradients."""
-        if case.variant == "triton":
+        if case.variant == "hopper" and case.pass_ is Pass.FORWARD:
+            return _hopper_workspace(case)
+        if case.variant in ("triton", "hopper"):  # the backward is the same, and allocates more
             return _triton_workspace(case)
         from mambench.kernels.ssd.torch_config import workspace_bytes
 
@@ -65,6 +79,28 @@ class Ssd(Implementation):
             itemsize=case.dtype.itemsize,
             needs_grad=case.pass_ is not Pass.FORWARD,
         )
+
+
+def _beyond_hopper(case: Case) -> str | None:
+    from mambench.kernels.ssd.hopper_config import refusal
+
+    if case.dtype not in (DType.BF16, DType.FP16):
+        return f"dtype {case.dtype}: the Hopper SSD takes bf16 and fp16"
+    return refusal(headdim=case.problem.headdim or 0, d_state=case.problem.d_state or 0)
+
+
+def _hopper_workspace(case: Case) -> int:
+    from mambench.kernels.ssd.hopper_config import workspace_bytes
+
+    p = case.problem
+    return workspace_bytes(
+        batch=p.batch,
+        seqlen=p.seqlen,
+        nheads=p.nheads,
+        headdim=p.headdim or 0,
+        d_state=p.d_state or 0,
+        ngroups=p.ngroups or 1,
+    )
 
 
 def _triton_workspace(case: Case) -> int:

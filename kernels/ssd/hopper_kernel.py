@@ -26,8 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-CHUNK = 64  # Q
-CHANNELS = 64  # of one head, per consumer
+from mambench.kernels.ssd.hopper_config import CHANNELS, CHUNK
+
 CONSUMERS = 2
 _Q = gl.constexpr(CHUNK)
 _P = gl.constexpr(CHANNELS)

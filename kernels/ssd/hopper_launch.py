@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mambench.kernels.ssd.hopper_kernel import CHUNK
+from mambench.kernels.ssd.hopper_config import CHUNK
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 _ready: dict[tuple[Any, ...], Any] = {}

@@ -17,10 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambench.kernels.ssd.hopper_kernel import CHANNELS, CHUNK, scan_kernel, state_kernel
+from mambench.kernels.ssd.hopper_config import (
+    CHANNELS,
+    CHUNK,
+    chunks_per_segment,
+    pairs,
+    refusal,
+)
+from mambench.kernels.ssd.hopper_kernel import scan_kernel, state_kernel
 from mambench.kernels.ssd.hopper_launch import fetchable, launch, rows_of, tiles_of
 from mambench.kernels.ssd.hopper_parts import prefix_kernel, prepare_kernel
-from mambench.kernels.ssd.triton_config import segment_chunks
 from mambench.kernels.ssd.triton_launch import (
     Launch,
     Operands,
@@ -32,7 +38,6 @@ from mambench.kernels.ssd.triton_launch import (
 
 _SHARED_BYTES = 232448  # that one block may have on compute capability 9.0
 _BLOCK_H = 8
-MAX_D_STATE = 128  # at 256 the scan spills registers
 _PREFIX_BLOCK = 256
 
 
@@ -68,11 +73,7 @@ def supported(*, headdim: int, d_state: int, dtype: torch.dtype) -> str | None:
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return f"dtype {dtype}: the Hopper SSD takes bfloat16 and float16"
-    if headdim % 8 or not 8 <= headdim <= 128:
-        return f"headdim {headdim}: the Hopper SSD takes multiples of 8 up to 128"
-    if d_state % 8 or not 8 <= d_state <= MAX_D_STATE:
-        return f"d_state {d_state}: the Hopper SSD takes multiples of 8 up to {MAX_D_STATE}"
-    return None
+    return refusal(headdim=headdim, d_state=d_state)
 
 
 def plan_hopper(
@@ -100,8 +101,10 @@ def _planned(
         raise ValueError(reason)
     nchunks = -(-seqlen // CHUNK)
     if config.segments is None:
-        blocks = batch * ngroups * pairs(nheads // ngroups, headdim)
-        per_segment = segment_chunks(nchunks, blocks, multiprocessors(device))
+        per_segment = chunks_per_segment(
+            batch=batch, seqlen=seqlen, nheads=nheads, headdim=headdim, ngroups=ngroups,
+            multiprocessors=multiprocessors(device),
+        )  # fmt: skip
     else:
         per_segment = -(-nchunks // max(1, min(config.segments, nchunks)))
     one = torch.empty((), dtype=dtype, device=device)
@@ -114,11 +117,6 @@ def _planned(
         segment_chunks=per_segment,
         nsegments=-(-nchunks // per_segment),
     )
-
-
-def pairs(heads_per_group: int, headdim: int) -> int:
-    """Return how many blocks of two consumers serve the heads of one group."""
-    return -(-heads_per_group * -(-headdim // CHANNELS) // 2)
 
 
 @dataclass(frozen=True, kw_only=True)

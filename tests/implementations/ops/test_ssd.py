@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from mambench.harness.spec import Case, Device, DeviceKind, DType, Family, Pass, Problem
+from mambench.implementations import hopper
 from mambench.implementations.ops.ssd import Ssd
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -23,19 +25,37 @@ def case(variant="triton", *, dtype=DType.BF16, pass_=Pass.TRAINING, **sizes):
 def test_variants_name_the_preferred_one_first():
     assert [v.name for v in Ssd().variants(CPU)] == ["torch"]
     variants = Ssd().variants(HOPPER)
-    assert [v.name for v in variants] == ["triton", "torch"]
-    assert all(v.unavailable is None for v in variants)
+    assert [v.name for v in variants] == ["hopper", "triton", "torch"]
+    assert all(v.unavailable is None for v in variants[1:])
+    others = Ssd().variants(dataclasses.replace(HOPPER, compute_capability=(8, 0)))
+    assert [v.name for v in others] == ["triton", "torch", "hopper"]
+    assert others[2].unavailable == "needs compute capability 9.0; gpu has 8.0"
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        ("3.6.2", None),
+        ("3.60.0", "Triton is version 3.60.0, hopper needs 3.6: pip install"),
+        (None, "Triton is not installed, hopper needs 3.6: pip install"),
+    ],
+)
+def test_hopper_needs_the_triton_it_was_written_for(monkeypatch, found, reason):
+    monkeypatch.setattr(hopper, "_version", lambda name: found)
+    unavailable = Ssd().variants(HOPPER)[0].unavailable
+    assert unavailable is None if reason is None else unavailable.startswith(reason)
 
 
 def test_an_old_gpu_is_told_why_and_may_use_torch():
-    triton, torch_variant = Ssd().variants(VOLTA)
+    triton, torch_variant, _ = Ssd().variants(VOLTA)
     assert "8.0" in triton.unavailable
     assert torch_variant.unavailable is None
 
 
 def test_without_triton_the_variant_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install" in Ssd().variants(HOPPER)[0].unavailable
+    by_name = {v.name: v for v in Ssd().variants(HOPPER)}
+    assert "pip install" in by_name["triton"].unavailable
 
 
 @pytest.mark.parametrize(
@@ -48,6 +68,33 @@ def test_without_triton_the_variant_says_how_to_install_it(monkeypatch):
 )
 def test_limits_of_the_triton_kernels_are_named(limited, reason):
     assert reason in Ssd().unsupported(limited, HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"headdim": 256}, "headdim 256"),
+        ({"headdim": 4}, "headdim 4"),
+        ({"d_state": 256}, "d_state 256"),
+        ({"d_state": 20}, "d_state 20"),
+        ({"dtype": DType.FP32}, "takes bf16 and fp16"),
+    ],
+)
+def test_what_is_beyond_hopper_is_named_and_left_to_triton(changes, reason):
+    assert reason in Ssd().unsupported(case("hopper", **changes), HOPPER)
+    if changes.get("headdim") != 256:
+        assert Ssd().unsupported(case("triton", **changes), HOPPER) is None
+
+
+def test_hopper_takes_what_its_launcher_takes():
+    pytest.importorskip("triton.experimental.gluon")
+    from mambench.kernels.ssd.hopper_ssd import supported
+
+    for headdim in (4, 8, 60, 64, 128, 136):
+        for d_state in (8, 20, 128, 256):
+            sizes = {"headdim": headdim, "d_state": d_state}
+            answer = Ssd().unsupported(case("hopper", **sizes), HOPPER)
+            assert answer == supported(**sizes, dtype=torch.bfloat16)
 
 
 def test_what_the_kernels_take_is_supported():
@@ -64,7 +111,7 @@ def test_the_torch_operation_has_the_interface_of_its_family():
     assert final.dtype is torch.float32
 
 
-@pytest.mark.parametrize("variant", ["triton", "torch"])
+@pytest.mark.parametrize("variant", ["hopper", "triton", "torch"])
 def test_workspace_grows_with_the_pass_and_the_length(variant):
     def workspace(**changes):
         return Ssd().workspace_bytes(case(variant, **changes))

@@ -1,0 +1,49 @@
+"""What the Hopper SSD supports and how it divides time. Torch-free."""
+
+from mambench.kernels.ssd.triton_config import segment_chunks
+
+CHUNK = 64  # tokens, Q
+CHANNELS = 64  # of one head that one consumer holds
+MAX_HEADDIM = 128
+MAX_D_STATE = 128  # at 256 the scan spills registers
+
+
+def refusal(*, headdim: int, d_state: int) -> str | None:
+    """Return why the kernels cannot serve these sizes, or None."""
+    if headdim % 8 or not 8 <= headdim <= MAX_HEADDIM:
+        return f"headdim {headdim}: the Hopper SSD takes multiples of 8 up to {MAX_HEADDIM}"
+    if d_state % 8 or not 8 <= d_state <= MAX_D_STATE:
+        return f"d_state {d_state}: the Hopper SSD takes multiples of 8 up to {MAX_D_STATE}"
+    return None
+
+
+def pairs(heads_per_group: int, headdim: int) -> int:
+    """Return how many blocks of two consumers serve the heads of one group."""
+    return -(-heads_per_group * -(-headdim // CHANNELS) // 2)
+
+
+def chunks_per_segment(
+    *, batch: int, seqlen: int, nheads: int, headdim: int, ngroups: int, multiprocessors: int
+) -> int:
+    """Return how many chunks a segment has, so that its blocks fill the device in whole waves."""
+    blocks = batch * ngroups * pairs(nheads // ngroups, headdim)
+    return segment_chunks(-(-seqlen // CHUNK), blocks, multiprocessors)
+
+
+def workspace_bytes(
+    *, batch: int, seqlen: int, nheads: int, headdim: int, d_state: int, ngroups: int
+) -> int:
+    """Return what a forward pass allocates beside inputs and outputs, on 132 multiprocessors.
+
+    Running sums of the log-decay, scores of every chunk and group, and states between segments.
+    """
+    nchunks = -(-seqlen // CHUNK)
+    sums = 2 * 4 * batch * nheads * nchunks * CHUNK
+    scores = 4 * batch * ngroups * nchunks * CHUNK * CHUNK  # fp16's; those of bf16 are half
+    per_segment = chunks_per_segment(
+        batch=batch, seqlen=seqlen, nheads=nheads, headdim=headdim, ngroups=ngroups,
+        multiprocessors=132,
+    )  # fmt: skip
+    segments = -(-nchunks // per_segment)
+    states = 0 if segments == 1 else 4 * batch * nheads * segments * (headdim * d_state + 1)
+    return sums + scores + states
