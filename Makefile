@@ -21,7 +21,7 @@ TEST_STAMP := $(VENV)/.installed-test-$(KEY)
 DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test lint format dev clean
+.PHONY: help bench test docs lint format dev clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ bench: $(RUN_STAMP) ## sweep the quick suite on this machine and write the repor
 
 test: $(TEST_STAMP) ## run all tests that need no GPU
 	@$(PY) -m pytest $(PYTEST_ARGS)
+
+docs: $(RUN_STAMP) ## make the figures in the documents from the published runs
+	@$(PY) -P mambench/_start.py reports.readme README.md docs/*.md
 
 lint: $(DEV_STAMP) ## check style and types
 	@$(VENV)/bin/ruff check .

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mambench.harness.runner import RunSummary
     from mambench.harness.store import RunFolder
 
+REPORT_FORMATS = ("text", "markdown", "csv", "json")
 EPILOG = """\b
 Exit codes: 0 every case ended ok, unsupported, unavailable or skipped; 1 a case failed;
 2 a mistake on the command line, in a suite or a plugin; 3 a broken run folder; 4 the GPU is
@@ -156,11 +157,28 @@ def run(
     metavar="FILE",
     help="The HTML file.  [default: report.html in the first RUN_DIR]",
 )
-def report(run_dirs: tuple[Path, ...], output: Path | None) -> None:
-    """Write one offline HTML report of one or several runs."""
-    from mambench.reports import build
+@click.option(
+    "-f",
+    "--format",
+    "form",
+    type=options.Name("format", lambda: ("html", *REPORT_FORMATS)),
+    default="html",
+    metavar="FORMAT",
+    help="html, or text, markdown, csv, json on standard output.  [default: html]",
+)
+def report(run_dirs: tuple[Path, ...], output: Path | None, form: str) -> None:
+    """Write one offline HTML report of one or several runs, or print it in another format."""
+    from mambench import reports
 
-    _name_path("report", build(list(run_dirs), output or run_dirs[0] / "report.html"))
+    if form == "html":
+        _name_path("report", reports.build(list(run_dirs), output or run_dirs[0] / "report.html"))
+        return
+    text = reports.render(list(run_dirs), form)
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        output.write_text(text, encoding="utf-8")
+        _name_path("report", output)
 
 
 @cli.command()

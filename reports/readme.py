@@ -13,10 +13,12 @@ informative one is shown. Each block gets provenance, a chart, and the table of 
 
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import mambench
 from mambench.harness import analysis
 from mambench.harness.errors import UsageError, unknown_name
 from mambench.reports import markdown, rows, summary, svg
@@ -87,3 +89,14 @@ def _chosen(report: Report, filters: Sequence[str], where: str) -> Slice:
         if all(have[name] == value for name, value in wanted.items()):
             return part
     raise UsageError(f"{where}: no selection has {' '.join(filters) or 'a case'}.")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Bring the documents named up to date: `_start.py reports.readme FILE...`."""
+    documents = [Path(argument).resolve() for argument in arguments]
+    for changed in refresh(documents, Path(mambench.__file__).resolve().parents[1] / "published"):
+        print(changed)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,7 +1,20 @@
-"""Make `mambench` importable from the checkout, as run_bench.py does, without its root on sys.path."""
+"""Make `mambench` importable from the checkout, as run_bench.py does, without its root on sys.path.
 
+Each process of the tests has a temporary folder of its own: device locks live there, so that tests
+neither wait for one another nor for a run that someone has started on this machine.
+"""
+
+import atexit
+import os
 import runpy
+import shutil
+import tempfile
 from pathlib import Path
 
 _package = Path(__file__).resolve().parent.parent / "mambench"
 runpy.run_path(str(_package / "_start.py"))["load_package"](_package)
+
+_temporary = tempfile.mkdtemp(prefix="mambench-tests-")
+atexit.register(shutil.rmtree, _temporary, ignore_errors=True)
+os.environ["TMPDIR"] = _temporary
+tempfile.tempdir = None  # read TMPDIR again
