@@ -7,6 +7,7 @@ PY := $(VENV)/bin/python
 # Options of pip for torch alone, to name another index: TORCH_PIP_ARGS="--index-url URL".
 TORCH_PIP_ARGS ?=
 PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
 
 # The constraints are for machines without an NVIDIA GPU; a GPU wants the newest torch it can get.
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
@@ -33,7 +34,7 @@ bench: $(RUN_STAMP) ## sweep the quick suite on this machine and write the repor
 	@$(PY) run_bench.py run --suite quick
 
 test: $(TEST_STAMP) ## run all tests that need no GPU
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 docs: $(RUN_STAMP) ## make the figures in the documents from the published runs
 	@$(PY) -P mambench/_start.py reports.readme README.md docs/*.md

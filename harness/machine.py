@@ -185,14 +185,17 @@ def code_version() -> dict[str, Any]:
     """Return what code this is: package version, commit, and a digest of uncommitted changes.
 
     `id` joins them to one string, for an observation's identity. Outside a git checkout of Mambench
-    itself `commit`, `dirty` and `diff_digest` are None.
+    itself `dirty` and `diff_digest` are None, and `commit` is what MAMBENCH_COMMIT says: a copy in
+    a container cannot know.
     """
     from mambench import __version__
 
     root = Path(__file__).resolve().parent.parent
     empty: dict[str, Any] = {"commit": None, "dirty": None, "diff_digest": None}
     if not (root / ".git").exists():
-        return {"id": __version__, "version": __version__, **empty}
+        stated = os.environ.get("MAMBENCH_COMMIT")
+        name = f"{__version__}+{stated[:12]}" if stated else __version__
+        return {"id": name, "version": __version__, **empty, "commit": stated}
     commit = _git(root, "rev-parse", "HEAD")
     status = _git(root, "status", "--porcelain=v1", "--untracked-files=normal")
     if commit is None or status is None:

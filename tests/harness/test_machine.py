@@ -236,6 +236,10 @@ def test_code_version_follows_every_change(tmp_path: Path, monkeypatch: pytest.M
     outside = machine.code_version()
     assert outside["commit"] is None
     assert outside["id"] == outside["version"]
+    monkeypatch.setenv("MAMBENCH_COMMIT", "0123456789abcdef")
+    copy = machine.code_version()
+    assert (copy["commit"], copy["dirty"]) == ("0123456789abcdef", None)
+    assert copy["id"] == f"{copy['version']}+0123456789ab"
 
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
