@@ -4,6 +4,7 @@ from mambench.kernels.ssd.triton_config import segment_chunks
 
 CHUNK = 64  # tokens, Q
 CHANNELS = 64  # of one head that one consumer holds
+_WHOLE_CHUNKS = 8
 MAX_HEADDIM = 128
 MAX_D_STATE = 128  # at 256 the scan spills registers
 
@@ -25,9 +26,16 @@ def pairs(heads_per_group: int, headdim: int) -> int:
 def chunks_per_segment(
     *, batch: int, seqlen: int, nheads: int, headdim: int, ngroups: int, multiprocessors: int
 ) -> int:
-    """Return how many chunks a segment has, so that its blocks fill the device in whole waves."""
+    """Return how many chunks a segment has, so that its blocks fill the device in whole waves.
+
+    Up to 8 chunks time stays whole: what a split saves, the start of two more kernels takes, and
+    their launches are host time that so short a scan does not hide.
+    """
+    nchunks = -(-seqlen // CHUNK)
+    if nchunks <= _WHOLE_CHUNKS:
+        return nchunks
     blocks = batch * ngroups * pairs(nheads // ngroups, headdim)
-    return segment_chunks(-(-seqlen // CHUNK), blocks, multiprocessors)
+    return segment_chunks(nchunks, blocks, multiprocessors)
 
 
 def workspace_bytes(

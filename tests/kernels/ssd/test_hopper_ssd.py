@@ -15,7 +15,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mambench.kernels.ssd import hopper_kernel, hopper_launch, hopper_parts, hopper_ssd
+from mambench.kernels.ssd import (
+    hopper_config,
+    hopper_kernel,
+    hopper_launch,
+    hopper_parts,
+    hopper_ssd,
+)
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 SHAPE = {"headdim": 64, "dtype": "float16", "long_memory": True}
@@ -242,6 +248,31 @@ def test_rings_fit_into_shared_memory():
     assert (ring.stages, ring.block_n) == (3, 128)
     wide = hopper_ssd.ring(128, torch.float16, True, hopper_ssd.DEFAULT)
     assert (wide.stages, wide.scores_dtype) == (2, torch.float32)
+
+
+def planned(batch, seqlen, nheads):
+    x = torch.empty(batch, seqlen, nheads, 64, dtype=torch.bfloat16)
+    B = torch.empty(batch, seqlen, 1, 128, dtype=torch.bfloat16)
+    return hopper_ssd.plan_hopper(x, B, dt_softplus=True, dt_limit=(0.0, 1.0))
+
+
+def test_programmatic_launches_only_where_the_launches_are_long():
+    for shape in ((1, 512, 32), (1, 2048, 32)):
+        assert not hopper_ssd.choose(planned(*shape)).pdl
+    for shape in ((1, 8192, 32), (8, 2048, 32), (1, 16384, 128)):
+        assert hopper_ssd.choose(planned(*shape)).pdl
+
+
+def test_time_is_divided_only_where_it_is_long():
+    def per_segment(seqlen):
+        return hopper_config.chunks_per_segment(
+            batch=1, seqlen=seqlen, nheads=32, headdim=64, ngroups=1, multiprocessors=132
+        )
+
+    assert per_segment(512) == 8
+    assert per_segment(1) == 1
+    assert per_segment(8192) == 16
+    assert planned(1, 512, 32).nsegments == 1
 
 
 GPU_CASES = (
