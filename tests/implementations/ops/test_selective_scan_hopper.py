@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mambench.harness.spec import Case, Device, DeviceKind, DType, Family, Pass, Problem
+from mambench.implementations import hopper
 from mambench.implementations.ops import selective_scan
 from mambench.implementations.ops.selective_scan import SelectiveScan
 
@@ -32,7 +33,7 @@ def triton_is(monkeypatch: pytest.MonkeyPatch):
     """Pretend that a version of Triton is installed, or none (None)."""
 
     def pretend(found: str | None) -> None:
-        monkeypatch.setattr(selective_scan, "_version", {"triton": found}.get)
+        monkeypatch.setattr(hopper, "_version", {"triton": found}.get)
         monkeypatch.setattr(selective_scan, "_missing", lambda module: None)
 
     return pretend
