@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mambench.harness.spec import Family, Problem
 from mambench.implementations.problems.base import Inputs, Outputs, ProblemFamily, Sample
@@ -83,8 +84,9 @@ class AttentionProblem(ProblemFamily):
         """Compute it in the inputs' dtype, rounding where a kernel on matrix units does.
 
         Products accumulate and the softmax runs in fp32 (or wider, as the inputs are). Rounded to
-        the inputs' dtype: the probabilities before they multiply v and grad_out, grad_scores before
-        they multiply k and q, the output, and the three gradients.
+        the inputs' dtype: the probabilities before they multiply v and grad_out, the output, also
+        where the backward subtracts its product with grad_out, grad_scores before they multiply k
+        and q, and the three gradients.
         """
         q, k, v = inputs["q"], inputs["k"], inputs["v"]
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -154,16 +156,38 @@ def _definition(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
     return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
 
 
+class _RoundingAttention(torch.autograd.Function):
+    """Attention whose gradients are computed as the fused kernels compute them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        scores = (q @ k.mT) * q.shape[-1] ** -0.5
+        probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        out = _round(probabilities, dtype=dtype) @ v
+        ctx.save_for_backward(q, k, v, probabilities, out)
+        ctx.dtype = dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        q, k, v, probabilities, out = ctx.saved_tensors
+        # Kernels know the output as it was stored, rounded: in the first rows, where few keys share
+        # the weight, that is most of the error of grad_scores.
+        delta = (grad_out * _round(out, dtype=ctx.dtype)).sum(-1, keepdim=True)
+        grad_scores = _round(probabilities * (grad_out @ v.mT - delta), dtype=ctx.dtype)
+        scale = q.shape[-1] ** -0.5
+        grad_v = _round(probabilities, dtype=ctx.dtype).mT @ grad_out
+        return grad_scores @ k * scale, grad_scores.mT @ q * scale, grad_v, None, None
+
+
 def _attend_rounding(
     q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, *, dtype: torch.dtype
 ) -> Tensor:
-    scores = q @ k.mT
-    if scores.requires_grad and scores.dtype != dtype:
-        scores.register_hook(partial(_round, dtype=dtype))  # pyright: ignore[reportUnknownMemberType]
-    probabilities = (scores * q.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf).softmax(-1)
-    exact = probabilities.detach()
-    # The rounding is a constant to autograd, so that grad_probabilities is not rounded.
-    return (probabilities + (_round(exact, dtype=dtype) - exact)) @ v
+    out: Tensor = _RoundingAttention.apply(q, k, v, hidden, dtype)
+    return out
 
 
 def _round(tensor: Tensor, *, dtype: torch.dtype) -> Tensor:

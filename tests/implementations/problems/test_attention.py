@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mambench.harness.spec import Family, Problem
+from mambench.harness import gate_errors
+from mambench.harness.spec import DType, Family, Problem
 from mambench.implementations.problems import attention
 from mambench.implementations.problems.attention import AttentionProblem
 from mambench.implementations.problems.base import Sample
@@ -150,3 +151,40 @@ def test_the_same_seed_draws_the_same_inputs() -> None:
     assert torch.equal(draws[0]["q"], draws[1]["q"])
     assert not torch.equal(draws[0]["q"], draws[2]["q"])
     assert not torch.equal(draws[0]["q"], draws[0]["k"])
+
+
+def flash_grad_q(
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, *, spoil: float = 1.0
+) -> Tensor:
+    """The gradient of q as fused kernels compute it: fp32 log-sum-exp, and out as it was stored."""
+    dtype, scale = q.dtype, q.shape[-1] ** -0.5
+    q, k, v, grad_out = (tensor.float().transpose(1, 2) for tensor in (q, k, v, grad_out))
+    scores = (q @ k.mT * scale).masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1) > 0, -1e30)
+    probabilities = torch.exp(scores - scores.logsumexp(-1, keepdim=True))
+    out = (probabilities.to(dtype).float() @ v).to(dtype).float()
+    delta = (grad_out * out).sum(-1, keepdim=True) * spoil
+    grad_scores = (probabilities * (grad_out @ v.mT - delta)).to(dtype).float()
+    return (grad_scores @ k * scale).transpose(1, 2).to(dtype)
+
+
+@pytest.mark.parametrize(("spoil", "passes"), [(1.0, True), (1.05, False)])
+def test_the_stored_outputs_rounding_is_granted_and_no_more(spoil: float, passes: bool) -> None:
+    # In the first rows few keys share the weight, and grad_scores is a small difference of products
+    # of which one holds the rounded output: there an honest kernel errs far more than elsewhere.
+    problem = make_problem(batch=1, seqlen=256, nheads=4, headdim=64)
+    inputs = FAMILY.make_inputs(problem, dtype=torch.bfloat16, device="cpu", seed=0)
+    grad_out = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    sample = Sample(rows=tuple(range(64)))  # sampled rows are judged one by one
+
+    def solved(wide: bool) -> Tensor:
+        leaves = {
+            name: (tensor.double() if wide else tensor.clone()).requires_grad_()
+            for name, tensor in FAMILY.select_inputs(problem, inputs, sample).items()
+        }
+        (out,) = (FAMILY.reference if wide else FAMILY.independent)(problem, leaves, sample)
+        return gradients(out, leaves, grad_out[:, :64].to(out.dtype))["q"]
+
+    candidate = flash_grad_q(**inputs, grad_out=grad_out, spoil=spoil)[:, :64]
+    energies = gate_errors.measure(candidate, reference=solved(True), independent=solved(False))
+    judged = gate_errors.judge("grad_q", energies, dtype=DType.BF16, seqlen=problem.seqlen)
+    assert (judged.excess <= 1) is passes
