@@ -191,15 +191,14 @@ def code_version() -> dict[str, Any]:
     from mambench import __version__
 
     root = Path(__file__).resolve().parent.parent
-    empty: dict[str, Any] = {"commit": None, "dirty": None, "diff_digest": None}
-    if not (root / ".git").exists():
+    checkout = (root / ".git").exists()
+    commit = _git(root, "rev-parse", "HEAD") if checkout else None
+    status = _git(root, "status", "--porcelain=v1", "--untracked-files=normal") if commit else None
+    if commit is None or status is None:
         stated = os.environ.get("MAMBENCH_COMMIT")
         name = f"{__version__}+{stated[:12]}" if stated else __version__
-        return {"id": name, "version": __version__, **empty, "commit": stated}
-    commit = _git(root, "rev-parse", "HEAD")
-    status = _git(root, "status", "--porcelain=v1", "--untracked-files=normal")
-    if commit is None or status is None:
-        return {"id": __version__, "version": __version__, **empty}
+        unknown: dict[str, Any] = {"dirty": None, "diff_digest": None}
+        return {"id": name, "version": __version__, "commit": stated, **unknown}
     commit, dirty = commit.strip(), bool(status.strip())
     diff_digest = _diff_digest(root) if dirty else None
     parts = (__version__, commit[:12], diff_digest)

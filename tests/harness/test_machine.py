@@ -240,6 +240,9 @@ def test_code_version_follows_every_change(tmp_path: Path, monkeypatch: pytest.M
     copy = machine.code_version()
     assert (copy["commit"], copy["dirty"]) == ("0123456789abcdef", None)
     assert copy["id"] == f"{copy['version']}+0123456789ab"
+    (tmp_path / ".git").mkdir()  # what a copy may bring along, and git does not recognise
+    assert machine.code_version() == copy
+    (tmp_path / ".git").rmdir()
 
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
