@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 
 class MambenchError(Exception):
-    """Base of all errors shown to a person without a traceback: what failed, got, expected, next."""
+    """Base of all errors shown without a traceback: what failed, got, expected, next."""
 
     exit_code = 1
 

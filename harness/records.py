@@ -1,4 +1,4 @@
-"""One observation: what one measurement of one case in one round found. Imports neither torch nor triton."""
+"""One observation: what one measurement of one case found. Imports neither torch nor triton."""
 
 import json
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ REQUIRED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """A line of results.jsonl. Quantities are SI with the unit in the key; a missing one is None."""
+    """A line of results.jsonl. Quantities are SI, the unit in the key; a missing one is None."""
 
     case: Case
     measurement: str  # "time", "call_time", "memory"

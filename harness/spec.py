@@ -1,4 +1,4 @@
-"""The vocabulary: what a question (a case) is, and how it can end. Imports neither torch nor triton.
+"""The vocabulary: what a question (a case) is, and how it can end. Imports no torch or triton.
 
 Sizes are spelt out; in shape comments B batch, L seqlen, D d_inner, H nheads, P headdim, N d_state,
 G ngroups, Q chunk_size.
@@ -125,7 +125,7 @@ class Problem:
 
     @property
     def nblocks(self) -> int | None:
-        """Blocks executed at block level: one transformer layer weighs as much as two Mamba blocks."""
+        """Blocks executed: one transformer layer weighs as much as two Mamba blocks."""
         if self.level is Level.OP:
             return None
         return 1 if self.family is Family.ATTENTION else 2
@@ -169,7 +169,8 @@ class Case:
         sizes = [f"B={p.batch}", f"L={p.seqlen}"]
         sizes += [f"d_model={p.d_model}"] if p.d_model else [f"D={p.d_inner}"]
         sizes += [f"N={p.d_state}"] if p.d_state else []
-        return f"{self.implementation}:{self.variant} {p.family}/{p.level} {self.pass_} {' '.join(sizes)} {self.dtype}"
+        who = f"{self.implementation}:{self.variant} {p.family}/{p.level}"
+        return f"{who} {self.pass_} {' '.join(sizes)} {self.dtype}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; the key of `pass_` is `pass`."""
@@ -248,13 +249,15 @@ METRICS: tuple[Metric, ...] = (
         tag="call_time_s",
         name="call time",
         unit="s",
-        description="median time by device events around one eager call, launch gaps included (GPU only)",
+        description="median time by device events around one eager call, launch gaps included "
+        "(GPU only)",
     ),
     Metric(
         tag="peak_memory_bytes",
         name="peak memory",
         unit="bytes",
-        description="most memory allocated at once while the pass ran, inputs and outputs included; nothing of the correctness check",
+        description="most memory allocated at once while the pass ran, inputs and outputs "
+        "included; nothing of the correctness check",
     ),
     Metric(
         tag="extra_memory_bytes",
@@ -266,7 +269,8 @@ METRICS: tuple[Metric, ...] = (
         tag="first_call_s",
         name="first call",
         unit="s",
-        description="time of the first call in the worker, compilation included where nothing was cached",
+        description="time of the first call in the worker, compilation included where nothing was "
+        "cached",
     ),
     Metric(
         tag="model_flop",

@@ -1,0 +1,1 @@
+"""Implementations at the level of the operation, one file each."""

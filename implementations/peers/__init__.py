@@ -1,0 +1,1 @@
+"""Operations of other projects, found lazily."""

@@ -1,0 +1,1 @@
+"""Per family: inputs, references and what is judged."""

@@ -2,8 +2,8 @@
 
 The gate (`harness.gate`) works with any family through this interface alone. Judging everything is
 too dear for long sequences, so a family may name a `Sample`: the channels, heads or query rows that
-are judged. The gradient of the output is zero outside the sample, so that gradients of inputs shared
-by all channels depend on the sampled ones alone and the reference computes only those.
+are judged. The gradient of the output is zero outside the sample, so that gradients of inputs that
+all channels share depend on the sampled ones alone and the reference computes only those.
 """
 
 from abc import ABC, abstractmethod
@@ -57,7 +57,7 @@ class ProblemFamily(ABC):
 
     @abstractmethod
     def call(self, op: Callable[..., Any], problem: Problem, inputs: Inputs) -> Outputs:
-        """Call an implementation's operation in the family's signature; y first, then final states."""
+        """Call an operation in the family's signature; returns y first, then final states."""
 
     @abstractmethod
     def sample(self, problem: Problem, *, seed: int) -> Sample:
@@ -73,7 +73,7 @@ class ProblemFamily(ABC):
 
     @abstractmethod
     def reference(self, problem: Problem, inputs: Inputs, sample: Sample) -> Outputs:
-        """Compute the sample's outputs from selected inputs, in the dtype given (float64 for truth).
+        """Compute the sample's outputs from selected inputs in the dtype given (float64: truth).
 
         Differentiable by autograd; independent of every implementation that is compared.
         """
