@@ -155,10 +155,14 @@ def exponent_text(found: Exponent) -> str:
 
 def _by_length(part: Slice) -> tuple[LengthSummary, ...]:
     columns = [{row.seqlen: row for row in s.at_state(s.usual_state)} for s in part.series]
+    names = {s.key.implementation for s in part.series}
     found: list[LengthSummary] = []
     for seqlen in sorted({seqlen for column in columns for seqlen in column}):
         cells = tuple(column.get(seqlen) for column in columns)
-        measured = [row for row in cells if row is not None and row.ok]
+        asked = {row.series.implementation for row in cells if row is not None}
+        # Where only one of several was asked there is no race, and so no winner.
+        race = len(asked) > 1 or len(names) == 1
+        measured = [row for row in cells if race and row is not None and row.ok]
         fastest = min(measured, key=lambda row: row.time_s or 0, default=None)
         tied = tuple(row for row in measured if fastest is not None and _tied(row, fastest))
         found.append(LengthSummary(seqlen=seqlen, cells=cells, fastest=fastest, tied=tied))

@@ -159,3 +159,11 @@ def test_cells_of_crossovers():
         "none in range",
         "L = 512 to 8,192",
     )
+
+
+def test_there_is_no_winner_where_only_one_of_several_was_asked():
+    alone = results("a", Family.S6, linear)
+    said = summarise(alone, results("b", Family.S6, lambda n: 2 * linear(n))[1:])
+    assert said.lengths[0].fastest is None
+    assert all(entry.fastest and entry.fastest.label == "a" for entry in said.lengths[1:])
+    assert summarise(alone).lengths[0].fastest is not None
