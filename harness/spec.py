@@ -7,7 +7,7 @@ G ngroups, Q chunk_size.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any
 
@@ -306,7 +306,6 @@ class Cost:
     model_flop: int
     compulsory_bytes: int
     weight_count: int | None = None
-    extra: Mapping[str, int] = field(default_factory=dict)
 
 
 def digest(value: Any) -> str:
