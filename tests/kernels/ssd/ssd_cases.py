@@ -122,7 +122,8 @@ def errors(op, case, *, device="cpu", **keywords):
 
 def relative_error(got, want):
     """Return ||got - want|| / ||want||; infinite if anything is not finite."""
-    difference = (got.detach().double().cpu() - want.detach()).norm() / want.norm().clamp_min(1e-30)
+    got, want = got.detach().double().cpu(), want.detach()
+    difference = (got - want).norm() / want.norm().clamp_min(1e-30)
     return float(difference) if torch.isfinite(difference) else math.inf
 
 
