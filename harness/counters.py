@@ -1,0 +1,402 @@
+"""Bytes that cases read from and wrote to HBM, by hardware counters. Imports no torch.
+
+Many cases are counted by one child process under Nsight Compute, so that a suite costs one
+start-up. A case that crashes or hangs the child is that case's outcome; the cases after it go on in
+another child. What the numbers mean, and in which condition L2 is, says `harness.counters_child`.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import mambench
+from mambench.harness import ncu
+from mambench.harness.guard import Limits, Stopwatch
+from mambench.harness.pool import START_LIMIT_S, thread_environment
+from mambench.harness.protocol import COMPILE
+from mambench.harness.spec import Case, Device, DeviceKind, Outcome
+from mambench.implementations.cost import case_cost
+
+METHOD = "ncu-kernel-replay"
+POLL_S = 0.1
+EXIT_LIMIT_S = 60.0  # ncu prints its table after the child has ended
+# Coarse, for the plan: ncu, Python and torch; building, compiling and warming up one case; the
+# instrumentation of one launch.
+START_S, CASE_S, LAUNCH_S = 20.0, 1.5, 0.01
+MAX_LAUNCHES = 5000  # some tens of seconds of instrumentation
+INSTALL = "install NVIDIA Nsight Compute and put ncu on PATH"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """What was counted for one case; values are tags of `spec.METRICS`."""
+
+    outcome: Outcome = Outcome.OK
+    reason: str | None = None
+    values: Mapping[str, float | int | None] = field(default_factory=dict[str, float | int | None])
+    details: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    duration_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the cases of one count share."""
+
+    device: Device
+    seed: int = 0
+    threads: int = 1
+    plugins: tuple[str, ...] = ()
+    sys_path: tuple[str, ...] = ()
+    compile_limit_s: float = 300.0
+    time_limit_s: float = 60.0  # per case; ncu makes an execution slower than it is
+
+
+Item = dict[str, Any]  # id, and either case or copy_bytes
+Told = Callable[[str, Counted], None]
+
+
+def missing(device: Device) -> str | None:
+    """Return why nothing can be counted here, as far as it can be told without trying."""
+    if device.kind is not DeviceKind.CUDA:
+        return "HBM traffic is counted on a GPU only"
+    return None if shutil.which("ncu") else f"Nsight Compute (ncu) is not on PATH: {INSTALL}"
+
+
+def estimate_s(launches: Sequence[int]) -> float:
+    """Estimate the seconds it takes to count cases of so many launches each."""
+    if not launches:
+        return 0.0
+    return START_S + sum(CASE_S + LAUNCH_S * min(count, MAX_LAUNCHES) for count in launches)
+
+
+def count_cases(
+    cases: Sequence[Case],
+    request: Request,
+    *,
+    launches: Callable[[Case], int] | None = None,
+    on_case: Callable[[Case, Counted], None] | None = None,
+) -> dict[str, Counted]:
+    """Count the traffic of cases that are known to run and to be right; by case_id.
+
+    Args:
+        cases: what to execute, in this order.
+        request: device, seed and limits.
+        launches: estimates a case's launches; what has too many is skipped.
+        on_case: told how each case ended, when its batch is done.
+    """
+    by_id = {case.case_id: case for case in cases}
+    found: dict[str, Counted] = {}
+    items: list[Item] = []
+
+    def tell(case_id: str, counted: Counted) -> None:
+        found[case_id] = _with_ratio(by_id[case_id], counted)
+        if on_case:
+            on_case(by_id[case_id], found[case_id])
+
+    for case_id, case in by_id.items():
+        expected = launches(case) if launches else 0
+        if expected > MAX_LAUNCHES:
+            reason = (
+                f"about {expected:,} launches; ncu handles each by itself, and more than "
+                f"{MAX_LAUNCHES:,} take too long"
+            )
+            tell(case_id, Counted(outcome=Outcome.SKIPPED, reason=reason))
+        else:
+            items.append({"id": case_id, "case": case.to_dict()})
+    _count(items, request, tell)
+    return found
+
+
+def count_copies(sizes_bytes: Sequence[int], request: Request) -> dict[int, Counted]:
+    """Count kernels that read and write a known number of bytes each: the instrument's own test.
+
+    To be right, a size should be several times L2's.
+    """
+    found: dict[int, Counted] = {}
+    items: list[Item] = [{"id": f"copy{size}", "copy_bytes": size} for size in sizes_bytes]
+    _count(items, request, lambda name, counted: found.update({int(name[4:]): counted}))
+    return found
+
+
+def _with_ratio(case: Case, counted: Counted) -> Counted:
+    moved = counted.values.get("dram_bytes")
+    if moved is None:
+        return counted
+    ratio = moved / case_cost(case).compulsory_bytes
+    return replace(counted, values={**counted.values, "traffic_ratio": ratio})
+
+
+def _count(items: Sequence[Item], request: Request, tell: Told) -> None:
+    """Count items, with a new child after each one that ends its child."""
+    lack = missing(request.device)
+    left = list(items)
+    while left and lack is None:
+        with tempfile.TemporaryDirectory(prefix="mambench-ncu-") as folder:
+            ended, lack = _Batch(left, request, Path(folder)).run()
+        for name, counted in ended.items():
+            tell(name, counted)
+        left = [item for item in left if item["id"] not in ended]
+        if not ended and lack is None:
+            lack = "Nsight Compute ended without a word about any case"
+    for item in left:
+        tell(item["id"], Counted(outcome=Outcome.UNAVAILABLE, reason=lack))
+
+
+class _Batch:
+    """One child under ncu, and the items it was given."""
+
+    def __init__(self, items: Sequence[Item], request: Request, folder: Path) -> None:
+        self._items, self._request, self._folder = items, request, folder
+        self._log, self._report = folder / "ncu.log", folder / "report.jsonl"
+        self._output = folder / "output.txt"
+        self._read_bytes = 0
+        self._ended: dict[str, Counted] = {}
+        self._current: str | None = None
+        self._begun_at = 0.0
+        self._child: int | None = None
+        self._l2: Mapping[str, Any] = {}
+        limits = Limits(
+            set_up_s=request.compile_limit_s, measure_s=request.time_limit_s, memory_bytes=0
+        )
+        self._limits, self._watch = limits, Stopwatch(limits)
+        self._deadline = time.monotonic() + START_LIMIT_S
+
+    def run(self) -> tuple[dict[str, Counted], str | None]:
+        """Return how items ended, and why the others cannot be counted, if so."""
+        self._report.touch()
+        try:
+            process = self._start()
+        except OSError as error:
+            return {}, f"Nsight Compute cannot be started: {error.strerror}"
+        try:
+            late = self._watch_over(process)
+        finally:
+            self._kill_all(process)
+        if late is None and process.returncode and self._current is None and not self._ended:
+            late = f"it ended with status {process.returncode} before the first case"
+        return self._finish(late)
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        request = self._request
+        values = {
+            "device": _plain(request.device),
+            "seed": request.seed,
+            "plugins": list(request.plugins),
+            "sys_path": list(request.sys_path),
+            "items": list(self._items),
+        }
+        path = self._folder / "request.json"
+        path.write_text(json.dumps(values))
+        start = Path(mambench.__file__).with_name("_start.py")
+        program = [sys.executable, "-P", str(start), "harness.counters_child"]
+        command = ncu.command("ncu", self._log, [*program, str(path), str(self._report)])
+        # ncu's lock file would otherwise be another user's in /tmp, and not ours to write.
+        environment = thread_environment(request.threads) | {"TMPDIR": str(self._folder)}
+        with self._output.open("wb") as output:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def _watch_over(self, process: "subprocess.Popen[bytes]") -> str | None:
+        """Wait for the end; kills a child that is late and returns why."""
+        late: str | None = None
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(POLL_S)
+                self._read_report()
+                return late
+            self._read_report()
+            if late is None and (late := self._late()):
+                self._kill_child(process)
+                self._deadline = time.monotonic() + EXIT_LIMIT_S
+            elif late is not None and time.monotonic() > self._deadline:
+                self._kill_all(process)
+
+    def _late(self) -> str | None:
+        if ncu.PERMISSION in self._text():
+            return "no permission"
+        if self._current is not None:
+            return self._watch.exceeded()
+        if time.monotonic() < self._deadline:
+            return None
+        waited_for = "end" if self._ended else "begin"
+        return f"it did not {waited_for} in time"
+
+    def _kill_child(self, process: "subprocess.Popen[bytes]") -> None:
+        """Kill only the child where it is known: ncu then still prints what it has counted."""
+        if self._child is None:
+            self._kill_all(process)
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getpgid(self._child) == process.pid:
+                os.kill(self._child, signal.SIGKILL)
+
+    def _kill_all(self, process: "subprocess.Popen[bytes]") -> None:
+        """Kill what still runs of ncu's process group, and wait for ncu."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            # Once ncu is reaped its number is another's, unless its child still is in the group.
+            if process.poll() is None or (
+                self._child is not None and os.getpgid(self._child) == process.pid
+            ):
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def _read_report(self) -> None:
+        with self._report.open("rb") as file:
+            file.seek(self._read_bytes)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._read_bytes += len(whole)
+        for line in whole.splitlines():
+            self._heard(json.loads(line))
+
+    def _heard(self, message: Mapping[str, Any]) -> None:
+        event = message["event"]
+        if event == "start":
+            self._child = message["pid"]
+        elif event == "ready":
+            self._l2 = message["l2"]
+        elif event == "begin":
+            self._current, self._begun_at = message["id"], time.monotonic()
+            self._watch = Stopwatch(self._limits)
+            self._watch.enter(COMPILE)
+        elif event == "phase":
+            self._watch.enter(message["phase"])
+        else:
+            self._end(Outcome(message["outcome"]), message.get("reason"))
+
+    def _end(self, outcome: Outcome, reason: str | None) -> None:
+        assert self._current is not None
+        self._ended[self._current] = Counted(
+            outcome=outcome, reason=reason, duration_s=time.monotonic() - self._begun_at
+        )
+        self._current = None
+        self._deadline = time.monotonic() + EXIT_LIMIT_S
+
+    def _finish(self, late: str | None) -> tuple[dict[str, Counted], str | None]:
+        """Join what the child told with what ncu counted."""
+        text = self._text()
+        known, error = ncu.known_problem(text), ncu.first_error(text)
+        try:
+            launches = ncu.parse(text)
+        except ncu.FormatError as problem:
+            return {}, str(problem)
+        if not launches and known is not None:
+            return {}, f"Nsight Compute: {known}"
+        cut_off = self._current is not None
+        if cut_off:
+            phase = self._watch.phase
+            died = f"the process under ncu died in phase '{phase}': {self._tail()}"
+            self._end(Outcome.TIMEOUT if late else Outcome.CRASHED, late or died)
+        elif not self._ended and late is not None:
+            return {}, f"Nsight Compute: {error or late}: {self._tail()}"
+        passes = ncu.passes(text)
+        found: dict[str, Counted] = {}
+        for name, told in self._ended.items():
+            if told.outcome is not Outcome.OK:
+                found[name] = told
+            elif name in launches or not cut_off:  # else lost with the child: count it again
+                found[name] = self._counted(launches.get(name, {}), passes, told, error)
+        return found, None
+
+    def _counted(
+        self,
+        ranges: Mapping[str, Sequence[ncu.Kernel]],
+        passes: int | None,
+        told: Counted,
+        error: str | None,
+    ) -> Counted:
+        kernels, drain = ranges.get(ncu.RUN, ()), ranges.get(ncu.DRAIN, ())
+        if not kernels:
+            reason = error or "ncu saw no kernel in the case's range"
+            return replace(told, outcome=Outcome.ERROR, reason=f"Nsight Compute: {reason}")
+        read = _total([kernel.read_bytes for kernel in kernels])
+        drained = _total([kernel.write_bytes for kernel in drain])
+        written = _total([kernel.write_bytes for kernel in kernels])
+        if read is None or written is None or drained is None or not drain:
+            reason = error or "the counters of HBM traffic have no value on this GPU"
+            return replace(told, outcome=Outcome.UNAVAILABLE, reason=f"Nsight Compute: {reason}")
+        values = {
+            "dram_read_bytes": read,
+            "dram_write_bytes": written + drained,
+            "dram_bytes": read + written + drained,
+        }
+        details = {
+            "kernels": by_name(kernels),
+            "launches": len(kernels),
+            "left_dirty_in_l2_bytes": drained,  # part of dram_write_bytes
+            "l2": {**self._l2, "after": "dirty lines written back and charged to the case"},
+            "passes": passes,
+            "clocks": "not locked",
+            "not_counted": "cudaMemcpyAsync and cudaMemsetAsync, which are not kernels",
+        }
+        return replace(told, values=values, details=details)
+
+    def _text(self) -> str:
+        """Return what ncu wrote to its log, or else to its output."""
+        log = _read(self._log)
+        return log if log.strip() else _read(self._output)
+
+    def _tail(self) -> str:
+        lines = [line for line in _read(self._output).splitlines() if line.strip()]
+        return lines[-1][:200] if lines else "it printed nothing"
+
+
+def by_name(kernels: Sequence[ncu.Kernel]) -> list[dict[str, Any]]:
+    """Sum launches of one name, in the order of their first launch."""
+    groups: dict[str, list[ncu.Kernel]] = {}
+    for kernel in kernels:
+        groups.setdefault(kernel.name, []).append(kernel)
+    return [
+        {
+            "name": name,
+            "launches": len(group),
+            "dram_read_bytes": _total([kernel.read_bytes for kernel in group]),
+            "dram_write_bytes": _total([kernel.write_bytes for kernel in group]),
+            "profiled_time_s": _seconds([kernel.time_s for kernel in group]),
+        }
+        for name, group in groups.items()
+    ]
+
+
+def _total(values: Sequence[int | None]) -> int | None:
+    """Return the sum, None if any is missing: a part would look like the whole."""
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _seconds(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _plain(device: Device) -> dict[str, Any]:
+    return {
+        "kind": device.kind.value,
+        "index": device.index,
+        "name": device.name,
+        "compute_capability": device.compute_capability,
+        "memory_bytes": device.memory_bytes,
+    }
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

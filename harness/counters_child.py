@@ -1,0 +1,173 @@
+"""The program that Nsight Compute profiles: executes each case once within its NVTX range.
+
+A program of its own and not a worker: ncu is a process' parent and slows down what it watches, so
+nothing is timed here. Started by `harness.counters` with two files: the request (JSON) and the
+report (one JSON object a line), which the parent reads while this runs.
+
+L2 before the range holds clean lines of a buffer that was just read: the case's inputs are not in
+it, and nobody else's dirty lines are written back at the case's cost. What the case itself leaves
+dirty in L2 is written back by reading the buffer again, within a second range: only the bytes
+written by that are the case's. (Emptying L2 by writing would leave it full of dirty lines, which
+would then be written back within the range.)
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+
+from mambench.harness.ncu import DRAIN, RUN, range_name
+from mambench.harness.protocol import BUILD, COMPILE
+from mambench.harness.spec import Case, Device, DeviceKind
+from mambench.harness.worker import classify, describe
+
+if TYPE_CHECKING:
+    from mambench.implementations.base import Implementation
+
+COUNT = "count"
+BUFFER_IN_L2_SIZES = 4
+WARM_EXECUTIONS = 2  # the first compiles and tunes; after the second nothing is left to load
+BROKEN_STATUS = 75  # the CUDA context is damaged: the cases that are left need another process
+
+Report = Callable[..., None]
+
+
+def main(arguments: list[str]) -> int:
+    """Execute the request's items; returns the exit status."""
+    request_path, report_path = arguments
+    with open(request_path) as file:
+        request: dict[str, Any] = json.load(file)
+    sys.path.extend(entry for entry in request["sys_path"] if entry not in sys.path)
+    with open(report_path, "a", buffering=1) as file:
+        return _Child(request, file).run()
+
+
+class _Child:
+    def __init__(self, request: Mapping[str, Any], file: IO[str]) -> None:
+        self._request = request
+        self._file = file
+        self._plugins = tuple(request["plugins"])
+        self._device = _device(request["device"])
+        self._implementations: dict[str, Implementation] = {}
+
+    def run(self) -> int:
+        self._report(event="start", pid=os.getpid())
+        torch.cuda.set_device(self._device.index)
+        buffer = _Buffer()
+        self._report(event="ready", l2=buffer.describe())
+        for item in self._request["items"]:
+            self._report(event="begin", id=item["id"])
+            if not self._item(item, buffer):
+                return BROKEN_STATUS
+        return 0
+
+    def _item(self, item: Mapping[str, Any], buffer: "_Buffer") -> bool:
+        """Execute one item and report how it ended; returns whether others can follow."""
+        end: dict[str, Any] = {"outcome": "ok"}
+        try:
+            self._count(item, buffer)
+        except BaseException as error:
+            end = {"outcome": classify(error).value, "reason": describe(error)}
+            del error
+        gc.collect()
+        usable = True
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except Exception as error:
+            end = {"outcome": "error", "reason": describe(error)} | end
+            usable = False
+        self._report(event="end", id=item["id"], **end)
+        return usable
+
+    def _count(self, item: Mapping[str, Any], buffer: "_Buffer") -> None:
+        self._report(event="phase", id=item["id"], phase=BUILD)
+        execute = self._case(item["case"]) if "case" in item else _copy(item["copy_bytes"])
+        self._report(event="phase", id=item["id"], phase=COMPILE)
+        for _ in range(WARM_EXECUTIONS):
+            execute()
+            torch.cuda.synchronize()
+        self._report(event="phase", id=item["id"], phase=COUNT)
+        buffer.read()
+        kept = _within(range_name(item["id"], RUN), execute)
+        _within(range_name(item["id"], DRAIN), buffer.read)
+        del kept
+
+    def _case(self, values: Mapping[str, Any]) -> Callable[[], object]:
+        from mambench.harness import registry
+        from mambench.implementations.workload import build
+
+        case = Case.from_dict(values)
+        name = case.implementation
+        if name not in self._implementations:
+            self._implementations[name] = registry.get(name, self._plugins)
+        workload = build(
+            case, self._implementations[name], self._device, seed=self._request["seed"]
+        )
+        return workload.prepare(case.pass_)
+
+    def _report(self, **values: Any) -> None:
+        self._file.write(json.dumps(values | {"at": time.monotonic()}) + "\n")
+
+
+class _Buffer:
+    """Memory of several times L2's size, read to put L2 into a known condition."""
+
+    def __init__(self) -> None:
+        cuda: Any = torch.cuda
+        self._l2_bytes: int = cuda.get_device_properties(cuda.current_device()).L2_cache_size
+        count = BUFFER_IN_L2_SIZES * self._l2_bytes // 4
+        self._values = torch.zeros(count, dtype=torch.float32, device="cuda")
+        self.read()
+
+    def read(self) -> None:
+        """Read all of it, and wait: lines that were dirty have then been written back."""
+        self._values.amax()
+        torch.cuda.synchronize()
+
+    def describe(self) -> dict[str, Any]:
+        """Return how L2 is prepared, for the record."""
+        return {
+            "before": "clean lines of another buffer",
+            "l2_bytes": self._l2_bytes,
+            "buffer_bytes": self._values.numel() * 4,
+        }
+
+
+def _within(name: str, execute: Callable[[], object]) -> object:
+    """Execute within an NVTX range of the whole process; returns what was computed."""
+    nvtx: Any = torch.cuda.nvtx
+    handle = nvtx.range_start(name)
+    try:
+        result = execute()
+        torch.cuda.synchronize()
+    finally:
+        nvtx.range_end(handle)
+    return result
+
+
+def _copy(count: int) -> Callable[[], object]:
+    """Return a kernel that reads and writes this many bytes; a memcpy would not be a kernel."""
+    source = torch.ones(count // 4, dtype=torch.float32, device="cuda")
+    target = torch.empty_like(source)
+    return lambda: torch.add(source, 1.0, out=target)
+
+
+def _device(values: Mapping[str, Any]) -> Device:
+    capability = values["compute_capability"]
+    return Device(
+        kind=DeviceKind(values["kind"]),
+        index=values["index"],
+        name=values["name"],
+        compute_capability=tuple(capability) if capability else None,
+        memory_bytes=values["memory_bytes"],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

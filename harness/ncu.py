@@ -1,0 +1,172 @@
+"""Nsight Compute's command line and output: counters of memory traffic, per kernel. No torch.
+
+Ranges are NVTX start/end ranges, which hold for the whole process: push/pop ranges are a thread's
+own, and autograd launches a backward's kernels from another thread than the one that asked for it.
+
+Source: NVIDIA, Nsight Compute CLI, "NVTX Filtering" and "Command Line Options".
+"""
+
+import csv
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+READ, WRITE, TIME = "dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum"
+METRICS = (READ, WRITE, TIME)
+RUN, DRAIN = "run", "drain"  # the two ranges of each case
+PERMISSION = "ERR_NVGPUCTRPERM"
+PERMISSION_FIX = (
+    "on the host: options nvidia NVreg_RestrictProfilingToAdminUsers=0 in /etc/modprobe.d, then "
+    "reload the driver; in a container also --cap-add=SYS_ADMIN"
+)
+
+_RANGE = re.compile(r"mambench-([0-9a-z]+)-(run|drain)\b")
+_PASSES = re.compile(r"-\s*(\d+) pass(?:es)?\b")
+_FACTORS: Mapping[str, float] = {
+    # ncu's prefixes are decimal. Base units are asked for; other versions may write others.
+    **{"byte": 1, "kbyte": 1e3, "mbyte": 1e6, "gbyte": 1e9, "tbyte": 1e12},
+    **{"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12},
+    **{"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1},
+    **{"nsecond": 1e-9, "usecond": 1e-6, "msecond": 1e-3, "second": 1},
+}
+# What ncu says, and what a person can do about it.
+_KNOWN = (
+    (PERMISSION, PERMISSION_FIX),
+    ("driver resource was unavailable", "end other profilers, or `dcgmi profile --pause`"),
+    ("Failed to find metric", "this GPU has no such counter, or ncu is too old for it"),
+    ("not compatible", "install the Nsight Compute that fits the driver"),
+    ("InterprocessLockFailed", "remove /tmp/nsight-compute-lock, or set TMPDIR"),
+)
+
+
+class FormatError(Exception):
+    """ncu's output is not of the form that is known; names what was found."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One profiled launch; a counter that ncu could not read is None."""
+
+    name: str
+    read_bytes: int | None
+    write_bytes: int | None
+    time_s: float | None
+
+
+def range_name(case_id: str, part: str) -> str:
+    """Return the name of one of a case's NVTX ranges."""
+    return f"mambench-{case_id}-{part}"
+
+
+def command(ncu: str, log: Path, program: Sequence[str]) -> list[str]:
+    """Return the command that profiles what a program launches within our ranges.
+
+    Clocks are not locked and caches are left alone: the program puts L2 into a stated condition.
+    """
+    return [
+        ncu,
+        *("--clock-control", "none", "--cache-control", "none"),
+        *("--metrics", ",".join(METRICS)),
+        *("--nvtx", "--nvtx-include", "regex:mambench-.+"),  # no slash: start/end ranges
+        *("--csv", "--print-units", "base", "--log-file", str(log), "--force-overwrite"),
+        *program,
+    ]
+
+
+def parse(text: str) -> dict[str, dict[str, list[Kernel]]]:
+    """Return the launches by case and range, in the order of launching.
+
+    Rows of one launch share an ID; each holds one metric. Raises FormatError for a table that lacks
+    a column, a launch outside our ranges, or a unit that is not known.
+    """
+    found: dict[str, dict[str, list[Kernel]]] = {}
+    launches: dict[tuple[str, str, str], dict[str, float | None]] = {}
+    names: dict[tuple[str, str, str], str] = {}
+    for row in _rows(text):
+        case_id, part = _range_of(row)
+        key = (case_id, part, f"{row.get('Process ID', '')}:{row['ID']}")
+        launches.setdefault(key, {})[row["Metric Name"]] = _value(row)
+        names[key] = row["Kernel Name"]
+    for key, metrics in launches.items():
+        kernel = Kernel(
+            name=names[key],
+            read_bytes=_whole(metrics.get(READ)),
+            write_bytes=_whole(metrics.get(WRITE)),
+            time_s=metrics.get(TIME),
+        )
+        found.setdefault(key[0], {}).setdefault(key[1], []).append(kernel)
+    return found
+
+
+def passes(text: str) -> int | None:
+    """Return the most passes that a launch took; None if ncu did not say.
+
+    In more than one pass a kernel is run again, from memory that was saved and restored in between:
+    then L2 is not in the condition that the program had put it into.
+    """
+    counts = [int(match[1]) for match in _PASSES.finditer(text)]
+    return max(counts, default=None)
+
+
+def known_problem(text: str) -> str | None:
+    """Return what keeps ncu from counting anything here, and what to do about it, or None."""
+    for sign, fix in _KNOWN:
+        for line in text.splitlines():
+            if sign.lower() in line.lower():
+                return f"{_message(line)}. To enable: {fix}"
+    return None
+
+
+def first_error(text: str) -> str | None:
+    """Return ncu's first error, other than that the program failed, or None."""
+    for line in text.splitlines():
+        if line.startswith("==ERROR==") and "returned an error code" not in line:
+            return _message(line)
+    return None
+
+
+def _message(line: str) -> str:
+    return re.sub(r"^==\w+==\s*", "", line.strip()).rstrip(".")[:200]
+
+
+def _rows(text: str) -> Iterator[Mapping[str, str]]:
+    """Yield the rows of the table, wherever it begins among ncu's messages."""
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        return
+    table = [line for line in lines[start:] if line.startswith('"')]
+    reader = csv.DictReader(table)
+    wanted = ("ID", "Kernel Name", "Metric Name", "Metric Unit", "Metric Value")
+    missing = [name for name in wanted if name not in (reader.fieldnames or ())]
+    if missing:
+        raise FormatError(f"ncu's table lacks the columns {', '.join(missing)}")
+    for row in reader:
+        if row["Metric Name"] in METRICS:
+            yield {name: value or "" for name, value in row.items() if name}
+
+
+def _range_of(row: Mapping[str, str]) -> tuple[str, str]:
+    others: Iterable[str] = (value for name, value in row.items() if name != "Kernel Name")
+    for value in others:
+        if match := _RANGE.search(value):
+            return match[1], match[2]
+    raise FormatError(f"ncu names no range for the kernel {row['Kernel Name'][:80]}")
+
+
+def _value(row: Mapping[str, str]) -> float | None:
+    text, unit = row["Metric Value"].replace(",", "").strip(), row["Metric Unit"].strip().lower()
+    try:
+        number = float(text)
+    except ValueError:  # "n/a": this GPU or driver has no such counter
+        return None
+    if number != number:
+        return None
+    if unit not in _FACTORS:
+        raise FormatError(f"{row['Metric Name']} has the unit '{row['Metric Unit']}'")
+    return number * _FACTORS[unit]
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else round(value)

@@ -1,0 +1,195 @@
+"""Counting under a stand-in for Nsight Compute, with each way to fail planted."""
+
+import itertools
+import json
+import os
+import stat
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mambench.harness import counters, ncu
+from mambench.harness.counters import Counted, Request
+from mambench.harness.spec import Case, Device, DeviceKind, DType, Family, Outcome, Pass, Problem
+from mambench.implementations.cost import case_cost
+
+GPU = Device(
+    kind=DeviceKind.CUDA, name="planted GPU", compute_capability=(9, 0), memory_bytes=1 << 36
+)
+REQUEST = Request(device=GPU, time_limit_s=30.0)
+
+
+def case(seqlen: int) -> Case:
+    problem = Problem(family=Family.ATTENTION, batch=1, seqlen=seqlen, d_inner=64, headdim=32)
+    return Case(
+        implementation="a", variant="b", problem=problem, pass_=Pass.FORWARD, dtype=DType.BF16
+    )
+
+
+CASES = [case(128), case(256), case(512)]
+FIRST, SECOND, THIRD = (c.case_id for c in CASES)
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Put the stand-in on PATH; the function that is returned chooses its faults."""
+    source = Path(__file__).parent.parent / "faults" / "fake_ncu.py"
+    program = tmp_path / "ncu"
+    program.write_text(f"#!{sys.executable}\n{source.read_text()}")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    def choose(**chosen: object) -> None:
+        monkeypatch.setenv("FAKE_NCU", json.dumps(chosen))
+
+    choose()
+    return choose
+
+
+def outcomes(found: dict[str, Counted]) -> list[Outcome]:
+    return [found[c.case_id].outcome for c in CASES]
+
+
+def test_bytes_are_summed_over_kernels_and_what_is_left_in_l2_is_charged(fake):
+    heard: list[str] = []
+    found = counters.count_cases(CASES, REQUEST, on_case=lambda c, _: heard.append(c.case_id))
+    assert outcomes(found) == [Outcome.OK] * 3
+    assert heard == [FIRST, SECOND, THIRD]
+    values = found[FIRST].values
+    assert values["dram_read_bytes"] == 3500  # what the drain reads is its own
+    assert values["dram_write_bytes"] == 1250  # what it writes back is the case's
+    assert values["dram_bytes"] == 4750
+    compulsory = case_cost(CASES[0]).compulsory_bytes
+    assert values["traffic_ratio"] == pytest.approx(4750 / compulsory)
+    assert "compulsory_bytes" not in values
+    details = found[FIRST].details
+    assert details["left_dirty_in_l2_bytes"] == 250
+    assert details["launches"] == 2
+    assert details["passes"] == 1
+    assert details["kernels"] == [
+        {
+            "name": "scan<16>(float *, int)",
+            "launches": 2,
+            "dram_read_bytes": 3500,
+            "dram_write_bytes": 1000,
+            "profiled_time_s": pytest.approx(3e-6),
+        }
+    ]
+    assert details["l2"]["l2_bytes"] == 1000
+
+
+def test_units_are_honoured(fake):
+    fake(unit="Kbyte")
+    assert counters.count_cases(CASES[:1], REQUEST)[FIRST].values["dram_read_bytes"] == 3500
+
+
+def test_an_unknown_unit_is_refused_and_named(fake):
+    fake(unit="furlong")
+    found = counters.count_cases(CASES, REQUEST)
+    assert outcomes(found) == [Outcome.UNAVAILABLE] * 3
+    assert "furlong" in (found[FIRST].reason or "")
+
+
+def test_missing_permission_says_how_to_get_it(fake):
+    fake(permission=True)
+    found = counters.count_cases(CASES, REQUEST)
+    assert outcomes(found) == [Outcome.UNAVAILABLE] * 3
+    assert "ERR_NVGPUCTRPERM" in (found[THIRD].reason or "")
+    assert "NVreg_RestrictProfilingToAdminUsers=0" in (found[THIRD].reason or "")
+    assert found[THIRD].values == {}
+
+
+def test_a_case_that_kills_the_child_is_its_own_outcome(fake):
+    fake(faults={SECOND: "crash"})
+    found = counters.count_cases(CASES, REQUEST)
+    assert outcomes(found) == [Outcome.OK, Outcome.CRASHED, Outcome.OK]
+    assert "phase 'count'" in (found[SECOND].reason or "")
+
+
+def test_what_a_crash_loses_is_counted_again(fake):
+    fake(faults={SECOND: "crash"}, lose=True)
+    found = counters.count_cases(CASES, REQUEST)
+    assert outcomes(found) == [Outcome.OK, Outcome.CRASHED, Outcome.OK]
+    assert found[FIRST].values["dram_bytes"] == 4750
+
+
+def test_a_case_that_hangs_is_cut_off(fake):
+    fake(faults={FIRST: "hang"})
+    found = counters.count_cases(CASES, replace(REQUEST, time_limit_s=0.3))
+    assert outcomes(found) == [Outcome.TIMEOUT, Outcome.OK, Outcome.OK]
+    assert "time_limit_s = 0.3" in (found[FIRST].reason or "")
+
+
+def test_a_case_that_raises_keeps_its_reason(fake):
+    fake(faults={FIRST: "raise", SECOND: "raise", THIRD: "raise"})
+    found = counters.count_cases(CASES, REQUEST)
+    assert outcomes(found) == [Outcome.ERROR] * 3
+    assert found[THIRD].reason == "ValueError: planted"
+
+
+def test_a_case_without_kernels_is_no_zero(fake):
+    fake(faults={SECOND: "unseen"})
+    found = counters.count_cases(CASES, REQUEST)
+    assert outcomes(found) == [Outcome.OK, Outcome.ERROR, Outcome.OK]
+    assert "no kernel" in (found[SECOND].reason or "")
+    assert found[SECOND].values == {}
+
+
+def test_a_counter_without_a_value_is_no_zero(fake):
+    fake(faults={SECOND: "no_value"})
+    found = counters.count_cases(CASES, REQUEST)
+    assert outcomes(found) == [Outcome.OK, Outcome.UNAVAILABLE, Outcome.OK]
+    assert found[SECOND].values == {}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "reason"),
+    [("silent", "without a word"), ("start", "install the Nsight Compute that fits the driver")],
+)
+def test_an_ncu_that_does_not_start_says_so(fake, chosen, reason):
+    fake(**{chosen: True})
+    found = counters.count_cases(CASES, REQUEST)
+    assert outcomes(found) == [Outcome.UNAVAILABLE] * 3
+    assert reason in (found[FIRST].reason or "")
+
+
+def test_several_passes_are_in_the_record(fake):
+    fake(passes=3)
+    assert counters.count_cases(CASES[:1], REQUEST)[FIRST].details["passes"] == 3
+
+
+def test_too_many_launches_are_skipped_before_anything_starts(fake):
+    found = counters.count_cases(
+        CASES[:2], REQUEST, launches=lambda c: 10**6 if c.case_id == FIRST else 3
+    )
+    assert [found[name].outcome for name in (FIRST, SECOND)] == [Outcome.SKIPPED, Outcome.OK]
+    assert "1,000,000 launches" in (found[FIRST].reason or "")
+
+
+def test_without_ncu_or_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = counters.count_cases(CASES, REQUEST)
+    assert outcomes(found) == [Outcome.UNAVAILABLE] * 3
+    assert "not on PATH" in (found[FIRST].reason or "")
+    cpu = replace(REQUEST, device=Device(kind=DeviceKind.CPU, name="cpu", memory_bytes=1))
+    assert "on a GPU only" in (counters.count_cases(CASES[:1], cpu)[FIRST].reason or "")
+
+
+def test_copies_are_counted_by_their_size(fake):
+    found = counters.count_copies([4096, 8192], REQUEST)
+    assert {size: c.values["dram_bytes"] for size, c in found.items()} == {4096: 4750, 8192: 4750}
+
+
+def test_the_estimate_has_one_start_up():
+    assert counters.estimate_s([]) == 0
+    one, many = counters.estimate_s([5]), counters.estimate_s([5] * 60)
+    assert one < many < 60 * one / 3
+
+
+def test_the_command_leaves_clocks_and_caches_alone():
+    command = ncu.command("ncu", Path("log"), ["program"])
+    pairs = dict(itertools.pairwise(command))
+    assert pairs["--clock-control"] == pairs["--cache-control"] == "none"
+    assert not pairs["--nvtx-include"].endswith("/")  # with a slash: the ranges of one thread

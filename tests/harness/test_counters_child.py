@@ -1,0 +1,119 @@
+"""The program that is profiled, run on the CPU with the device's calls replaced by notes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mambench.harness import counters_child
+from mambench.harness.spec import Case, DType, Family, Pass, Problem
+
+PLUGIN = Path(__file__).parent.parent / "faults" / "planted.py"
+
+
+def case(name: str) -> Case:
+    problem = Problem(family=Family.ATTENTION, batch=1, seqlen=16, d_inner=16, headdim=8)
+    return Case(
+        implementation=name,
+        variant="planted",
+        problem=problem,
+        pass_=Pass.BACKWARD,
+        dtype=DType.FP32,
+    )
+
+
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    taken: list[str] = []
+
+    class Buffer:
+        def read(self) -> None:
+            taken.append("read")
+
+        def describe(self) -> dict[str, Any]:
+            return {"l2_bytes": 1}
+
+    def start(name: str) -> str:
+        taken.append(f"start {name.split('-')[2]}")
+        return name
+
+    monkeypatch.setattr(counters_child, "_Buffer", Buffer)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_start", start)
+    monkeypatch.setattr(
+        torch.cuda.nvtx, "range_end", lambda name: taken.append(f"end {name.split('-')[2]}")
+    )
+    grad = torch.autograd.grad
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda *a, **k: (taken.append("execute"), grad(*a, **k))[1]
+    )
+    return taken
+
+
+def run(tmp_path: Path, *items: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+    request, report = tmp_path / "request.json", tmp_path / "report.jsonl"
+    device = {
+        "kind": "cpu",
+        "index": 0,
+        "name": "cpu",
+        "compute_capability": None,
+        "memory_bytes": 1 << 30,
+    }
+    values = {
+        "device": device,
+        "seed": 0,
+        "plugins": [str(PLUGIN)],
+        "sys_path": [],
+        "items": list(items),
+    }
+    request.write_text(json.dumps(values))
+    status = counters_child.main([str(request), str(report)])
+    return status, [json.loads(line) for line in report.read_text().splitlines()]
+
+
+def test_one_execution_lies_in_the_range_between_two_readings_of_the_buffer(tmp_path, notes):
+    status, told = run(tmp_path, {"id": "abc", "case": case("good").to_dict()})
+    assert status == 0
+    assert notes == [
+        *("execute", "execute"),  # warm: compiled, tuned, loaded
+        *("read", "start run", "execute", "end run"),
+        *("start drain", "read", "end drain"),
+    ]
+    assert [m["event"] for m in told] == ["start", "ready", "begin", *["phase"] * 3, "end"]
+    assert told[-1]["outcome"] == "ok"
+
+
+def test_a_case_that_raises_is_reported_and_the_next_goes_on(tmp_path, notes):
+    status, told = run(
+        tmp_path,
+        {"id": "bad", "case": case("raises").to_dict()},
+        {"id": "declined", "case": case("refuses").to_dict()},
+        {"id": "abc", "case": case("good").to_dict()},
+    )
+    ends = {m["id"]: (m["outcome"], m.get("reason")) for m in told if m["event"] == "end"}
+    assert status == 0
+    assert ends == {
+        "bad": ("error", "ValueError: planted fault"),
+        "declined": ("unsupported", "NotImplementedError: headdim 8 is too small"),
+        "abc": ("ok", None),
+    }
+
+
+def test_a_damaged_context_asks_for_another_process(tmp_path, notes, monkeypatch):
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    status, told = run(
+        tmp_path,
+        {"id": "bad", "case": case("good").to_dict()},
+        {"id": "abc", "case": case("good").to_dict()},
+    )
+    assert status == counters_child.BROKEN_STATUS
+    assert [m["id"] for m in told if m["event"] == "end"] == ["bad"]
+    assert told[-1]["outcome"] == "error"
+    assert "illegal memory access" in told[-1]["reason"]
