@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 REPORT_FORMATS = ("text", "markdown", "csv", "json")
 EPILOG = """\b
-Exit codes: 0 every case ended ok, unsupported, unavailable or skipped; 1 a case failed;
+Exit codes: 0 every case ended ok, unsupported, unavailable or skipped; 1 a case, or a check of
+selftest, failed;
 2 a mistake on the command line, in a suite or a plugin; 3 a broken run folder; 4 the GPU is
 taken by another run; 5 the harness could not measure; 130 interrupted, resume with --resume.
 
@@ -78,6 +79,38 @@ def doctor(plugins: tuple[str, ...]) -> None:
     from mambench.harness import cli_views, doctor, registry
 
     click.echo(cli_views.checks(doctor.examine(registry.load(plugins))))
+
+
+@cli.command()
+@options.device_option
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option(
+    "-o", "--output", type=Path, metavar="FILE", help="Write the result as JSON here too."
+)
+@click.option("--wait", is_flag=True, help="Wait for the device if a run holds it.")
+@click.pass_context
+def selftest(
+    context: click.Context, device: str | None, as_json: bool, output: Path | None, wait: bool
+) -> None:
+    """Prove on this machine that times, bytes, energy and intervals are right; under 2 minutes.
+
+    Exits with 1 if a check fails. The result is kept in the user's cache and goes into the manifest
+    of later runs on this machine.
+    """
+    import json
+
+    from mambench.harness import lock, machine, machine_cache, selftest
+
+    where = machine.detect(device)
+    with lock.device_lock(machine.lock_key(where), holder="selftest", wait=wait, on_wait=_say):
+        result = selftest.run(where, on_part=lambda part: _say(f"checking {part}"))
+    document = result.to_dict()
+    click.echo(json.dumps(document, indent=2) if as_json else result.text())
+    if output is not None:
+        output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    if (problem := machine_cache.keep("selftest", where, document)) is not None:
+        click.echo(f"note: the result is not kept: {problem}", err=True)
+    context.exit(0 if result.passed else 1)
 
 
 @cli.command()
@@ -263,7 +296,7 @@ def _make_plan(asked: Mapping[str, Any], *, time_budget_s: float | None = None) 
 
 
 def _created(output: Path | None, asked: Mapping[str, Any]) -> "tuple[Plan, RunFolder]":
-    from mambench.harness import machine
+    from mambench.harness import machine, machine_cache
     from mambench.harness.spec import SCHEMA_VERSION
     from mambench.harness.store import RunFolder, new_run
 
@@ -279,6 +312,8 @@ def _created(output: Path | None, asked: Mapping[str, Any]) -> "tuple[Plan, RunF
         **made.to_dict(),
         "environment": machine.environment(made.device),
         "code": machine.code_version(),
+        # None: nobody has proven the instrument right on this machine.
+        "selftest": machine_cache.kept("selftest", made.device),
     }
     return made, RunFolder.create(output or path, manifest)
 
@@ -324,6 +359,10 @@ def _conclude(context: click.Context, path: Path, summary: "RunSummary", *, repo
 
         _name_path("report", build([path], path / "report.html"))
     context.exit(1 if summary.failed else 0)
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
 
 
 def _name_path(what: str, path: Path) -> None:

@@ -181,6 +181,14 @@ def gpu_environment(device: Device) -> dict[str, Any] | None:
         return None
 
 
+def lock_key(device: Device) -> str:
+    """Return what names a device to the lock that lets one run at a time use it."""
+    if device.kind is DeviceKind.CPU:
+        return "cpu"
+    state = gpu_environment(device) or {}
+    return state.get("uuid") or device.torch_name
+
+
 def code_version() -> dict[str, Any]:
     """Return what code this is: package version, commit, and a digest of uncommitted changes.
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 from mambench.harness import machine, precompile
 from mambench.harness.errors import RunFolderError
@@ -97,9 +96,8 @@ def run(
     interrupted = False
     try:
         with ExitStack() as stack:
-            held = device_lock(
-                _lock_key(plan.device), holder=str(folder.path), wait=wait, on_wait=listener.on_note
-            )
+            key = machine.lock_key(plan.device)
+            held = device_lock(key, holder=str(folder.path), wait=wait, on_wait=listener.on_note)
             stack.enter_context(held)
             threads = thread_count(plan.settings)
             pool = pool or stack.enter_context(make_pool(threads=threads))
@@ -340,13 +338,6 @@ def _modelled(case: Case) -> dict[str, int | None]:
         "compulsory_bytes": cost.compulsory_bytes,
         "weight_count": cost.weight_count,
     }
-
-
-def _lock_key(device: Device) -> str:
-    if device.kind is DeviceKind.CPU:
-        return "cpu"
-    state: dict[str, Any] = machine.gpu_environment(device) or {}
-    return state.get("uuid") or device.torch_name
 
 
 def _key(case: Case, measurement: str) -> Key:

@@ -5,6 +5,7 @@ distribution-free interval from order statistics: no normality is assumed. What 
 any device; `harness.cuda_timing` takes the samples on a GPU.
 """
 
+import functools
 import gc
 import math
 import time
@@ -55,10 +56,10 @@ class StopRule:
     limit_s: float = math.inf  # never begin a sample that would end after this
 
     @classmethod
-    def of(cls, settings: Settings, limit_s: float) -> "StopRule":
-        """Take the rule from a run's settings."""
+    def of(cls, settings: Settings, limit_s: float, *, share: float = 1.0) -> "StopRule":
+        """Take the rule from a run's settings, for a share of its seconds."""
         return cls(
-            target_s=settings.target_s,
+            target_s=share * settings.target_s,
             min_samples=settings.min_samples,
             max_samples=settings.max_samples,
             relative_error=settings.relative_error,
@@ -87,6 +88,7 @@ def median_interval(
     return low, high
 
 
+@functools.lru_cache(maxsize=4096)
 def _coverage(n: int, rank: int) -> float:
     """Return the chance that the median lies between the rank-th smallest and largest of n."""
     if 2 * rank > n:
@@ -94,6 +96,7 @@ def _coverage(n: int, rank: int) -> float:
     return 1 - 2 * sum(math.comb(n, k) for k in range(rank)) / 2**n
 
 
+@functools.lru_cache(maxsize=4096)
 def _rank(n: int, confidence: float) -> int | None:
     """Return the largest rank whose interval still has the confidence, or None."""
     tail, rank = 0, 0
@@ -110,7 +113,7 @@ class Criterion:
     `max_samples`, or before `limit_s` would be exceeded. The interval must be narrow in three looks
     in a row, half as many more samples apart: stopping at the first narrow look would favour
     intervals that are narrow by accident, and cover the median less often than they claim (90 % in
-    place of 95 % after one narrow look, 92 % after two; `harness.selftest_statistics` simulates it).
+    place of 95 % after one narrow look, 92 % after two: `harness.selftest_statistics` shows it).
     """
 
     def __init__(self, rule: StopRule) -> None:
