@@ -110,6 +110,7 @@ class Result:
     model_flop: int | None = None
     compulsory_bytes: int | None = None
     weight_count: int | None = None
+    state_bytes: int | None = None
     missing: Mapping[str, str] = field(
         default_factory=dict[str, str]
     )  # metric tag -> why it is None
@@ -121,7 +122,7 @@ class Result:
     @property
     def tokens_per_s(self) -> float | None:
         """Tokens of one pass over its time."""
-        return None if self.time_s is None else self.case.problem.tokens / self.time_s
+        return None if self.time_s is None else self.case.tokens / self.time_s
 
     @property
     def flop_per_s(self) -> float | None:

@@ -89,7 +89,7 @@ def curve(results: Sequence[Result], metric: str = "time_s") -> tuple[Point, ...
         if value is not None and value > 0:
             samples = resampled_from(result) if metric == "time_s" else ()
             points.append(
-                Point(seqlen=result.case.problem.seqlen, value=float(value), samples=samples)
+                Point(seqlen=result.case.problem.length, value=float(value), samples=samples)
             )
     return tuple(sorted(points, key=lambda point: point.seqlen))
 

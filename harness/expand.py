@@ -1,8 +1,8 @@
 """From a suite's sweeps to cases: which implementations and variants, at which sizes.
 
-An axis that does not apply to a family is not swept for it (attention has no d_state), and a size
-the suite does not name has the default below. A name without `:variant` stands for the first
-variant that is available on the device and supports the case.
+An axis that does not apply to a family is not swept for it (attention has no d_state, and an SSM's
+decode no sequence length), and a size the suite does not name has the default below. A name without
+`:variant` stands for the first variant that is available on the device and supports the case.
 """
 
 import fnmatch
@@ -158,9 +158,20 @@ def _questions(
             problems = list(_problems(sweep, family, device, overrides))
             for problem, pass_, dtype in itertools.product(problems, passes or (), dtypes or ()):
                 case = Case(
-                    implementation=pick.name, variant="", problem=problem, pass_=pass_, dtype=dtype
+                    implementation=pick.name,
+                    variant="",
+                    problem=_asked(problem, pass_),
+                    pass_=pass_,
+                    dtype=dtype,
                 )
                 yield case, pick
+
+
+def _asked(problem: Problem, pass_: Pass) -> Problem:
+    """Drop the length of a state update: what it costs does not depend on what came before."""
+    if pass_ is Pass.DECODE and problem.family is not Family.ATTENTION:
+        return replace(problem, seqlen=None)
+    return problem
 
 
 def _problems(
@@ -197,7 +208,13 @@ def _resolve(
     question: Case, implementation: Implementation, pattern: str | None, device: Device
 ) -> list[Candidate]:
     """Name the variants that a question is asked of."""
-    variants: tuple[Variant, ...] = registry.ask(implementation, "variants", device)
+    refused = _refused(question)
+    asked = "decode_variants" if question.pass_ is Pass.DECODE else "variants"
+    variants: tuple[Variant, ...] = registry.ask(implementation, asked, device)
+    if refused is not None or (not variants and question.pass_ is Pass.DECODE):
+        reason = refused or f"{implementation.name} computes whole sequences, not one token"
+        case = replace(question, variant="none")
+        return [Candidate(case=case, outcome=Outcome.UNSUPPORTED, reason=reason)]
     if not variants:
         variants = (Variant(name="none", unavailable=f"has no variant for {device.kind}"),)
     judged = [_judge(question, implementation, variant, device) for variant in variants]
@@ -210,6 +227,12 @@ def _resolve(
         kind = f"variant of {implementation.name}"
         raise UsageError(unknown_name(kind, pattern, [variant.name for variant in variants]))
     return matched
+
+
+def _refused(question: Case) -> str | None:
+    if question.problem.level is Level.BLOCK and question.pass_.leaves_state:
+        return f"the pass {question.pass_} is measured at level op"
+    return None
 
 
 def _judge(

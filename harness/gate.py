@@ -17,6 +17,10 @@ number, whoever makes it: below 32 values the floor grows as sqrt(32 / values). 
 few values, each a sum over the whole sequence, may by chance nearly cancel: when only such ones
 exceed their budget, more output gradients are drawn, and sums of squares over all draws are judged.
 
+An operation that updates its state in place (decode) is judged by its output and by the state that
+it leaves, of which copies are taken; the state is then put back, and all inputs, the state's
+surroundings included, must be what they were.
+
 Besides, no value may be NaN or infinite anywhere, shapes and dtypes must be the declared ones,
 inputs must be unchanged, and nothing may be left over from an earlier call. To see that, the
 operation runs twice: first on altered inputs while freshly allocated memory is filled with NaN,
@@ -34,7 +38,7 @@ import torch
 from torch import Tensor
 
 from mambench.harness.gate_errors import Energies, ErrorPair, judge, measure
-from mambench.harness.spec import Case
+from mambench.harness.spec import Case, Pass
 from mambench.implementations.problems.base import TORCH_DTYPES, Sample
 from mambench.implementations.workload import Workload
 
@@ -85,7 +89,7 @@ def check(workload: Workload, case: Case, *, seed: int) -> GateReport:
 
 def _judge(workload: Workload, case: Case, sample: Sample, seed: int) -> dict[str, ErrorPair]:
     """Run the candidate and judge each tensor; draw again while only noisy ones fail."""
-    dtype, seqlen = case.dtype, workload.problem.seqlen
+    dtype, seqlen = case.dtype, _time_steps(workload)
     results, grad_outputs = _run_candidate(workload, case, sample, seed)
     pairs: dict[str, ErrorPair] = {}
     noisy: dict[str, Energies] = {}
@@ -128,9 +132,10 @@ def _measured(
             leaves[name].requires_grad_()
         with torch.set_grad_enabled(bool(names)):
             outputs = solve(problem, leaves, sample)
-        _require_shapes(results, _named(outputs, {}))
+        named = _named(family.outputs, outputs, {})
+        _require_shapes(results, named)
         grads = _gradients(outputs, {name: leaves[name] for name in names}, grad_outputs)
-        solutions.append(_named(outputs, grads))
+        solutions.append(_named(family.outputs, outputs, grads))
     reference, independent = solutions
     for name, tensor in results.items():
         yield name, measure(tensor, reference=reference[name], independent=independent[name])
@@ -163,12 +168,12 @@ def _execute(
     workload: Workload, case: Case, sample: Sample, seed: int
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Run the pass once, eagerly; return complete results and the sampled output gradients."""
-    needs_grad = case.pass_.needs_grad
-    with torch.set_grad_enabled(needs_grad):
-        outputs = workload.forward()
+    needs_grad, names_of = case.pass_.needs_grad, workload.family.outputs
+    with torch.set_grad_enabled(needs_grad), _state_restored(workload):
+        outputs = _owned(workload, workload.forward())
     _require_declared(outputs, case)
     if not needs_grad:
-        results = _named(outputs, {})
+        results = _named(names_of, outputs, {})
         _require_finite(results)
         return results, []
     if not all(out.requires_grad for out in outputs):
@@ -176,7 +181,7 @@ def _execute(
     names = workload.family.differentiable(workload.problem)
     sampled, complete = _output_gradients(workload, outputs, sample, seed)
     inputs = {name: workload.inputs[name] for name in names}
-    results = _named(outputs, _gradients(outputs, inputs, complete))
+    results = _named(names_of, outputs, _gradients(outputs, inputs, complete))
     _require_finite(results)
     return results, sampled
 
@@ -217,8 +222,35 @@ def _output_gradients(
     return sampled, list(complete)
 
 
-def _named(outputs: Sequence[Tensor], grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    names = ("y", "final_state", *(f"output_{i}" for i in range(2, len(outputs))))
+@contextmanager
+def _state_restored(workload: Workload) -> Generator[None, None, None]:
+    """Put back what the operation updates in place: every call begins with the same state."""
+    views = workload.family.updated(workload.problem, workload.inputs)
+    before = {name: view.clone() for name, view in views.items()}
+    try:
+        yield
+    finally:
+        for name, view in views.items():
+            view.copy_(before[name])
+
+
+def _owned(workload: Workload, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copy the outputs that are views of inputs, which do not last."""
+    updated = workload.family.updated(workload.problem, workload.inputs)
+    names = workload.family.outputs
+    return tuple(
+        out.clone() if name in updated else out for name, out in zip(names, outputs, strict=False)
+    )
+
+
+def _time_steps(workload: Workload) -> int:
+    """Return the size that marks an axis as time; 0 in decode, whose results have none."""
+    return 0 if workload.case.pass_ is Pass.DECODE else workload.problem.length
+
+
+def _named(
+    names: Sequence[str], outputs: Sequence[Tensor], grads: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     named = {name: out.detach() for name, out in zip(names, outputs, strict=False)}
     return named | {f"grad_{name}": grad.detach() for name, grad in grads.items()}
 
@@ -228,7 +260,7 @@ def _select(workload: Workload, results: Mapping[str, Tensor], sample: Sample) -
     grads = {name: results[f"grad_{name}"] for name in workload.inputs if f"grad_{name}" in results}
     outputs = tuple(value for name, value in results.items() if not name.startswith("grad_"))
     selected = family.select_inputs(problem, grads, sample) if grads else {}
-    return _named(family.select_outputs(problem, outputs, sample), selected)
+    return _named(family.outputs, family.select_outputs(problem, outputs, sample), selected)
 
 
 def _require_declared(outputs: Sequence[Tensor], case: Case) -> None:
@@ -291,6 +323,7 @@ def _poisoned_memory() -> Generator[None, None, None]:
 
 def _description(sample: Sample) -> str:
     chosen = {"channels": sample.channels, "heads": sample.heads, "rows": sample.rows}
+    chosen |= {"sequences": sample.sequences}
     parts = [f"{len(part)} {name}" for name, part in chosen.items() if part is not None]
     return ", ".join(parts) or "all"
 

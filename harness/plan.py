@@ -7,14 +7,25 @@ gets no longer one either. So slow implementations end early and fast ones go on
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mambench.harness import axes as axis_notation
 from mambench.harness import estimate, expand, registry
 from mambench.harness.errors import UsageError
 from mambench.harness.filters import compile_filter
-from mambench.harness.spec import Case, Device, DeviceKind, Outcome, Settings, digest
+from mambench.harness.profilers import catalog
+from mambench.harness.profilers.base import BatchProfiler, Profiler, Work
+from mambench.harness.spec import (
+    METRICS,
+    Case,
+    Device,
+    DeviceKind,
+    Metric,
+    Outcome,
+    Settings,
+    digest,
+)
 from mambench.harness.suite import Suite
 
 
@@ -26,6 +37,7 @@ class PlannedCase:
     outcome: Outcome | None = None  # UNSUPPORTED, UNAVAILABLE or SKIPPED when known beforehand
     reason: str | None = None
     estimate_s: float = 0.0  # wall time of the whole case
+    measure_s: Mapping[str, float] = field(default_factory=dict[str, float])  # of it, by profiler
     memory_bytes: int = 0  # modelled peak
 
     def to_dict(self) -> dict[str, Any]:
@@ -35,6 +47,7 @@ class PlannedCase:
             "outcome": self.outcome and self.outcome.value,
             "reason": self.reason,
             "estimate_s": self.estimate_s,
+            "measure_s": dict(self.measure_s),
             "memory_bytes": self.memory_bytes,
         }
 
@@ -46,6 +59,7 @@ class PlannedCase:
             outcome=Outcome(values["outcome"]) if values["outcome"] else None,
             reason=values["reason"],
             estimate_s=values["estimate_s"],
+            measure_s=values.get("measure_s") or {},
             memory_bytes=values["memory_bytes"],
         )
 
@@ -60,6 +74,8 @@ class Plan:
     cases: tuple[PlannedCase, ...]
     plugins: tuple[str, ...] = ()  # modules or files that workers load too
     notes: tuple[str, ...] = field(default=())  # shown to the person, kept in the manifest
+    start_s: float = 0.0  # what batch profilers pay once, however many cases there are
+    metrics: tuple[Metric, ...] = ()  # of plugins' profilers; the others are in spec.METRICS
 
     @property
     def plan_hash(self) -> str:
@@ -74,7 +90,16 @@ class Plan:
     @property
     def estimate_s(self) -> float:
         """Estimated wall time of all runnable cases."""
-        return sum(planned.estimate_s for planned in self.runnable)
+        return self.start_s + sum(planned.estimate_s for planned in self.runnable)
+
+    @property
+    def measure_s(self) -> Mapping[str, float]:
+        """Estimated wall time of each measurement over all runnable cases."""
+        total = dict.fromkeys(self.settings.measurements, 0.0)
+        for planned in self.runnable:
+            for name, seconds in planned.measure_s.items():
+                total[name] += seconds
+        return total
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; a run's manifest holds them among its own."""
@@ -93,6 +118,8 @@ class Plan:
             "plan_hash": self.plan_hash,
             "plugins": list(self.plugins),
             "notes": list(self.notes),
+            "start_s": self.start_s,
+            "metrics": [asdict(metric) for metric in self.metrics],
         }
 
     @classmethod
@@ -113,6 +140,8 @@ class Plan:
             cases=tuple(PlannedCase.from_dict(planned) for planned in values["plan"]),
             plugins=tuple(values["plugins"]),
             notes=tuple(values["notes"]),
+            start_s=values.get("start_s", 0.0),
+            metrics=tuple(Metric(**metric) for metric in values.get("metrics", ())),
         )
 
 
@@ -124,6 +153,7 @@ def make_plan(
     axes: Mapping[str, Sequence[axis_notation.AxisValue]] | None = None,
     filters: Sequence[str] | None = None,
     settings: Settings | Mapping[str, Any] | None = None,
+    measure: Sequence[str] = (),
     plugins: Sequence[str] = (),
     time_budget_s: float | None = None,
 ) -> Plan:
@@ -137,7 +167,8 @@ def make_plan(
         axes: values that replace the suite's, by axis; `dtype` and `pass` are allowed too.
         filters: see `harness.filters`; all must hold.
         settings: overrides of the suite's settings, or a complete Settings.
-        plugins: modules or files with further implementations.
+        measure: profilers by name, `all` for what the device can give; (): the suite's.
+        plugins: modules or files with further implementations and profilers.
         time_budget_s: leave out cases until the estimates fit into it.
 
     Raises UsageError (or PluginError) if a name is unknown or no case is left.
@@ -153,10 +184,11 @@ def make_plan(
     ]
     if not wanted:
         raise UsageError(_nothing_left(suite, device, bool(known.candidates), filters))
-    if not isinstance(settings, Settings):
-        settings = replace(Settings(), **{**suite.settings, **(settings or {})})
-    cases = [_planned(candidate, found, device, settings) for candidate in wanted]
-    cases.sort(key=lambda planned: (planned.case.problem.seqlen, planned.estimate_s))
+    known_profilers = catalog.load(plugins)
+    settings = _settings(suite, device, settings, measure, known_profilers)
+    chosen = {name: known_profilers[name] for name in settings.measurements}
+    cases = [_planned(candidate, found, device, settings, chosen) for candidate in wanted]
+    cases.sort(key=lambda planned: (planned.case.problem.seqlen or 0, planned.estimate_s))
     notes = list(known.notes)
     if time_budget_s is not None:
         cases, note = within_budget(cases, time_budget_s)
@@ -167,8 +199,39 @@ def make_plan(
         settings=settings,
         cases=tuple(cases),
         plugins=plugins,
-        notes=tuple(notes),
+        notes=tuple([*notes, *_missing_notes(chosen, device)]),
+        start_s=sum(
+            profiler.start_s
+            for profiler in chosen.values()
+            if isinstance(profiler, BatchProfiler) and profiler.missing(device) is None
+        ),
+        metrics=tuple(
+            metric
+            for profiler in chosen.values()
+            for metric in profiler.metrics
+            if metric not in METRICS
+        ),
     )
+
+
+def _settings(
+    suite: Suite,
+    device: Device,
+    given: Settings | Mapping[str, Any] | None,
+    measure: Sequence[str],
+    known: Mapping[str, Profiler],
+) -> Settings:
+    if isinstance(given, Settings):
+        settings, names = given, measure or given.measurements
+    else:
+        settings = replace(Settings(), **{**suite.settings, **(given or {})})
+        names = measure or suite.measure.get(device.kind) or catalog.DEFAULT[device.kind]
+    return replace(settings, measurements=catalog.choose(names, known, device))
+
+
+def _missing_notes(chosen: Mapping[str, Profiler], device: Device) -> list[str]:
+    reasons = {name: profiler.missing(device) for name, profiler in chosen.items()}
+    return [f"{name} will be missing: {reason}" for name, reason in reasons.items() if reason]
 
 
 def within_budget(
@@ -215,17 +278,31 @@ def _planned(
     found: Mapping[str, Any],
     device: Device,
     settings: Settings,
+    chosen: Mapping[str, Profiler],
 ) -> PlannedCase:
     if candidate.outcome is not None:
         return PlannedCase(case=candidate.case, outcome=candidate.outcome, reason=candidate.reason)
     implementation = found[candidate.case.implementation]
-    estimated = estimate.estimate(candidate.case, implementation, device, settings)
+    estimated = estimate.estimate(candidate.case, implementation, device)
+    work = Work(
+        case=candidate.case,
+        device=device,
+        settings=settings,
+        execution_s=estimated.execution_s,
+        launches=estimated.launches,
+    )
+    measure_s = {
+        name: round(profiler.estimate_s(work), 3)
+        for name, profiler in chosen.items()
+        if profiler.missing(device) is None
+    }
     refused = estimate.refusal(estimated.memory_bytes, device)
     return PlannedCase(
         case=candidate.case,
         outcome=refused[0] if refused else None,
         reason=refused[1] if refused else None,
-        estimate_s=round(estimated.case_s, 3),
+        estimate_s=round(estimated.set_up_s + sum(measure_s.values()), 3),
+        measure_s=measure_s,
         memory_bytes=estimated.memory_bytes,
     )
 

@@ -337,6 +337,7 @@ def _modelled(case: Case) -> dict[str, int | None]:
         "model_flop": cost.model_flop,
         "compulsory_bytes": cost.compulsory_bytes,
         "weight_count": cost.weight_count,
+        "state_bytes": cost.state_bytes,
     }
 
 

@@ -35,11 +35,18 @@ class Pass(StrEnum):
     FORWARD = "forward"
     BACKWARD = "backward"  # gradients only; the forward that they need is not timed
     TRAINING = "training"  # forward and backward
+    PREFILL = "prefill"  # forward that also leaves the decoding state: last state or KV cache
+    DECODE = "decode"  # one token; seqlen is the context before it and does not apply to an SSM
 
     @property
     def needs_grad(self) -> bool:
         """Whether gradients are computed."""
-        return self is not Pass.FORWARD
+        return self in (Pass.BACKWARD, Pass.TRAINING)
+
+    @property
+    def leaves_state(self) -> bool:
+        """Whether the pass makes or updates the state that decoding goes on from."""
+        return self in (Pass.PREFILL, Pass.DECODE)
 
 
 class DType(StrEnum):
@@ -108,7 +115,7 @@ class Problem:
     family: Family
     level: Level = Level.OP
     batch: int
-    seqlen: int
+    seqlen: int | None  # decode: tokens before the one computed; None for an SSM's decode
     d_inner: int  # mixer width: D for s6, nheads * headdim for ssd and attention
     d_model: int | None = None  # block level only
     d_state: int | None = None  # s6 and ssd
@@ -131,9 +138,16 @@ class Problem:
         return 1 if self.family is Family.ATTENTION else 2
 
     @property
+    def length(self) -> int:
+        """Tokens per sequence; raises ValueError where the question has no length."""
+        if self.seqlen is None:
+            raise ValueError(f"the state update of family {self.family} has no sequence length")
+        return self.seqlen
+
+    @property
     def tokens(self) -> int:
-        """Tokens processed by one pass."""
-        return self.batch * self.seqlen
+        """Tokens of all sequences; one each where the question has no length."""
+        return self.batch * (1 if self.seqlen is None else self.seqlen)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, one key per field."""
@@ -163,10 +177,16 @@ class Case:
         return digest(self.to_dict())
 
     @property
+    def tokens(self) -> int:
+        """Tokens that one execution computes: in decode one per sequence, whatever the context."""
+        return self.problem.batch if self.pass_ is Pass.DECODE else self.problem.tokens
+
+    @property
     def label(self) -> str:
         """One line for a person."""
         p = self.problem
-        sizes = [f"B={p.batch}", f"L={p.seqlen}"]
+        sizes = [f"B={p.batch}"]
+        sizes += [f"L={p.seqlen}"] if p.seqlen is not None else []
         sizes += [f"d_model={p.d_model}"] if p.d_model else [f"D={p.d_inner}"]
         sizes += [f"N={p.d_state}"] if p.d_state else []
         who = f"{self.implementation}:{self.variant} {p.family}/{p.level}"
@@ -243,7 +263,7 @@ METRICS: tuple[Metric, ...] = (
         name="throughput",
         unit="tokens/s",
         better="higher",
-        description="batch * seqlen / time_s",
+        description="tokens computed (batch * seqlen, in decode batch) / time_s",
     ),
     Metric(
         tag="call_time_s",
@@ -289,6 +309,14 @@ METRICS: tuple[Metric, ...] = (
         description="each input read once and each output written once",
     ),
     Metric(
+        tag="state_bytes",
+        name="decoding state",
+        unit="bytes",
+        modelled=True,
+        description="what decoding keeps from token to token, of all sequences: an SSM's state, "
+        "attention's keys and values of the context and the new token (prefill and decode only)",
+    ),
+    Metric(
         tag="weight_count",
         name="weights",
         unit="1",
@@ -299,6 +327,14 @@ METRICS: tuple[Metric, ...] = (
 )
 
 
+def metric(tag: str) -> Metric:
+    """Return the metric with this tag; raises KeyError if there is none."""
+    found = next((known for known in METRICS if known.tag == tag), None)
+    if found is None:
+        raise KeyError(tag)
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """What a pass must do, from shapes alone (modelled)."""
@@ -306,6 +342,7 @@ class Cost:
     model_flop: int
     compulsory_bytes: int
     weight_count: int | None = None
+    state_bytes: int | None = None  # kept from token to token (passes prefill and decode)
 
 
 def digest(value: Any) -> str:

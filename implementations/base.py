@@ -36,7 +36,22 @@ class Implementation(ABC):
     - attention: `op(q, k, v)`, all (B, L, H, P); causal, softmax scale P ** -0.5. Returns
       (B, L, H, P).
 
-    All are differentiable in every floating-point tensor argument.
+    All are differentiable in every floating-point tensor argument. The pass `prefill` calls them
+    with `return_last_state` or `return_final_states`; attention's keys and values are its cache as
+    they are.
+
+    `decode_op` returns the operation of one token, which changes the decoding state in place and is
+    not differentiated. Every size is at least 1, tensors are contiguous, and the state has x's
+    dtype unless the caller keeps it wider:
+
+    - s6: `op(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False)`; state (B, D,
+      N), updated; x, dt, z (B, D); A (D, N) fp32; B, C (B, G, N), a group serves D / G consecutive
+      channels; D, dt_bias (D,) fp32. Returns out (B, D).
+    - ssd: the same call; state (B, H, P, N), updated; x, z (B, H, P); dt (B, H); A (H,) fp32; B, C
+      (B, G, N); D, dt_bias (H,) fp32. Returns out (B, H, P).
+    - attention: `op(q, k, v, k_cache, v_cache, context)`; q, k, v (B, 1, H, P); k_cache, v_cache
+      (B, S, H, P) with S > context. Writes k and v to position `context` of the caches, and attends
+      to the positions up to and including it. Returns out (B, 1, H, P).
     """
 
     name: ClassVar[str]
@@ -50,6 +65,14 @@ class Implementation(ABC):
     @abstractmethod
     def op(self, family: Family, variant: str) -> Callable[..., Any]:
         """Import and return the operation of a variant."""
+
+    def decode_variants(self, device: Device) -> tuple[Variant, ...]:
+        """Return the variants of the pass `decode`, the preferred one first; (): it has none."""
+        return ()
+
+    def decode_op(self, family: Family, variant: str) -> Callable[..., Any]:
+        """Import and return the one-token operation of a variant; see the class."""
+        raise NotImplementedError(f"{self.name} has no decode operation")
 
     def unsupported(self, case: Case, device: Device) -> str | None:
         """Return why this case cannot be run (limits of sizes or dtypes), or None."""

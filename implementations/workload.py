@@ -53,14 +53,14 @@ class Workload:
     def prepare(self, pass_: Pass) -> Callable[[], object]:
         """Return a closure that executes the pass exactly once and returns what it computed.
 
-        - forward: without a graph;
+        - forward, prefill and decode: without a graph; decode changes the state among the inputs;
         - backward: the gradients of all differentiable inputs, from a forward that is done here,
           once;
         - training: forward, then these gradients.
 
         Gradients are returned, never accumulated. The closure holds memory until it is dropped.
         """
-        if pass_ is Pass.FORWARD:
+        if not pass_.needs_grad:
             return self._forward_without_graph
         if not self.case.pass_.needs_grad:
             raise ValueError(f"a workload for the pass {self.case.pass_} has no gradients")
@@ -105,17 +105,20 @@ def build(case: Case, implementation: Implementation, device: Device, *, seed: i
     """
     if device.kind is DeviceKind.CUDA:
         torch.cuda.set_device(device.index)  # kernels launch on the current device
-    op = implementation.op(case.problem.family, case.variant)
+    load = implementation.decode_op if case.pass_ is Pass.DECODE else implementation.op
+    op = load(case.problem.family, case.variant)
     return Workload(
         case=case,
-        family=problem_family(case.problem, op, device),
+        family=problem_family(case.problem, op, device, case.pass_),
         op=op,
         device=device.torch_name,
         seed=seed,
     )
 
 
-def problem_family(problem: Problem, op: Callable[..., Any], device: Device) -> ProblemFamily:
+def problem_family(
+    problem: Problem, op: Callable[..., Any], device: Device, pass_: Pass = Pass.FORWARD
+) -> ProblemFamily:
     """Return the object that draws, calls and judges this problem; modules load when asked for."""
     if problem.level is Level.BLOCK:
         from mambench.implementations.blocks.problem import block_family
@@ -126,6 +129,8 @@ def problem_family(problem: Problem, op: Callable[..., Any], device: Device) -> 
         if device.kind is DeviceKind.CPU and problem.family in CPU_JUDGED_STATES
         else {}
     )
+    if pass_.leaves_state:
+        return _stateful_family(problem.family, pass_, budget)
     if problem.family is Family.S6:
         from mambench.implementations.problems.s6 import S6Problem
 
@@ -137,3 +142,22 @@ def problem_family(problem: Problem, op: Callable[..., Any], device: Device) -> 
     from mambench.implementations.problems.attention import AttentionProblem
 
     return AttentionProblem()
+
+
+def _stateful_family(family: Family, pass_: Pass, budget: dict[str, int]) -> ProblemFamily:
+    """Return what draws, calls and judges a pass that makes or updates the decoding state."""
+    if pass_ is Pass.DECODE and family is Family.ATTENTION:
+        from mambench.implementations.problems.attention_decode import AttentionDecodeProblem
+
+        return AttentionDecodeProblem()
+    if pass_ is Pass.DECODE:
+        from mambench.implementations.problems.state_update import StateUpdateProblem
+
+        return StateUpdateProblem(family, **budget)
+    if family is Family.ATTENTION:  # its cache is the keys and values it is given
+        from mambench.implementations.problems.attention import AttentionProblem
+
+        return AttentionProblem()
+    from mambench.implementations.problems.prefill import S6Prefill, SsdPrefill
+
+    return S6Prefill(**budget) if family is Family.S6 else SsdPrefill(**budget)

@@ -69,7 +69,7 @@ def _weights(problem: Problem) -> tuple[int, int, int]:
 
 
 def _mixer(problem: Problem, pass_: Pass, dtype: DType) -> tuple[int, int]:
-    batch, seqlen, itemsize = problem.batch, problem.seqlen, dtype.itemsize
+    batch, seqlen, itemsize = problem.batch, problem.length, dtype.itemsize
     if problem.family is Family.ATTENTION:
         return attention_cost(
             pass_name=pass_.value,

@@ -79,7 +79,7 @@ class MambaBlock(nn.Module):
         """Draw weights, fp32, as the scan's own problem draws its parameters (see `draws`)."""
         d_inner, d_state = self.A_log.shape
         decay = torch.arange(1, d_state + 1, dtype=torch.float32, device=draws.device)
-        decay = decay * memory_scale(d_inner, problem.seqlen, draws.device)[:, None]
+        decay = decay * memory_scale(d_inner, problem.length, draws.device)[:, None]
         x_proj = linear_weight(self.x_proj, draws, gain=_SELECTION_GAIN)
         x_proj[self.widths[0] :] *= _STATE_GAIN
         return {

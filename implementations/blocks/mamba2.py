@@ -79,7 +79,7 @@ class Mamba2Block(nn.Module):
             "in_proj.weight": in_proj,
             **{f"conv.{key}": value for key, value in self.conv.draw(draws).items()},
             "dt_bias": draws.dt_bias(nheads),
-            "A_log": (decay * memory_scale(nheads, problem.seqlen, draws.device)).log(),
+            "A_log": (decay * memory_scale(nheads, problem.length, draws.device)).log(),
             "D": draws.skip(nheads),
             **{f"gated_norm.{key}": v for key, v in self.gated_norm.draw(draws).items()},
             "out_proj.weight": linear_weight(self.out_proj, draws),

@@ -110,11 +110,11 @@ class BlockProblem(ProblemFamily):
     ) -> dict[str, Tensor]:
         """Draw x and the weights; A_log, D and dt_bias in fp32 at least, all else in `dtype`."""
         draws = Draws(seed, device)
-        shape = (problem.batch, problem.seqlen, d_model_of(problem))
+        shape = (problem.batch, problem.length, d_model_of(problem))
         inputs = {"x": draws.normal(*shape, dtype=dtype)}
         if problem.family is Family.ATTENTION:
             headdim = problem.d_inner // problem.nheads
-            tables = rotary_tables(problem.seqlen, headdim, dtype=dtype, device=device)
+            tables = rotary_tables(problem.length, headdim, dtype=dtype, device=device)
             inputs.update(zip(_TABLES, tables, strict=True))
         stack = _skeleton(problem, _no_mixer, dtype)
         for index, block in enumerate(stack.each):
@@ -142,9 +142,9 @@ class BlockProblem(ProblemFamily):
         if problem.family is not Family.ATTENTION:
             return Sample()
         count = rows_within_budget(problem, problem.nheads)
-        if count >= problem.seqlen:
+        if count >= problem.length:
             return Sample()
-        return Sample(rows=choose_rows(problem.seqlen, count, np.random.default_rng(seed)))
+        return Sample(rows=choose_rows(problem.length, count, np.random.default_rng(seed)))
 
     def select_inputs(self, problem: Problem, inputs: Inputs, sample: Sample) -> dict[str, Tensor]:
         """Return everything: what is sampled depends on all of it."""

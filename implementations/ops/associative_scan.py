@@ -42,4 +42,4 @@ class AssociativeScan(Implementation):
 
     def launches(self, case: Case) -> int:
         """Estimate: three operations a level of the tree, and some before and after."""
-        return 20 + 3 * case.problem.seqlen.bit_length()
+        return 20 + 3 * case.problem.length.bit_length()

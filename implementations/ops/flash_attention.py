@@ -152,7 +152,7 @@ class FlashAttention(Implementation):
         problem, needs_grad = case.problem, case.pass_.needs_grad
         rows = problem.tokens * problem.nheads
         if case.variant == "sdpa-math":
-            matrix = rows * problem.seqlen * max(case.dtype.itemsize, 4)
+            matrix = rows * problem.length * max(case.dtype.itemsize, 4)
             return matrix * (13 if needs_grad else 10) // 4
         accumulator = 4 * problem.tokens * problem.d_inner if needs_grad else 0
         return accumulator + 4 * rows * (2 if needs_grad else 1)

@@ -61,7 +61,7 @@ class SelectiveScan(Implementation):
         p = case.problem
         sizes = {
             "batch": p.batch,
-            "seqlen": p.seqlen,
+            "seqlen": p.length,
             "d_inner": p.d_inner,
             "d_state": p.d_state or 1,
             "ngroups": p.ngroups or 1,
@@ -74,7 +74,7 @@ class SelectiveScan(Implementation):
         copies = 0
         if case.dtype.itemsize < wide:
             tensors = (7 if case.pass_.needs_grad else 3) + 2 * p.gated
-            copies = wide * tensors * p.batch * p.d_inner * p.seqlen
+            copies = wide * tensors * p.batch * p.d_inner * p.length
         return copies + numba_config.workspace_bytes(
             **sizes, backward=case.pass_.needs_grad, itemsize=wide
         )

@@ -72,7 +72,7 @@ class Ssd(Implementation):
         p = case.problem
         return workspace_bytes(
             batch=p.batch,
-            seqlen=p.seqlen,
+            seqlen=p.length,
             nheads=p.nheads,
             headdim=p.headdim or 0,
             d_state=p.d_state or 0,
@@ -95,7 +95,7 @@ def _hopper_workspace(case: Case) -> int:
     p = case.problem
     return workspace_bytes(
         batch=p.batch,
-        seqlen=p.seqlen,
+        seqlen=p.length,
         nheads=p.nheads,
         headdim=p.headdim or 0,
         d_state=p.d_state or 0,
@@ -114,7 +114,7 @@ def _triton_workspace(case: Case) -> int:
     forward = 8 * token_heads
     if case.pass_ is Pass.FORWARD:
         return forward
-    chunks = -(-p.seqlen // tiles.grad_chunk) * p.batch
+    chunks = -(-p.length // tiles.grad_chunk) * p.batch
     states = 2 * chunks * p.nheads * headdim * d_state * case.dtype.itemsize
     partials = 2 * 4 * p.tokens * ngroups * d_state * min(8, p.nheads // ngroups)
     return 16 * token_heads + states + partials

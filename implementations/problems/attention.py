@@ -38,7 +38,7 @@ class AttentionProblem(ProblemFamily):
     ) -> dict[str, Tensor]:
         """Draw q, k, v (B, L, H, P) from the normal distribution, drawn on the device."""
         generator = torch.Generator(device=device).manual_seed(seed)
-        shape = (problem.batch, problem.seqlen, problem.nheads, _headdim(problem))
+        shape = (problem.batch, problem.length, problem.nheads, _headdim(problem))
         return {
             name: torch.randn(shape, generator=generator, dtype=dtype, device=device)
             for name in ("q", "k", "v")
@@ -54,7 +54,7 @@ class AttentionProblem(ProblemFamily):
 
     def sample(self, problem: Problem, *, seed: int) -> Sample:
         """Judge everything while it is cheap; else some heads, and some of their query rows."""
-        batch, seqlen, nheads = problem.batch, problem.seqlen, problem.nheads
+        batch, seqlen, nheads = problem.batch, problem.length, problem.nheads
         if batch * nheads * seqlen * seqlen // 2 <= _PAIRS:
             return Sample()
         rng = np.random.default_rng(seed)
@@ -103,7 +103,7 @@ def choose_heads(nheads: int, count: int, rng: np.random.Generator) -> tuple[int
 
 def rows_within_budget(problem: Problem, heads: int) -> int:
     """Return how many query rows of so many heads are judged."""
-    return max(_FEWEST_ROWS, _PAIRS // (problem.batch * heads * max(problem.seqlen // 2, 1)))
+    return max(_FEWEST_ROWS, _PAIRS // (problem.batch * heads * max(problem.length // 2, 1)))
 
 
 def choose_rows(seqlen: int, count: int, rng: np.random.Generator) -> tuple[int, ...]:

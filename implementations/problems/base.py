@@ -34,12 +34,14 @@ class Sample:
     channels: tuple[int, ...] | None = None  # s6: indices of d_inner
     heads: tuple[int, ...] | None = None  # ssd, attention
     rows: tuple[int, ...] | None = None  # attention: query positions
+    sequences: tuple[int, ...] | None = None  # decode: indices of the batch
 
 
 class ProblemFamily(ABC):
     """Inputs, calling convention and references of one family. All methods are pure."""
 
     family: ClassVar[Family]
+    outputs: ClassVar[tuple[str, ...]] = ("y", "final_state")  # names of what `call` returns
 
     @abstractmethod
     def make_inputs(
@@ -54,6 +56,13 @@ class ProblemFamily(ABC):
     @abstractmethod
     def differentiable(self, problem: Problem) -> tuple[str, ...]:
         """Name the inputs whose gradients a backward pass computes."""
+
+    def updated(self, problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
+        """Return by name the views of the inputs that the operation changes in place: none.
+
+        Where there are any, `call` returns them after y.
+        """
+        return {}
 
     @abstractmethod
     def call(self, op: Callable[..., Any], problem: Problem, inputs: Inputs) -> Outputs:

@@ -88,6 +88,15 @@ def choose(count: int, *, tokens: int, at_most: int, seed: int) -> tuple[int, ..
     return tuple(sorted(chosen))
 
 
+def choose_some(count: int, at_most: int, *, seed: int) -> tuple[int, ...] | None:
+    """Choose which of `count` sequences are judged, first and last among them; None means all."""
+    wanted = max(2, at_most)
+    if wanted >= count:
+        return None
+    between = random.Random(seed).sample(range(1, count - 1), wanted - 2)
+    return (0, *sorted(between), count - 1)
+
+
 def index(selected: Sequence[int] | None, count: int, device: torch.device) -> Tensor:
     """Return the selected positions as an int64 tensor; None selects all of `count`."""
     return torch.tensor(selected if selected is not None else range(count), device=device)

@@ -115,7 +115,7 @@ class S6Problem(ProblemFamily):
 def _sizes(problem: Problem) -> tuple[int, int, int, int]:
     if problem.d_state is None:
         raise ValueError(f"family {problem.family} needs d_state, got {problem}")
-    return problem.batch, problem.seqlen, problem.d_inner, problem.d_state
+    return problem.batch, problem.length, problem.d_inner, problem.d_state
 
 
 def _selected(value: Tensor, axis: int, sample: Sample) -> Tensor:

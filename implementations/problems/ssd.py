@@ -136,7 +136,7 @@ class SsdProblem(ProblemFamily):
 def _sizes(problem: Problem) -> tuple[int, int, int, int, int]:
     if problem.d_state is None or problem.headdim is None:
         raise ValueError(f"family {problem.family} needs headdim and d_state, got {problem}")
-    return problem.batch, problem.seqlen, problem.nheads, problem.headdim, problem.d_state
+    return problem.batch, problem.length, problem.nheads, problem.headdim, problem.d_state
 
 
 def _selected(value: Tensor, axis: int, sample: Sample) -> Tensor:

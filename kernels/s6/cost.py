@@ -3,6 +3,7 @@
 Shapes: u, delta, z, out (B, D, L); B, C (B, G, N, L); A (D, N), D, delta_bias (D,) in fp32.
 """
 
+_STATE_BYTES = 4  # the last state of a prefill is fp32
 _PARAMETER_BYTES = 4  # A, D and delta_bias are fp32 whatever the activations are
 
 # Per (b, d, l, n), an exponential counting as one operation.
@@ -13,6 +14,11 @@ _FORWARD_TOKEN_FLOP = 7  # delta + bias; softplus: 3; dt u; y + D u: 2
 _BACKWARD_TOKEN_FLOP = 11  # du: 3; ddt: 2; softplus': 3; dD: 2; dbias
 _FORWARD_GATE_FLOP = 5  # y z sigmoid(z)
 _BACKWARD_GATE_FLOP = 10  # dy: 5; dz: 5
+
+
+def state_bytes(*, batch: int, d_inner: int, d_state: int, itemsize: int) -> int:
+    """Return the bytes of the state (B, D, N) that decoding keeps."""
+    return itemsize * batch * d_inner * d_state
 
 
 def cost(
@@ -38,14 +44,19 @@ def cost(
     - backward bytes: e ((5 + 2 z) b d l + 4 b g n l) + 8 (d n + 2 d): u, delta, z, dout, du, ddelta
       and dz; B, C, dB and dC; the parameters and their gradients
     - training: forward + backward
+    - prefill: forward, and the last state written, 4 b d n bytes
+    - decode: forward of one step (seqlen 1), and the state, in e bytes, read and written: 2 e b d n
 
     Args:
-        pass_name: "forward", "backward" or "training".
-        itemsize: bytes per element of the activations, B and C.
+        pass_name: "forward", "backward", "training", "prefill" or "decode".
+        seqlen: l; not used by decode.
+        itemsize: bytes per element of the activations, B and C, and of decode's state.
 
     Raises:
-        ValueError: pass_name is none of the three.
+        ValueError: pass_name is none of these.
     """
+    if pass_name == "decode":
+        seqlen = 1
     gate = int(gated)
     tokens = batch * seqlen
     channels = tokens * d_inner
@@ -67,4 +78,11 @@ def cost(
         return backward
     if pass_name == "training":
         return forward[0] + backward[0], forward[1] + backward[1]
-    raise ValueError(f"pass_name: got {pass_name!r}, expected forward, backward or training")
+    state = batch * d_inner * d_state
+    if pass_name == "prefill":
+        return forward[0], forward[1] + _STATE_BYTES * state
+    if pass_name == "decode":
+        return forward[0], forward[1] + 2 * itemsize * state
+    raise ValueError(
+        f"pass_name: got {pass_name!r}, expected forward, backward, training, prefill or decode"
+    )

@@ -32,7 +32,16 @@ left out:
     backward    e (3 + 2 z) B L H P + 4 e B L G N + 2 e B L H
 
 The last term of the forward pass is the final state in fp32. Training is forward plus backward.
+Prefill is the forward pass. Decode is the recurrence of one token, of whose state, in e bytes an
+element, every value is read and written:
+
+    decode      e (2 + z) B H P + 2 e B G N + e B H + 2 e B H P N
 """
+
+
+def state_bytes(*, batch: int, nheads: int, headdim: int, d_state: int, itemsize: int) -> int:
+    """Return the bytes of the state (B, H, P, N) that decoding keeps."""
+    return itemsize * batch * nheads * headdim * d_state
 
 
 def cost(
@@ -50,19 +59,21 @@ def cost(
     """Return (model_flop, compulsory_bytes) of one pass.
 
     Args:
-        pass_name: "forward", "backward" or "training" (forward and backward).
+        pass_name: "forward", "backward", "training" (both), "prefill" or "decode".
         batch: B.
-        seqlen: L, tokens.
+        seqlen: L, tokens; not used by decode.
         nheads: H.
         headdim: P.
         d_state: N.
         ngroups: G, the number of distinct B and C projections.
         gated: whether the output is multiplied by silu(z).
-        itemsize: bytes per element of the activations.
+        itemsize: bytes per element of the activations, and of decode's state.
 
     Raises:
-        ValueError: pass_name is none of the three.
+        ValueError: pass_name is none of these.
     """
+    if pass_name == "decode":
+        seqlen = 1
     if pass_name == "training":
         sizes = {"batch": batch, "seqlen": seqlen, "nheads": nheads, "headdim": headdim}
         rest = {"d_state": d_state, "ngroups": ngroups, "gated": gated, "itemsize": itemsize}
@@ -71,12 +82,15 @@ def cost(
     token_heads = batch * seqlen * nheads
     activations = token_heads * headdim
     projections = batch * seqlen * ngroups * d_state
-    if pass_name == "forward":
+    if pass_name in ("forward", "prefill", "decode"):
         flop = activations * (5 * d_state + 3 + 2 * gated)
         elements = (2 + gated) * activations + 2 * projections + token_heads
-        return flop, itemsize * elements + 4 * batch * nheads * headdim * d_state
+        state = batch * nheads * headdim * d_state
+        return flop, itemsize * elements + state * (2 * itemsize if pass_name == "decode" else 4)
     if pass_name == "backward":
         flop = activations * (11 * d_state + 7 + 6 * gated)
         elements = (3 + 2 * gated) * activations + 4 * projections + 2 * token_heads
         return flop, itemsize * elements
-    raise ValueError(f"pass_name is 'forward', 'backward' or 'training', got {pass_name!r}")
+    raise ValueError(
+        f"pass_name is 'forward', 'backward', 'training', 'prefill' or 'decode', got {pass_name!r}"
+    )

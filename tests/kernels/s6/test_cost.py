@@ -46,8 +46,8 @@ def test_training_is_both_passes(gated):
 
 
 def test_unknown_pass_is_refused():
-    with pytest.raises(ValueError, match="prefill"):
-        cost(pass_name="prefill", gated=False, **SIZES)
+    with pytest.raises(ValueError, match="sideways"):
+        cost(pass_name="sideways", gated=False, **SIZES)
 
 
 def test_imports_no_torch():
