@@ -198,7 +198,7 @@ def _implementation(implementation: Implementation, device: Device) -> Check:
     where = "the CPU" if device.kind is DeviceKind.CPU else device.name
     return Check(
         name=implementation.name,
-        ok=bool(usable),
+        ok=bool(usable) or (None if implementation.peer else False),
         found=", ".join(usable) or "no variant can run",
         enables=f"{implementation.summary} (on {where})",
         fix="\n".join(missing) or None,

@@ -24,9 +24,13 @@ from mambench.harness.spec import Device, DeviceKind
 
 LIBRARIES = (
     *("torch", "triton", "numba", "numpy", "pandas", "flash-attn-4", "flash-attn-3", "flash-attn"),
-    *("mamba-ssm", "causal-conv1d", "flash-linear-attention", "flashinfer-python"),
+    *("mamba-ssm", "causal-conv1d", "flash-linear-attention", "fla-core", "flashinfer-python"),
+    *("einops", "tilelang"),
     *("nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cutlass-dsl", "nvidia-ml-py", "psutil"),
 )
+
+# Top-level modules that are not called as their distributions.
+MODULES = {"fla-core": "fla", "flashinfer-python": "flashinfer", "nvidia-ml-py": "pynvml"}
 
 # Variables that change what is run or how fast; no other variable is recorded.
 VARIABLES = (
@@ -351,7 +355,22 @@ def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return None
+        return _stated_version(MODULES.get(distribution, distribution.replace("-", "_")))
+
+
+def _stated_version(module: str) -> str | None:
+    """Return the `__version__` that a package's source states, without importing it.
+
+    A package on PYTHONPATH, unpacked or a checkout, has no metadata.
+    """
+    with suppress(ImportError, ValueError):
+        spec = importlib.util.find_spec(module)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            for name in ("__init__.py", "version.py", "_version.py"):
+                stated = r"^__version__\b[^=\n]*=\s*['\"]([^'\"]+)['\"]"
+                if match := re.search(stated, _read(str(Path(folder) / name)), re.MULTILINE):
+                    return match[1]
+    return None
 
 
 @functools.cache

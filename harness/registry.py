@@ -28,6 +28,10 @@ BUILT_IN: Mapping[str, str] = {
     "selective_scan": "mambench.implementations.ops.selective_scan:SelectiveScan",
     "ssd": "mambench.implementations.ops.ssd:Ssd",
     "flash_attention": "mambench.implementations.ops.flash_attention:FlashAttention",
+    "mamba_ssm_scan": "mambench.implementations.peers.mamba_ssm:MambaSsmScan",
+    "mamba_ssm_ssd": "mambench.implementations.peers.mamba_ssm:MambaSsmSsd",
+    "fla_simple_gla": "mambench.implementations.peers.fla:FlaSimpleGla",
+    "flashinfer_update": "mambench.implementations.peers.flashinfer:FlashinferUpdate",
 }
 
 

@@ -57,6 +57,7 @@ class Implementation(ABC):
     name: ClassVar[str]
     families: ClassVar[tuple[Family, ...]]
     summary: ClassVar[str]  # one line for `list`
+    peer: ClassVar[bool] = False  # another project's operation: nothing is amiss without it
 
     @abstractmethod
     def variants(self, device: Device) -> tuple[Variant, ...]:

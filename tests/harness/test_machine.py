@@ -264,3 +264,19 @@ def test_code_version_follows_every_change(tmp_path: Path, monkeypatch: pytest.M
     ids = {v["id"] for v in (outside, clean, edited, with_new, with_newer)}
     assert len(ids) == 5
     assert machine.code_version() == with_newer
+
+
+def test_a_package_without_metadata_states_its_version_in_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for module, text in (
+        ("unpacked_one", "import torch_is_not_imported_here\n__version__ = '2.3.2'\n"),
+        ("unpacked_two", "x = 1\n"),
+    ):
+        (tmp_path / module).mkdir()
+        (tmp_path / module / "__init__.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("unpacked-one", "unpacked-two", "not-there-at-all")
+    monkeypatch.setattr(machine, "LIBRARIES", names)
+    libraries = machine.environment()["libraries"]
+    assert libraries == {"unpacked-one": "2.3.2", "unpacked-two": None, "not-there-at-all": None}
