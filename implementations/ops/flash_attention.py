@@ -1,8 +1,9 @@
 """Causal softmax attention without the (L, L) matrix in memory, in the variants that exist.
 
-`flash-attn` 4, 3 and 2 (Tri Dao's packages, where they are installed) and the backends of torch's
-`scaled_dot_product_attention`. Which of them can run is read from the device and from the installed
-distributions' metadata: neither torch nor flash-attn is imported to find out.
+`flash-attn` 4, 3 and 2 (Tri Dao's packages, where they are installed), the backends of torch's
+`scaled_dot_product_attention`, and torch's FlexAttention with a causal mask of blocks, compiled.
+Which of them can run is read from the device and from the installed distributions' metadata:
+neither torch nor flash-attn is imported to find out.
 """
 
 from collections.abc import Callable
@@ -69,6 +70,14 @@ _CUDA: dict[str, _Limits] = {
         dtypes=_HALF, headdim=256, aligned=False, capabilities=(8, 9, 10, 11, 12)
     ),
     "sdpa-efficient": _Limits(dtypes=_FLOAT),
+    "flex": _Limits(
+        dtypes=_FLOAT,
+        headdim=256,
+        aligned=False,
+        capabilities=(8, 9, 10, 11, 12),
+        distributions=("triton", "pytorch-triton"),
+        install="pip install triton",
+    ),
     "sdpa-math": _Limits(dtypes=_ALL, aligned=False),
 }
 
@@ -76,12 +85,15 @@ _MODULES = {"fa4": "flash_attn.cute", "fa3": "flash_attn_interface", "fa2": "fla
 
 # From Hopper on, torch's flash backend and flash-attn 2 are Ampere kernels that leave the newer
 # matrix units idle; before it they are the ones written for the part.
-_ORDER_HOPPER_ON = ("fa4", "fa3", "sdpa-cudnn", "fa2", "sdpa-flash", "sdpa-efficient", "sdpa-math")
+_ORDER_HOPPER_ON = (
+    *("fa4", "fa3", "sdpa-cudnn", "fa2", "sdpa-flash", "sdpa-efficient", "flex", "sdpa-math"),
+)
 _ORDER_BEFORE_HOPPER = (
     "fa2",
     "sdpa-flash",
     "sdpa-cudnn",
     "sdpa-efficient",
+    "flex",
     "sdpa-math",
     "fa4",
     "fa3",
@@ -121,6 +133,10 @@ class FlashAttention(Implementation):
             raise ValueError(f"{self.name} computes attention, not {family}")
         if variant.startswith("sdpa-"):
             return _sdpa(variant)
+        if variant == "flex":
+            from mambench.implementations.ops.flex_attention import causal
+
+            return causal()
         if variant not in _MODULES:
             raise ValueError(f"{self.name} has no variant {variant!r}; valid: {', '.join(_CUDA)}")
         return _causal(import_module(_MODULES[variant]).flash_attn_func)

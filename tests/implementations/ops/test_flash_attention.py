@@ -86,7 +86,9 @@ def test_hopper_without_it_runs_cudnn_and_says_how_to_install(
 def test_everything_installed_on_hopper_comes_in_the_documented_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    install(monkeypatch, flash_attn_4="4.0.0", flash_attn_3="3.0.0", flash_attn="2.8.3")
+    install(
+        monkeypatch, flash_attn_4="4.0.0", flash_attn_3="3.0.0", flash_attn="2.8.3", triton="3.6.0"
+    )
     assert available(H100) == [
         "fa4",
         "fa3",
@@ -94,6 +96,7 @@ def test_everything_installed_on_hopper_comes_in_the_documented_order(
         "fa2",
         "sdpa-flash",
         "sdpa-efficient",
+        "flex",
         "sdpa-math",
     ]
 
@@ -101,7 +104,7 @@ def test_everything_installed_on_hopper_comes_in_the_documented_order(
 def test_ampere_declines_4_and_3_even_if_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, flash_attn_4="4.0.0", flash_attn_3="3.0.0", flash_attn="2.8.3")
     assert available(A100)[0] == "fa2"
-    assert set(reasons(A100)) == {"fa4", "fa3"}
+    assert set(reasons(A100)) == {"fa4", "fa3", "flex"}
     assert "8.0" in reasons(A100)["fa4"]
 
 
