@@ -64,12 +64,14 @@ def cli(context: click.Context) -> None:
 @options.device_option
 @options.plugin_option
 def list_(device: str | None, plugins: tuple[str, ...]) -> None:
-    """Implementations with their variants and availability, suites, metrics."""
+    """Implementations with their variants and availability, suites, measurements."""
     from mambench.harness import cli_views, machine, registry, suite
+    from mambench.harness.profilers import catalog
 
     where = machine.detect(device)
     suites = [suite.find(name) for name in suite.names()]
-    click.echo(cli_views.listing(registry.load(plugins), suites, where))
+    implementations, profilers = registry.load(plugins), catalog.load(plugins)
+    click.echo(cli_views.listing(implementations, suites, profilers, where))
 
 
 @cli.command()
@@ -290,6 +292,7 @@ def _make_plan(asked: Mapping[str, Any], *, time_budget_s: float | None = None) 
         axes=overrides,
         filters=asked["filters"],
         settings={**reproduce.parse_settings(asked["settings"]), **settings},
+        measure=reproduce.parse_names(asked["measure"]),
         plugins=asked["plugins"],
         time_budget_s=time_budget_s,
     )

@@ -110,6 +110,12 @@ def _implementations() -> list[str]:
     return list(registry.load())
 
 
+def _profilers() -> list[str]:
+    from mambench.harness.profilers import catalog
+
+    return [*catalog.load(), catalog.ALL]
+
+
 def _axes() -> list[str]:
     from mambench.harness import axes
 
@@ -144,7 +150,7 @@ plugin_option = click.option(
     *("--plugin", "plugins"),
     multiple=True,
     metavar="MODULE|FILE",
-    help="Load further implementations from a module or a .py file. Repeatable.",
+    help="Load further implementations and profilers from a module or a .py file. Repeatable.",
 )
 device_option = click.option(
     "--device",
@@ -199,7 +205,30 @@ question_options = _all_of(
     plugin_option,
 )
 
+
+class _Names(Completed):
+    """Names separated by commas."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Offer what may follow the last comma."""
+        before, comma, last = incomplete.rpartition(",")
+        return [
+            CompletionItem(before + comma + item.value)
+            for item in _completions(self._offered, last)
+        ]
+
+
 settings_options = _all_of(
+    click.option(
+        *("-m", "--measure"),
+        type=_Names("measurement", _profilers),
+        multiple=True,
+        metavar="NAME,...",
+        help="What to measure instead of the suite's choice, e.g. time,energy; all: whatever this "
+        "device can give. `list` names them. Repeatable.",
+    ),
     click.option(
         *("--target-time", "target_s"), type=Duration(), metavar="TIME", help="Sampling per case."
     ),

@@ -7,16 +7,21 @@ from typing import Any, cast
 from mambench.harness import registry
 from mambench.harness.doctor import Check
 from mambench.harness.plan import Plan, PlannedCase
+from mambench.harness.profilers import catalog
+from mambench.harness.profilers.base import Profiler
 from mambench.harness.records import Observation
 from mambench.harness.reproduce import sizes
-from mambench.harness.spec import METRICS, Device
+from mambench.harness.spec import METRICS, Device, Metric
 from mambench.harness.suite import Suite
 from mambench.harness.text import binary_bytes, duration, si_time, table
 from mambench.implementations.base import Implementation
 
 
 def listing(
-    implementations: Mapping[str, Implementation], suites: Sequence[Suite], device: Device
+    implementations: Mapping[str, Implementation],
+    suites: Sequence[Suite],
+    profilers: Mapping[str, Profiler],
+    device: Device,
 ) -> str:
     """Return `list`'s output."""
     lines = [f"Implementations on {device.torch_name} ({device.name})"]
@@ -32,16 +37,19 @@ def listing(
     width = max((len(suite.name) for suite in suites), default=0)
     lines += ["", "Suites", ""]
     lines += [f"  {suite.name:<{width}}  {suite.question or suite.title}" for suite in suites]
-    lines += ["", "Metrics", ""]
-    lines.append(
-        table(
-            [
-                ("", m.tag, m.unit, ("modelled; " if m.modelled else "") + m.description)
-                for m in METRICS
-            ]
-        )
-    )
-    return "\n".join(lines)
+    lines += ["", "Measurements, for --measure and a suite's `measure`"]
+    for profiler in profilers.values():
+        default = "; measured unless told" if profiler.name in catalog.DEFAULT[device.kind] else ""
+        reason = profiler.missing(device)
+        state = f"unavailable: {reason}" if reason else f"available{default}"
+        lines += ["", f"  {profiler.name}  {profiler.summary}  [{state}]"]
+        lines.append(table([_metric_row(metric) for metric in profiler.metrics]))
+    modelled = [_metric_row(metric) for metric in METRICS if metric.modelled]
+    return "\n".join([*lines, "", "Modelled, from shapes alone", "", table(modelled)])
+
+
+def _metric_row(metric: Metric) -> tuple[str, ...]:
+    return ("    ", metric.tag, metric.unit, metric.description)
 
 
 def checks(found: Sequence[Check]) -> str:
@@ -74,8 +82,15 @@ def plan(made: Plan) -> str:
         "",
         f"{len(made.cases)} cases, {len(runnable)} to run: about {duration(made.estimate_s)}, "
         f"at most {binary_bytes(peak)} by the memory model (compilation aside)",
+        _measure_line(made),
     ]
     return "\n".join([*lines, *(f"note: {note}" for note in made.notes)])
+
+
+def _measure_line(made: Plan) -> str:
+    parts = [f"{name} {duration(seconds)}" for name, seconds in made.measure_s.items()]
+    start = f", to start {duration(made.start_s)}" if made.start_s else ""
+    return f"of which to measure: {', '.join(parts)}{start}"
 
 
 def _plan_row(number: int, planned: PlannedCase) -> tuple[str, ...]:

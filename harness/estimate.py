@@ -7,13 +7,14 @@ cannot fit need. The progress display corrects the seconds by what it sees.
 from dataclasses import dataclass
 
 from mambench.harness import registry
-from mambench.harness.spec import Case, Device, DeviceKind, DType, Outcome, Settings
+from mambench.harness.spec import Case, Device, DeviceKind, DType, Outcome
 from mambench.implementations.base import Implementation
 
 # A case is left out only when its estimate exceeds the device's memory by this factor: the model
 # cannot know how well an allocator or a kernel reuses buffers, and a run that fits is worth more
 # than one `oom` saved.
 MEMORY_FACTOR = 1.5
+FIRST_EXECUTIONS = 3  # the first call, and two by the gate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Rates:
     wide_factor: float  # how much slower fp32 is than 16-bit (on the CPU: 16-bit than fp32)
     bytes_per_s: float
     launch_s: float  # one operation launched from Python
-    case_s: float  # fixed: worker, inputs, memory pass
+    case_s: float  # fixed: worker, inputs
     gate_flop_per_s: float  # the float64 reference of the correctness gate
 
 
@@ -50,17 +51,16 @@ RATES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Wall time of a whole case, time of one execution, and modelled peak memory."""
+    """What a case takes before it is measured, one execution of it, and modelled peak memory."""
 
-    case_s: float
+    set_up_s: float  # worker, inputs, first call, gate
     execution_s: float
+    launches: int  # operations launched by one execution
     memory_bytes: int
 
 
-def estimate(
-    case: Case, implementation: Implementation, device: Device, settings: Settings
-) -> Estimate:
-    """Estimate what a case takes on a device."""
+def estimate(case: Case, implementation: Implementation, device: Device) -> Estimate:
+    """Estimate what a case takes on a device, its measurements aside: those know their own."""
     from mambench.implementations.cost import case_cost  # torch-free, but not needed to list
 
     cost, rates = case_cost(case), RATES[device.kind]
@@ -74,10 +74,11 @@ def estimate(
     workspace_bytes: int = registry.ask(implementation, "workspace_bytes", case)
     execution_s = max(arithmetic_s, memory_s) + launches * rates.launch_s
     return Estimate(
-        case_s=rates.case_s
+        set_up_s=rates.case_s
         + cost.model_flop / rates.gate_flop_per_s
-        + _run_s(execution_s, settings),
+        + FIRST_EXECUTIONS * execution_s,
         execution_s=execution_s,
+        launches=launches,
         memory_bytes=cost.compulsory_bytes + workspace_bytes,
     )
 
@@ -92,10 +93,3 @@ def refusal(memory_bytes: int, device: Device) -> tuple[Outcome, str] | None:
         f"needs about {memory_bytes / gib:,.1f} GiB by the memory model; the device has "
         f"{device.memory_bytes / gib:,.1f} GiB",
     )
-
-
-def _run_s(execution_s: float, settings: Settings) -> float:
-    """Return the time of the samples and of six executions before: first, gate, warm-up, memory."""
-    samples_s = max(settings.target_s, settings.min_samples * execution_s)
-    samples_s = min(samples_s, settings.max_samples * execution_s)
-    return min(6 * execution_s + samples_s, settings.time_limit_s)

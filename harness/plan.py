@@ -15,7 +15,7 @@ from mambench.harness import estimate, expand, registry
 from mambench.harness.errors import UsageError
 from mambench.harness.filters import compile_filter
 from mambench.harness.profilers import catalog
-from mambench.harness.profilers.base import BatchProfiler, Profiler, Work
+from mambench.harness.profilers.base import DECIDING, BatchProfiler, Profiler, Work
 from mambench.harness.spec import (
     METRICS,
     Case,
@@ -199,7 +199,7 @@ def make_plan(
         settings=settings,
         cases=tuple(cases),
         plugins=plugins,
-        notes=tuple([*notes, *_missing_notes(chosen, device)]),
+        notes=(*notes, *_missing_notes(chosen, device)),
         start_s=sum(
             profiler.start_s
             for profiler in chosen.values()
@@ -226,7 +226,10 @@ def _settings(
     else:
         settings = replace(Settings(), **{**suite.settings, **(given or {})})
         names = measure or suite.measure.get(device.kind) or catalog.DEFAULT[device.kind]
-    return replace(settings, measurements=catalog.choose(names, known, device))
+    chosen = catalog.choose(names, known, device)
+    if any(isinstance(known[name], BatchProfiler) for name in chosen):
+        chosen = tuple(dict.fromkeys((DECIDING, *chosen)))  # only what is proven right is batched
+    return replace(settings, measurements=chosen)
 
 
 def _missing_notes(chosen: Mapping[str, Profiler], device: Device) -> list[str]:

@@ -25,6 +25,7 @@ class WorkerConfig:
     threads: int
     plugins: tuple[str, ...] = ()
     tuned_malloc: bool = False  # return freed memory at once: for memory, never for time
+    shares_device: bool = False  # with other workers: keep no memory between cases
     sys_path: tuple[str, ...] = ()  # the runner's, so that plugins named as modules are found
 
 
@@ -64,6 +65,8 @@ class Finding:
     values: Mapping[str, float | int | None]
     samples_s: tuple[float, ...] | None
     details: Mapping[str, Any]
+    outcome: Outcome = Outcome.OK  # other than ok: this measurement failed, and the others go on
+    reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,14 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from mambench.harness.errors import PluginError, UsageError, unknown_name
+from mambench.harness.profilers.base import is_profiler
 from mambench.harness.spec import Family, digest
 from mambench.implementations.base import Implementation
 
@@ -62,7 +63,7 @@ def load(plugins: Sequence[str] = ()) -> dict[str, Implementation]:
 def get(name: str, plugins: Sequence[str] = ()) -> Implementation:
     """Return one implementation; raises UsageError with the nearest name if there is none."""
     if name in BUILT_IN and not plugins:
-        return _instantiate(_attribute(BUILT_IN[name], BUILT_IN[name]), BUILT_IN[name])
+        return _instantiate(attribute(BUILT_IN[name], BUILT_IN[name]), BUILT_IN[name])
     found = load(plugins)
     if name not in found:
         raise UsageError(unknown_name("implementation", name, found))
@@ -101,24 +102,32 @@ def _is_file(plugin: str) -> bool:
 
 def _classes(plugins: Sequence[str]) -> Iterator[tuple[str, type[Any]]]:
     for target in BUILT_IN.values():
-        yield target, _attribute(target, target)
+        yield target, attribute(target, target)
     for point in entry_points(group=ENTRY_POINT_GROUP):
-        yield point.value, _attribute(point.value, f"entry point '{point.name}'")
-    # A plugin may import what another plugin defines; a class counts once, where it is defined.
+        yield point.value, attribute(point.value, f"entry point '{point.name}'")
     for plugin in dict.fromkeys(plugins):
-        module = _import_plugin(plugin)
-        classes = [
-            value
-            for name, value in vars(module).items()
-            if _is_implementation(value) and value.__module__ == module.__name__ and name[0] != "_"
-        ]
-        if not classes:
+        classes = defined_in(plugin, _is_implementation)
+        if not classes and not defined_in(plugin, is_profiler):
             raise PluginError(
-                f"plugin '{plugin}' defines no implementation: a public subclass of "
-                f"mambench.implementations.base.Implementation with name, families and summary."
+                f"plugin '{plugin}' defines neither an implementation (a public subclass of "
+                f"mambench.implementations.base.Implementation with name, families and summary) "
+                f"nor a profiler (mambench.harness.profilers.base.CaseProfiler or BatchProfiler)."
             )
         for cls in classes:
             yield f"plugin {plugin}", cls
+
+
+def defined_in(plugin: str, accepts: Callable[[object], bool]) -> list[type[Any]]:
+    """Return the public classes of a kind that a plugin defines; raises PluginError.
+
+    A plugin may import what another plugin defines; a class counts once, where it is defined.
+    """
+    module = _import_plugin(plugin)
+    return [
+        value
+        for name, value in vars(module).items()
+        if accepts(value) and value.__module__ == module.__name__ and name[0] != "_"
+    ]
 
 
 def _is_implementation(value: object) -> bool:
@@ -129,7 +138,8 @@ def _is_implementation(value: object) -> bool:
     )
 
 
-def _attribute(target: str, origin: str) -> type[Any]:
+def attribute(target: str, origin: str) -> type[Any]:
+    """Return what `module:name` stands for; raises PluginError, naming where that was said."""
     module_name, _, attribute = target.partition(":")
     try:
         module = importlib.import_module(module_name)

@@ -36,6 +36,7 @@ def command(case: Case, plan: Plan, *, program: Sequence[str]) -> str:
     words += ["--filter", f"family={problem.family}", "--filter", f"level={problem.level}"]
     for plugin in plan.plugins:
         words += ["--plugin", plugin]
+    words += ["--measure", ",".join(plan.settings.measurements)]
     return shlex.join([*words, *_settings(plan.settings)])
 
 
@@ -82,6 +83,11 @@ def parse_settings(texts: Sequence[str]) -> Mapping[str, Any]:
         name, _, value = text.partition("=")
         found[name.strip()] = suite.parse_setting(name.strip(), value.strip())
     return found
+
+
+def parse_names(texts: Sequence[str]) -> tuple[str, ...]:
+    """Return the names in `--measure`'s values, which commas separate."""
+    return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
 
 
 def sizes(case: Case) -> dict[str, Any]:

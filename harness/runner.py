@@ -6,8 +6,9 @@ triton: the process that supervises must survive what it supervises.
 
 import sys
 import time
+import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,14 +20,25 @@ from mambench.harness.limits import memory_limit, thread_count
 from mambench.harness.lock import device_lock
 from mambench.harness.plan import Plan, PlannedCase
 from mambench.harness.pool import Pool, Worker, make_pool
+from mambench.harness.profilers import catalog
+from mambench.harness.profilers.base import (
+    DECIDING,
+    Batch,
+    BatchProfiler,
+    CaseProfiler,
+    Failed,
+    Measured,
+    Process,
+)
 from mambench.harness.progress import Listener
 from mambench.harness.protocol import Done, Finding, Work, WorkerConfig
 from mambench.harness.records import Observation, observation_id
-from mambench.harness.spec import Case, Device, DeviceKind, Outcome, Settings, digest
+from mambench.harness.spec import Case, Outcome, digest
 from mambench.harness.store import Key, RunFolder
 
 ROUND = 0
 MAX_WARM_S = 1.0  # an execution slower than this is not run once more just to measure its memory
+TRACEBACK_LENGTH = 4000
 # What does not change a measurement does not change its identity.
 _NOT_IDENTITY = ("time_limit_s", "compile_limit_s", "memory_limit_bytes", "measurements")
 
@@ -116,19 +128,10 @@ def run(
     )
 
 
-def measurements(settings: Settings, device: Device) -> tuple[str, ...]:
-    """Return what is measured on a device: beside a time on a GPU the call time, only there."""
-    wanted = [m for m in settings.measurements if m != "call_time"]
-    timed = {"time", "call_time"} & set(settings.measurements)
-    if device.kind is DeviceKind.CUDA and timed:
-        wanted.append("call_time")
-    return tuple(dict.fromkeys(wanted))
-
-
 def outcome_of(plan: Plan, case: Case, folder: RunFolder) -> Outcome | None:
     """Return the outcome of a case's newest observations, None while any is missing."""
     newest = folder.newest()
-    keys = [_key(case, m) for m in measurements(plan.settings, plan.device)]
+    keys = [_key(case, m) for m in plan.settings.measurements]
     found = [newest[key].outcome for key in keys if key in newest]
     if len(found) < len(keys):
         return None
@@ -147,13 +150,30 @@ class _Runner:
         self._pool = pool
         self._threads = threads
         self._listener = listener
-        self._wanted = measurements(plan.settings, plan.device)
-        self._workers: dict[bool, Worker] = {}  # by whether it is tuned to measure memory
+        self._wanted = plan.settings.measurements
+        found = catalog.load(plan.plugins)
+        self._profilers = {name: found[name] for name in self._wanted}
+        self._absent = {
+            name: reason
+            for name, profiler in self._profilers.items()
+            if (reason := profiler.missing(plan.device))
+        }
+        self._batched = [
+            name
+            for name, profiler in self._profilers.items()
+            if isinstance(profiler, BatchProfiler) and name not in self._absent
+        ]
+        self._processes = {
+            profiler.process(plan.device)
+            for name, profiler in self._profilers.items()
+            if isinstance(profiler, CaseProfiler) and name not in self._absent
+        }
+        self._workers: dict[Process, Worker] = {}
         self._memory_limit = memory_limit(plan.settings)
         self._observed: list[Observation] = []  # of the present case
 
     def run(self, time_budget_s: float | None, retry_failed: bool) -> None:
-        """Decide, compile ahead, and run case after case."""
+        """Decide, compile ahead, run case after case, then what measures many at once."""
         deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
         for warning in self._folder.warnings:
             self._listener.on_note(warning)
@@ -162,9 +182,12 @@ class _Runner:
         left = [(p, m) for p in self._plan.runnable if (m := self._missing(p.case, finished))]
         self._listener.on_plan(len(self._plan.cases), len(left))
         cases = [planned.case for planned, _ in left]
-        precompile.compile_ahead(cases, self._pool, self._config(False), self._listener)
+        precompile.compile_ahead(cases, self._pool, self._config(Process.TIMED), self._listener)
         for planned, missing in left:
             self._case(planned, missing, deadline)
+        self.stop_workers()  # what comes next has the device to itself
+        for name in self._batched:
+            self._batch(name, finished, deadline)
 
     def stop_workers(self) -> None:
         """Kill the workers that are left; they are idle, or the run is being interrupted."""
@@ -188,7 +211,9 @@ class _Runner:
         return {k for k in finished if not (retry_failed and newest[k].outcome.failed)}
 
     def _missing(self, case: Case, finished: set[Key]) -> tuple[str, ...]:
-        return tuple(m for m in self._wanted if _key(case, m) not in finished)
+        return tuple(
+            m for m in self._wanted if m not in self._batched and _key(case, m) not in finished
+        )
 
     def _case(self, planned: PlannedCase, missing: tuple[str, ...], deadline: float | None) -> None:
         case = planned.case
@@ -196,14 +221,16 @@ class _Runner:
         started_at, begin = _now(), time.monotonic()
         self._listener.on_case_start(case)
         done = self._over_budget(planned, deadline) or self._earlier_failure(case, missing)
-        for work, tuned in () if done else self._works(case, missing):
-            done = self._work(work, tuned)
-            if done.outcome is not Outcome.OK:
-                break
+        done = done or self._measured(case, missing)
         pending = [m for m in missing if m not in {o.measurement for o in self._observed}]
         for measurement in pending:
-            assert done is not None
-            self._append_failure(case, measurement, done, started_at, time.monotonic() - begin)
+            if done is not None:
+                taken_s = time.monotonic() - begin
+                self._append_failure(case, measurement, done, started_at, taken_s)
+            else:
+                self._append_measured(
+                    case, measurement, Measured.missing(self._absent[measurement])
+                )
         self._listener.on_case_end(case, tuple(self._observed))
 
     def _over_budget(self, planned: PlannedCase, deadline: float | None) -> Done | None:
@@ -217,38 +244,88 @@ class _Runner:
         return Done(outcome=Outcome.SKIPPED, reason=reason)
 
     def _earlier_failure(self, case: Case, missing: tuple[str, ...]) -> Done | None:
-        """Return how another measurement of the case failed before the run was cut off."""
-        newest = self._folder.newest()
+        """Return how the case failed before the run was cut off, or before this measurement.
+
+        A measurement that failed by itself says nothing about the others.
+        """
+        newest, alone = self._folder.newest(), set(self._wanted) - {DECIDING}
         for measurement in self._wanted:
             old = newest.get(_key(case, measurement))
-            if old is not None and measurement not in missing and old.outcome is not Outcome.OK:
+            if old is None or measurement in missing or old.outcome is Outcome.OK:
+                continue
+            if old.details.get("phase") not in alone:
                 return Done(outcome=old.outcome, reason=old.reason, details=old.details)
         return None
 
-    def _works(self, case: Case, missing: tuple[str, ...]) -> Iterator[tuple[Work, bool]]:
-        """Split the measurements among workers: on the CPU memory has one of its own.
+    def _measured(self, case: Case, missing: tuple[str, ...]) -> Done | None:
+        """Let workers measure; returns how the case ended if it failed.
 
-        Its allocator returns freed memory at once, which would slow down what is timed.
+        A measurement that fails, other than of the time, fails alone: a new worker goes on.
         """
-        limit_s = self._plan.settings.time_limit_s
-        on_cpu = self._plan.device.kind is DeviceKind.CPU
-        apart = tuple(m for m in missing if on_cpu and m == "memory")
-        together = tuple(m for m in missing if m not in apart)
-        proven = len(missing) < len(self._wanted) and not together
-        if not proven:
-            yield Work(case=case, measurements=together, gate=True, limit_s=limit_s), False
-        if apart:
-            quick = self._known_time_s(case) < MAX_WARM_S
-            work = Work(case=case, measurements=apart, gate=False, warm=quick, limit_s=limit_s)
-            yield work, True
+        pending = [m for m in missing if m not in self._absent]
+        proven = len(missing) < len(self._wanted)
+        gate = True
+        while next_work := self._next_work(case, pending, proven=proven, gate=gate):
+            work, process = next_work
+            done = self._work(work, process)
+            proven, gate = True, False
+            seen = {o.measurement for o in self._observed}
+            left = [m for m in pending if m not in seen]
+            if done.outcome is Outcome.OK:
+                pending = [m for m in left if m not in work.measurements]
+                continue
+            culprit = done.details.get("phase")
+            if culprit == DECIDING or culprit not in work.measurements:
+                return done
+            if culprit in left:
+                self._append_failure(case, culprit, done, _now(), 0.0)
+                left.remove(culprit)
+            pending = left
+        return None
+
+    def _next_work(
+        self, case: Case, pending: Sequence[str], *, proven: bool, gate: bool
+    ) -> tuple[Work, Process] | None:
+        """Return what the next worker does: first what is timed, then what is apart from it.
+
+        The gate is the timed worker's, and passed once per session: what was `proven` in a run that
+        was cut off is proven again only before it is timed.
+        """
+        groups: dict[Process, list[str]] = {Process.TIMED: []}
+        for name in sorted(pending, key=self._order):
+            groups.setdefault(self._process(name), []).append(name)
+        for process, names in groups.items():
+            if not names and (proven or process is not Process.TIMED):
+                continue
+            # An execution is not repeated just so that a second worker has seen one.
+            warm = process is not Process.TUNED_MALLOC or self._known_time_s(case) < MAX_WARM_S
+            limit_s = self._plan.settings.time_limit_s
+            work = Work(
+                case=case,
+                measurements=tuple(names),
+                gate=gate and process is Process.TIMED,
+                warm=warm,
+                limit_s=limit_s,
+            )
+            return work, process
+        return None
+
+    def _order(self, name: str) -> int:
+        profiler = self._profilers[name]
+        return profiler.order if isinstance(profiler, CaseProfiler) else 0
+
+    def _process(self, name: str) -> Process:
+        profiler = self._profilers[name]
+        assert isinstance(profiler, CaseProfiler)
+        return profiler.process(self._plan.device)
 
     def _known_time_s(self, case: Case) -> float:
         timed = self._folder.newest().get(_key(case, "time"))
         return (timed.values.get("time_s") if timed else None) or 0.0
 
-    def _work(self, work: Work, tuned: bool) -> Done:
-        worker = self._workers.get(tuned) or self._pool.worker(self._config(tuned))
-        self._workers[tuned] = worker
+    def _work(self, work: Work, process: Process) -> Done:
+        worker = self._workers.get(process) or self._pool.worker(self._config(process))
+        self._workers[process] = worker
         settings = self._plan.settings
         done, alive = supervise(
             worker,
@@ -262,37 +339,111 @@ class _Runner:
             on_finding=lambda finding: self._append_finding(work.case, finding),
         )
         if done.replace:
-            del self._workers[tuned]
+            del self._workers[process]
             if alive:
                 worker.kill()
         return done
 
-    def _config(self, tuned: bool) -> WorkerConfig:
+    def _batch(self, name: str, finished: set[Key], deadline: float | None) -> None:
+        """Let a batch profiler measure the cases that are ok; fails the others as they failed."""
+        left: list[Case] = []
+        for planned in self._plan.runnable:
+            case = planned.case
+            if _key(case, name) in finished:
+                continue
+            self._observed = []
+            if failure := self._earlier_failure(case, (name,)):
+                self._append_failure(case, name, failure, _now(), 0.0)
+            else:
+                left.append(case)
+        if left and deadline is not None and time.monotonic() > deadline:
+            reason = "time budget: nothing was left; resume the run or raise --time-budget"
+            done = Done(outcome=Outcome.SKIPPED, reason=reason)
+            for case in left:
+                self._append_failure(case, name, done, _now(), 0.0)
+        elif left:
+            self._measure_batch(name, left)
+
+    def _measure_batch(self, name: str, cases: Sequence[Case]) -> None:
+        profiler = self._profilers[name]
+        assert isinstance(profiler, BatchProfiler)
+        batch = Batch(
+            cases=tuple(cases),
+            times_s={case.case_id: self._known_time_s(case) for case in cases},
+            device=self._plan.device,
+            settings=self._plan.settings,
+            threads=self._threads,
+            plugins=self._plan.plugins,
+            sys_path=tuple(sys.path),
+            note=self._listener.on_note,
+            on_case=lambda case: self._listener.on_phase(case, name),
+        )
+        self._listener.on_note(f"measuring {name} of {len(cases)} cases")
+        left = {case.case_id: case for case in cases}
+        end = Done(outcome=Outcome.ERROR, reason=f"{name} found nothing for this case")
+        begun = time.monotonic()
+        try:
+            for case, found in profiler.measure_batch(batch):
+                if left.pop(case.case_id, None) is None:
+                    continue  # said twice, or never asked for
+                taken_s, begun = time.monotonic() - begun, time.monotonic()
+                if isinstance(found, Failed):
+                    done = Done(outcome=found.outcome, reason=found.reason, details=found.details)
+                    self._append_failure(case, name, done, _now(), taken_s)
+                else:
+                    self._append_measured(case, name, found, taken_s)
+        except Exception as error:
+            trace = "".join(traceback.format_exception(error))[-TRACEBACK_LENGTH:]
+            reason = f"{type(error).__name__}: {error} (in {name})"
+            end = Done(outcome=Outcome.ERROR, reason=reason, details={"traceback": trace})
+        for case in left.values():
+            self._append_failure(case, name, end, _now(), 0.0)
+
+    def _config(self, process: Process) -> WorkerConfig:
         return WorkerConfig(
             device=self._plan.device,
             settings=self._plan.settings,
             threads=self._threads,
             plugins=self._plan.plugins,
-            tuned_malloc=tuned,
+            tuned_malloc=process is Process.TUNED_MALLOC,
+            shares_device=len(self._processes) > 1,
             sys_path=tuple(sys.path),
         )
 
     def _append_finding(self, case: Case, finding: Finding) -> None:
+        modelled = _modelled(case) if finding.outcome is Outcome.OK else {}
         self._append(
             Observation(
                 case=case,
                 measurement=finding.measurement,
                 round=ROUND,
-                outcome=Outcome.OK,
+                outcome=finding.outcome,
+                reason=finding.reason,
                 observation_id=self._observation_id(case, finding.measurement),
                 started_at=finding.started_at,
                 duration_s=finding.duration_s,
                 method=finding.method,
-                values={**finding.values, **_modelled(case)},
+                values={**finding.values, **modelled},
                 samples_s=finding.samples_s,
                 details=finding.details,
             )
         )
+
+    def _append_measured(
+        self, case: Case, measurement: str, found: Measured, duration_s: float = 0.0
+    ) -> None:
+        """Append what was found outside the workers."""
+        values = {m.tag: found.values.get(m.tag) for m in self._profilers[measurement].metrics}
+        finding = Finding(
+            measurement=measurement,
+            started_at=_now(),
+            duration_s=duration_s,
+            method=found.method,
+            values=values,
+            samples_s=found.samples_s,
+            details=found.details,
+        )
+        self._append_finding(case, finding)
 
     def _append_failure(
         self, case: Case, measurement: str, done: Done, started_at: str, duration_s: float

@@ -7,6 +7,7 @@ loaded dictionary does not, and because benchmarking boxes run the checkout with
     title: Mamba or attention at my length
     question: At which sequence length does a scan overtake attention?
     settings: {target_s: 0.3}            # optional; fields of harness.spec.Settings
+    measure: {cpu: [time], cuda: [time, call_time, memory]}  # optional; profilers by name
     sweeps:
       - implementations: [selective_scan, ssd, "flash_attention:*"]   # names, globs, name:variant
         families: [s6, ssd, attention]   # optional; default: all that the implementations have
@@ -25,7 +26,7 @@ import math
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar, cast
@@ -78,6 +79,9 @@ class Suite:
     question: str = ""
     settings: Mapping[str, object]  # overrides of harness.spec.Settings
     sweeps: tuple[Sweep, ...]
+    measure: Mapping[DeviceKind, tuple[str, ...]] = field(
+        default_factory=dict[DeviceKind, tuple[str, ...]]
+    )  # profilers by name, judged when the plan is made; a device it lacks has the default
 
 
 def folder() -> Path:
@@ -129,7 +133,7 @@ def parse(text: str, path: Path) -> Suite:
     return _suite(_Reader(path, node, ""))
 
 
-_SUITE_FIELDS = ("title", "question", "settings", "sweeps")
+_SUITE_FIELDS = ("title", "question", "settings", "measure", "sweeps")
 _SWEEP_FIELDS = ("implementations", "families", "level", "passes", "dtype", "axes")
 _SETTINGS_TYPES = {
     name: type_
@@ -233,6 +237,9 @@ def _suite(reader: _Reader) -> Suite:
         title=found["title"].text(),
         question=found["question"].text() if "question" in found else "",
         settings=_settings(found["settings"]) if "settings" in found else {},
+        measure=_per_device(found["measure"], lambda item: item.text())
+        if "measure" in found
+        else {},
         sweeps=sweeps,
     )
 

@@ -1,4 +1,4 @@
-"""A worker process: proves cases right, times them and measures their memory, one after the other.
+"""A worker process: proves cases right and lets profilers measure them, one after the other.
 
 Whatever an implementation raises ends here and becomes the case's outcome; what kills the process
 is the runner's to notice. torch is imported when serving begins, in the forked process already
@@ -18,7 +18,8 @@ from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from mambench.harness import memory, timing
+from mambench.harness import memory
+from mambench.harness.profilers.base import DECIDING, CaseProfiler, Measured, Profiler
 from mambench.harness.protocol import (
     BUILD,
     COMPILE,
@@ -32,7 +33,8 @@ from mambench.harness.protocol import (
     WorkerConfig,
 )
 from mambench.harness.spec import Case, DeviceKind, Outcome
-from mambench.harness.telemetry import Telemetry, throttled
+from mambench.harness.telemetry import Telemetry
+from mambench.harness.timing import StopRule, Timing
 
 if TYPE_CHECKING:
     from mambench.implementations.base import Implementation
@@ -42,7 +44,6 @@ REASON_LENGTH = 240
 TRACEBACK_LENGTH = 4000
 TIMING_SHARE = 0.8  # of the time that is left; the rest is for what ends later than estimated
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
-_GPU_ORDER = ("memory", "call_time", "time")
 
 Send = Callable[[object], None]
 
@@ -71,6 +72,7 @@ class _Session:
         self.telemetry = Telemetry(config.device)
         self._implementations: dict[str, Implementation] = {}
         self._warmed: set[str] = set()
+        self._profilers: Mapping[str, Profiler] | None = None
         os.environ["NUMBA_NUM_THREADS"] = str(config.threads)  # read when numba is imported
         sys.path.extend(entry for entry in config.sys_path if entry not in sys.path)
         self.tuned = config.tuned_malloc and memory.tune_malloc()
@@ -116,18 +118,26 @@ class _Session:
             )
         return Done()
 
+    def free(self) -> None:
+        """Return the memory that nothing holds."""
+        gc.collect()
+        if self.on_gpu:
+            import torch
+
+            torch.cuda.empty_cache()
+
     def work(self, message: Work, send: Send) -> Done:
         """Measure one case, sending findings as they are made."""
         return _CaseWork(self, message, send).run()
 
-    def memory_meter(self) -> tuple[memory.Meter | None, str | None]:
-        """Return what reads the device's memory, or None and the reason why nothing can."""
-        if self.on_gpu:
-            return memory.CudaMeter(self.config.device.torch_name), None
-        missing = memory.cpu_missing()
-        if missing is None and not self.tuned:
-            missing = "the C library's allocator cannot be told to return freed memory (mallopt)"
-        return (None, missing) if missing else (memory.ResidentMeter(), None)
+    @property
+    def profilers(self) -> Mapping[str, Profiler]:
+        """Every profiler by name, plugins' included."""
+        if self._profilers is None:
+            from mambench.harness.profilers import catalog
+
+            self._profilers = catalog.load(self.config.plugins)
+        return self._profilers
 
     def first_of_kind(self, case: Case) -> bool:
         """Whether nothing like this case has run in this process; from now on something has."""
@@ -141,19 +151,27 @@ class _Session:
 
 
 class _CaseWork:
-    """One case in one worker: build, first call, gate, measurements."""
+    """One case in one worker: build, first call, gate, measurements. A profiler's `Context`."""
 
     def __init__(self, session: _Session, message: Work, send: Send) -> None:
+        config = session.config
+        self.case = message.case
+        self.device = config.device
+        self.settings = config.settings
+        self.threads = config.threads
+        self.telemetry = session.telemetry
+        self.tuned_malloc = session.tuned
+        self.first_call: dict[str, Any] = {}
+        self.timings: dict[str, Timing] = {}
         self._session = session
         self._message = message
-        self._case = message.case
         self._send = send
         self._workload: Workload | None = None
+        self._execute: Callable[[], object] | None = None
         self._phase = START
         self._begun = time.monotonic()
         self._set_up_s = 0.0
         self._replace = False
-        self._first_call_s: float | None = None
         self._gate: dict[str, Any] | None = None
 
     def run(self) -> Done:
@@ -171,64 +189,79 @@ class _CaseWork:
             traceback.clear_frames(error.__traceback__)  # they hold the case's tensors
             return done
         finally:
-            self._release()
-            gc.collect()
+            self.release()
+            if self._session.config.shares_device:
+                self._session.free()
+            else:
+                gc.collect()
 
-    def _measure(self) -> Done:
-        first = self._session.first_of_kind(self._case)
-        # What the first call of its kind loads, compiles and tries out is not the case's memory.
-        if self._message.warm or first:
-            self._first_call()
-        if self._message.gate and (rejected := self._rejected()):
-            return rejected
-        for measurement in self._order():
-            self._measure_one(measurement)
-        self._session.synchronize()
-        return Done(replace=self._replace)
-
-    def _order(self) -> list[str]:
-        if not self._session.on_gpu:
-            return list(self._message.measurements)
-        # Memory comes first: a failed capture leaves its mark on the allocator.
-        return sorted(self._message.measurements, key=_GPU_ORDER.index)
-
-    def _built(self) -> "Workload":
+    def workload(self) -> "Workload":
         """Return the workload, drawing its inputs unless they are there already."""
         if self._workload is None:
             from mambench.implementations.workload import build
 
-            implementation = self._session.implementation(self._case.implementation)
-            config = self._session.config
+            implementation = self._session.implementation(self.case.implementation)
             with self._in_phase(BUILD):
                 self._workload = build(
-                    self._case, implementation, config.device, seed=config.settings.seed
+                    self.case, implementation, self.device, seed=self.settings.seed
                 )
         return self._workload
 
-    def _release(self) -> None:
-        if self._workload is not None:
+    def execute(self) -> Callable[[], object]:
+        """Return the closure that executes the pass once."""
+        if self._execute is None:
+            self._execute = self.workload().prepare(self.case.pass_)
+        return self._execute
+
+    def release(self, *, inputs: bool = True) -> None:
+        """Drop the closure, and the inputs too unless told."""
+        self._execute = None
+        if inputs and self._workload is not None:
             self._workload.release()
             self._workload = None
 
-    def _prepared(self) -> Callable[[], object]:
-        return self._built().prepare(self._case.pass_)
+    def rule(self, share: float = 1.0) -> StopRule:
+        """Return when to stop sampling, within what is left of the case's limit."""
+        spent_s = time.monotonic() - self._begun - self._set_up_s
+        left_s = max(0.0, self._message.limit_s - spent_s)
+        return StopRule.of(self.settings, TIMING_SHARE * left_s, share=share)
 
-    def _first_call(self) -> None:
-        self._built()
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        self._session.synchronize()
+
+    def give_up_process(self, reason: str) -> None:
+        """Let another process serve the next case."""
+        self._replace = True
+
+    def _measure(self) -> Done:
+        first = self._session.first_of_kind(self.case)
+        # What the first call of its kind loads, compiles and tries out is not the case's memory.
+        if self._message.warm or first:
+            self._call_first()
+        if self._message.gate and (rejected := self._rejected()):
+            return rejected
+        for name in self._message.measurements:
+            self._measure_one(name)
+        self.synchronize()
+        return Done(replace=self._replace)
+
+    def _call_first(self) -> None:
+        self.workload()
         with self._in_phase(COMPILE):
-            execute = self._prepared()
+            execute = self.execute()
             begin = time.perf_counter()
             execute()
-            self._session.synchronize()
-            self._first_call_s = time.perf_counter() - begin
+            self.synchronize()
+            self.first_call["first_call_s"] = time.perf_counter() - begin
+        self.release(inputs=False)  # the gate needs the room
 
     def _rejected(self) -> Done | None:
         """Judge the case's results; returns how the case ends if they are wrong."""
         from mambench.harness import gate
 
-        seed = self._session.config.settings.seed
         with self._in_phase("gate"):
-            report = gate.check(self._built(), self._case, seed=seed)
+            report = gate.check(self.workload(), self.case, seed=self.settings.seed)
         self._gate = {"passed": report.passed, "errors": report.errors, "judged": report.judged}
         if report.passed:
             return None
@@ -239,91 +272,58 @@ class _CaseWork:
             replace=True,  # what answers wrongly may have written where it should not
         )
 
-    def _measure_one(self, measurement: str) -> None:
-        measure = {"time": self._time, "call_time": self._call_time, "memory": self._memory}
-        self._built()
+    def _measure_one(self, name: str) -> None:
+        """Let one profiler measure; what it raises fails it alone, unless it takes the time."""
+        profiler = self._session.profilers[name]
+        assert isinstance(profiler, CaseProfiler)
+        self.workload()
         started_at, begin = _now(), time.monotonic()
-        with self._in_phase(measurement):
-            method, values, samples, details = measure[measurement]()
-        if self._gate is not None:
-            details = {"gate": self._gate} | details
+        outcome, reason = Outcome.OK, None
+        with self._in_phase(name):
+            try:
+                measured = profiler.measure(self)
+            except Exception as error:
+                if name == DECIDING:
+                    raise
+                outcome, reason = classify(error), f"{describe(error)} (in {name})"
+                measured = Measured(details={"traceback": _trace(error), "phase": name})
+                traceback.clear_frames(error.__traceback__)
+        values = {m.tag: measured.values.get(m.tag) for m in profiler.metrics}
+        gate = {"gate": self._gate} if self._gate is not None else {}
         self._send(
             Finding(
-                measurement=measurement,
+                measurement=name,
                 started_at=started_at,
                 duration_s=time.monotonic() - begin,
-                method=method,
-                values=values,
-                samples_s=samples,
-                details=details,
+                method=measured.method,
+                values=values if outcome is Outcome.OK else {},
+                samples_s=measured.samples_s,
+                details={**gate, **measured.details},
+                outcome=outcome,
+                reason=reason,
             )
         )
+        if outcome is not Outcome.OK:
+            self._recover()
 
-    def _time(self) -> "_Measured":
-        execute = self._prepared()
-        before = self._session.telemetry.snapshot()
-        if self._session.on_gpu:
-            from mambench.harness import cuda_timing
-
-            taken, reusable = cuda_timing.time_gpu(execute, self._rule())
-            self._replace = self._replace or not reusable
-        else:
-            taken = timing.time_cpu(execute, self._rule())
-        values = {
-            "time_s": taken.median_s,
-            "tokens_per_s": self._case.problem.tokens / taken.median_s,
-            "first_call_s": self._first_call_s,
-        }
-        return taken.method, values, taken.samples_s, self._details(taken, before)
-
-    def _call_time(self) -> "_Measured":
-        from mambench.harness import cuda_timing
-
-        execute = self._prepared()
-        before = self._session.telemetry.snapshot()
-        taken = cuda_timing.time_calls(execute, self._rule())
-        values = {"call_time_s": taken.median_s}
-        return taken.method, values, taken.samples_s, self._details(taken, before)
-
-    def _details(self, taken: timing.Timing, before: dict[str, Any]) -> dict[str, Any]:
-        telemetry = {"before": before, "after": self._session.telemetry.snapshot()}
-        return taken.details | {
-            "threads": self._session.config.threads,
-            "telemetry": telemetry,
-            "throttled": throttled(telemetry),
-        }
-
-    def _memory(self) -> "_Measured":
-        meter, missing = self._session.memory_meter()
-        if meter is None:
-            reading = memory.MemoryReading(missing=missing)
-        else:
-            reading = memory.measure(meter, self._prepared, self._release)
-        details = dict(reading.details) | ({"missing": missing} if missing else {})
-        values: dict[str, float | int | None] = {
-            "peak_memory_bytes": reading.peak_bytes,
-            "extra_memory_bytes": reading.extra_bytes,
-        }
-        return reading.method, values, None, details
-
-    def _rule(self) -> timing.StopRule:
-        spent_s = time.monotonic() - self._begun - self._set_up_s
-        left_s = max(0.0, self._message.limit_s - spent_s)
-        return timing.StopRule.of(self._session.config.settings, TIMING_SHARE * left_s)
+    def _recover(self) -> None:
+        """Go on after a profiler's failure; raises if the device is damaged."""
+        self.synchronize()
+        self._replace = True
+        self.release()
+        self._session.free()
 
     @contextmanager
     def _in_phase(self, name: str) -> Generator[None]:
-        self._phase = name
+        outer, self._phase = self._phase, name
         self._send(Phase(name=name))
         begin = time.monotonic()
-        yield
+        yield  # where this raises, the phase stays: it is where the case failed
         if name in SETTING_UP:
             self._set_up_s += time.monotonic() - begin
-
-
-_Measured = tuple[
-    str | None, Mapping[str, float | int | None], tuple[float, ...] | None, dict[str, Any]
-]
+        self._phase = outer
+        if outer != START:
+            self._send(Phase(name=outer))
 
 
 def classify(error: BaseException) -> Outcome:

@@ -10,6 +10,7 @@ from mambench.harness import plan as planning
 from mambench.harness import registry, suite
 from mambench.harness.errors import PluginError, UsageError
 from mambench.harness.plan import Plan, PlannedCase, make_plan, within_budget
+from mambench.harness.profilers import catalog
 from mambench.harness.spec import Case, Device, DeviceKind, Family, Level, Outcome, Settings
 from mambench.implementations.base import Implementation, Variant
 
@@ -65,6 +66,8 @@ class Slow(Fake):
 def implementations(monkeypatch: pytest.MonkeyPatch) -> dict[str, Implementation]:
     found: dict[str, Implementation] = {i.name: i for i in (Scan(), Attention(), Slow())}
     monkeypatch.setattr(registry, "load", lambda plugins=(): found)
+    profilers = catalog.load()
+    monkeypatch.setattr(catalog, "load", lambda plugins=(): profilers)
     return found
 
 

@@ -93,7 +93,7 @@ def test_an_entry_point(plugin: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             "class _Mine(Implementation)",
             "cannot be imported: NameErr",
         ),
-        ("    def op(", "    def operation(", "defines no implementation"),
+        ("    def op(", "    def operation(", "defines neither an implementation"),
         ("import Family", "import Familie", "cannot be imported: ImportError"),
         ("class Mine", "raise SystemExit(3)\nclass Mine", "cannot be imported: SystemExit"),
         ("class Mine", "class Mine Mine", "cannot be imported: SyntaxError"),

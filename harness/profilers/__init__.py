@@ -1,0 +1,1 @@
+"""What is measured: one profiler per measurement, switched on by name. See `profilers.base`."""
