@@ -66,6 +66,13 @@ def time_calls(execute: Execute, rule: StopRule) -> Timing:
         return _time_eager(execute, rule, warm)
 
 
+def time_profiler(execute: Execute, rule: StopRule) -> Timing | None:
+    """Return the sums of kernel durations by the profiler, or None if it sees no kernels."""
+    with collector_paused():
+        warm = warm_up(lambda: _call_s(execute), least_s=min(WARM_UP_S, rule.target_s))
+        return _time_profiler(execute, rule, warm)
+
+
 def _call_s(execute: Execute) -> float:
     """Execute once on an idle device and return the time between two events around it."""
     begin, end = _event(), _event()

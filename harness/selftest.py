@@ -290,9 +290,7 @@ _GPU_PARTS: Mapping[str, str] = {
     "GPU clock": "clock",
     "GPU timer": "timer",
     "two timers": "two_timers",
-    "L2": "cold_and_hot",
     "counters": "traffic",
-    "energy": "energy",
 }
 
 

@@ -1,0 +1,323 @@
+"""The GPU's part of the selftest. Imports torch at module level; loaded when a GPU is tested.
+
+Time is held against a kernel that waits and keeps a record of its own by the GPU's global timer,
+and that timer against the host's clock. Measured times hold one thing more than what a kernel does:
+what the GPU, and for call time the host, needs to start it. That is constant; it is found as the
+median difference over the short waits, shown, bounded, and taken off before a time is judged.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambench.harness import counters, cuda_timing, selftest, timing
+from mambench.harness.selftest import Check
+from mambench.harness.spec import Device, Outcome
+from mambench.harness.text import binary_bytes, si_time
+
+RULE = timing.StopRule(target_s=0.2, min_samples=20, max_samples=200, relative_error=5e-4)
+WAITS_S = (5e-6, 10e-6, 20e-6, 50e-6, 100e-6, 500e-6, 1e-3, 5e-3)
+SHORT_S = 100e-6  # the start of a kernel is found from waits up to this long
+WARM_UP_S = 0.3
+HOST_SPAN_S = 0.5
+HOST_RATE = 1e-3
+TIMER_STEP_S = 2e-6
+# Largest cost of starting a kernel that is plausible; more hides an error of the timer.
+STARTS_S = {"graph replay": 3e-6, "call time": 200e-6, "profiler sum": 3e-6}
+AGREEMENT = 0.02  # two timers, above 50 us
+TRAFFIC = 0.02
+COPIES_IN_L2_SIZES = (5, 16)
+
+Kernels = dict[str, Callable[[], None]]
+
+
+def on(device: Device, part: str) -> Iterator[Check]:
+    """Yield the checks of a part on a device, on a stream that can be captured."""
+    made: dict[str, Callable[[Device], Iterator[Check]]] = {
+        "clock": clock,
+        "timer": timer,
+        "two_timers": two_timers,
+        "traffic": traffic,
+    }
+    torch.cuda.set_device(device.index)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        yield from made[part](device)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+def clock(device: Device) -> Iterator[Check]:
+    """Check the GPU's global timer: how fine it is, and that it runs as fast as the host's."""
+    from mambench.kernels import probes
+
+    probes.timer_steps()
+    yield selftest.between(
+        "GPU clock",
+        "step of the global timer",
+        low=None,
+        high=TIMER_STEP_S,
+        got=timer_step_s(),
+        show=si_time,
+        unit="s",
+    )
+    now = torch.zeros(1, dtype=torch.int64, device="cuda")
+    probes.read_timer(now)
+    begin, begin_s = _timer_and_host(now)
+    time.sleep(HOST_SPAN_S)
+    end, end_s = _timer_and_host(now)
+    yield selftest.near(
+        "GPU clock",
+        "global timer against the host's clock",
+        expected=end_s - begin_s,
+        got=(end - begin) / 1e9,
+        tolerance=HOST_RATE * HOST_SPAN_S,
+        show=si_time,
+        unit="s",
+    )
+
+
+def timer_step_s() -> float:
+    """Return the step of the global timer; what reading it takes bounds it from below."""
+    from mambench.kernels import probes
+
+    return float(probes.timer_steps().double().median()) / 1e9
+
+
+def _timer_and_host(now: Tensor) -> tuple[int, float]:
+    """Read both clocks at one moment, as nearly as a launch allows: the quickest of several."""
+    from mambench.kernels import probes
+
+    readings: list[tuple[float, int, float]] = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        probes.read_timer(now)
+        torch.cuda.synchronize()
+        end = time.perf_counter()
+        readings.append((end - begin, int(now.item()), (begin + end) / 2))
+    _, ticks, at_s = min(readings)
+    return ticks, at_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wait:
+    """One wait: what the kernel says of itself, and what was measured."""
+
+    asked_s: float
+    own_s: float
+    uncertainty_s: float  # of `own_s`, from the steps of the global timer; three deviations
+    measured_s: float
+
+
+Measure = Callable[[Callable[[], object], timing.StopRule], float | None]
+
+
+def timer(device: Device) -> Iterator[Check]:
+    """Check the three ways to time a kernel on waits of known length."""
+    from mambench.kernels import probes
+
+    record = probes.new_record()
+    cycles_per_s = _cycles_per_s(record)
+    step_s = timer_step_s()
+    for method, measure in METHODS.items():
+        waits: list[Wait] = []
+        for asked_s in WAITS_S:
+            record.zero_()
+            cycles = round(cycles_per_s * asked_s)
+            measured_s = measure(partial(probes.spin, record, cycles), RULE)
+            if measured_s is None:
+                break
+            executions, own_ns, _ = record.tolist()
+            waits.append(
+                Wait(
+                    asked_s=asked_s,
+                    own_s=own_ns / executions / 1e9,
+                    # Begin and end are each off by up to one step, evenly.
+                    uncertainty_s=3 * step_s / math.sqrt(6 * executions),
+                    measured_s=measured_s,
+                )
+            )
+        if len(waits) < len(WAITS_S):
+            yield selftest.skipped("GPU timer", method, "the profiler sees no kernels here")
+        else:
+            yield from judge_waits(method, waits)
+
+
+def judge_waits(method: str, waits: list[Wait]) -> Iterator[Check]:
+    """Check the start that measured times share, and what is left of each without it."""
+    start_s = median(wait.measured_s - wait.own_s for wait in waits if wait.asked_s <= SHORT_S)
+    yield selftest.between(
+        "GPU timer",
+        f"{method}: start of a kernel",
+        low=-selftest.ABSOLUTE_S,
+        high=STARTS_S[method],
+        got=start_s,
+        show=_signed_time,
+        unit="s",
+    )
+    for wait in waits:
+        yield selftest.near(
+            "GPU timer",
+            f"{method}: wait of {si_time(wait.asked_s)}",
+            expected=wait.own_s,
+            got=wait.measured_s - start_s,
+            tolerance=selftest.time_tolerance_s(wait.own_s) + wait.uncertainty_s,
+            show=si_time,
+            unit="s",
+            note=f"{si_time(wait.measured_s)} with the start",
+        )
+
+
+def _signed_time(time_s: float) -> str:
+    return si_time(time_s) if time_s >= 0 else f"-{si_time(-time_s)}"
+
+
+def _cycles_per_s(record: Tensor) -> float:
+    """Return the SM clock's rate once it has settled, by the global timer."""
+    from mambench.kernels import probes
+
+    begin = time.monotonic()
+    while time.monotonic() - begin < WARM_UP_S:
+        record.zero_()
+        for _ in range(5):
+            probes.spin(record, 10_000_000)
+        torch.cuda.synchronize()
+    _, own_ns, cycles = record.tolist()
+    return cycles / own_ns * 1e9
+
+
+def _graph(execute: Callable[[], object], rule: timing.StopRule) -> float:
+    taken, _ = cuda_timing.time_gpu(execute, rule)
+    if taken.method != "cuda-graph":
+        raise RuntimeError(f"timed by {taken.method}: {taken.details.get('not_captured')}")
+    return taken.median_s
+
+
+def _call(execute: Callable[[], object], rule: timing.StopRule) -> float:
+    return cuda_timing.time_calls(execute, rule).median_s
+
+
+def _profiler(execute: Callable[[], object], rule: timing.StopRule) -> float | None:
+    taken = cuda_timing.time_profiler(execute, rule)
+    return None if taken is None else taken.median_s
+
+
+METHODS: dict[str, Measure] = {
+    "graph replay": _graph,
+    "call time": _call,
+    "profiler sum": _profiler,
+}
+
+
+def steady_kernels() -> Kernels:
+    """Return kernels that take as long with a cold L2 as with a warm one, by name.
+
+    Two timers can only agree on what does not depend on how they treat caches and power: waits, a
+    chain of exponentials, and a copy of many times L2.
+    """
+    from mambench.kernels import probes
+
+    record = probes.new_record()
+    rate = _cycles_per_s(record)
+    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    values = _multiple(16 * properties.L2_cache_size // 4, probes.BLOCK)
+    source = torch.randn(values, device="cuda")
+    target = torch.empty_like(source)
+    out = probes.chain_out(probes.CHAINS_PER_SM * properties.multi_processor_count)
+    rounds = round(1000 * 400e-6 / _seconds(lambda: probes.chain(out, 1000)))
+    return {
+        "wait-100us": lambda: probes.spin(record, round(rate * 100e-6)),
+        "wait-1ms": lambda: probes.spin(record, round(rate * 1e-3)),
+        "exponentials": lambda: probes.chain(out, rounds),
+        "copy-16xL2": lambda: probes.copy(source, target),
+    }
+
+
+def two_timers(device: Device) -> Iterator[Check]:
+    """Check graph replay against Triton's do_bench, and NVIDIA's nvbench where installed."""
+    from mambench.harness import selftest_nvbench
+
+    kernels = steady_kernels()
+    ours = {name: _graph(execute, RULE) for name, execute in kernels.items()}
+    others = {name: _do_bench(execute) for name, execute in kernels.items()}
+    yield from agree("Triton's do_bench", ours, others)
+    del kernels
+    torch.cuda.empty_cache()
+    found, lack = selftest_nvbench.times_s(device)
+    if lack is not None:
+        yield selftest.skipped("two timers", "NVIDIA's nvbench (cuda-bench)", lack)
+    else:
+        yield from agree("NVIDIA's nvbench", ours, found)
+
+
+def agree(whose: str, ours: dict[str, float], others: dict[str, float]) -> Iterator[Check]:
+    """Check that another timer's times are ours within 2 %."""
+    for name, ours_s in ours.items():
+        yield selftest.near(
+            "two timers",
+            f"{name}: graph replay against {whose}",
+            expected=others.get(name, math.nan),
+            got=ours_s,
+            tolerance=AGREEMENT * others.get(name, math.nan),
+            show=si_time,
+            unit="s",
+        )
+
+
+def _do_bench(execute: Callable[[], None]) -> float:
+    from triton import testing
+
+    bench: Any = testing.do_bench
+    return bench(execute, warmup=25, rep=150, return_mode="median") / 1e3
+
+
+def _seconds(execute: Callable[[], None]) -> float:
+    """Return a rough time of one execution, after a first one that compiles."""
+    for _ in range(3):
+        execute()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    execute()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def _multiple(count: int, of: int) -> int:
+    return max(1, round(count / of)) * of
+
+
+def traffic(device: Device) -> Iterator[Check]:
+    """Check the counters on copies of more bytes than L2 holds, where they are permitted."""
+    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    sizes = [_multiple(n * properties.L2_cache_size, 1 << 20) for n in COPIES_IN_L2_SIZES]
+    found = counters.count_copies(sizes, counters.Request(device=device))
+    for size in sizes:
+        yield from judge_traffic(size, found[size])
+
+
+def judge_traffic(size_bytes: int, counted: counters.Counted) -> Iterator[Check]:
+    """Check the bytes read and written by a kernel that does so many of each."""
+    what = f"copy of {binary_bytes(size_bytes)}"
+    reason = counted.reason or "no reason given"
+    if counted.outcome is Outcome.UNAVAILABLE:
+        yield selftest.skipped("counters", what, reason)
+        return
+    if counted.outcome is not Outcome.OK:
+        raise RuntimeError(f"{what}: {counted.outcome}: {reason}")
+    for name, tag in (("read", "dram_read_bytes"), ("written", "dram_write_bytes")):
+        yield selftest.near(
+            "counters",
+            f"{what}: bytes {name}",
+            expected=size_bytes,
+            got=float(counted.values[tag] or math.nan),
+            tolerance=TRAFFIC * size_bytes,
+            show=binary_bytes,
+            unit="bytes",
+        )
