@@ -28,6 +28,7 @@ ROUNDS_FOR_INTERVAL = 5
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _TAGS = tuple(metric.tag for metric in METRICS)
 _MODELLED = tuple(metric.tag for metric in METRICS if metric.modelled)
+_MEASURED_BY = {metric.tag: metric.measured_by for metric in METRICS}
 # The first that occurs among a case's rounds is the case's outcome.
 _SEVERITY = (
     Outcome.WRONG,
@@ -111,6 +112,9 @@ class Result:
     compulsory_bytes: int | None = None
     weight_count: int | None = None
     state_bytes: int | None = None
+    values: Mapping[str, float] = field(
+        default_factory=dict[str, float]
+    )  # by tag, of metrics that have no field of their own
     missing: Mapping[str, str] = field(
         default_factory=dict[str, str]
     )  # metric tag -> why it is None
@@ -123,6 +127,10 @@ class Result:
     def tokens_per_s(self) -> float | None:
         """Tokens of one pass over its time."""
         return None if self.time_s is None else self.case.tokens / self.time_s
+
+    def value(self, tag: str) -> float | None:
+        """Return a metric by its tag, None where it is missing."""
+        return self.values.get(tag) if tag not in _OWN_FIELDS else getattr(self, tag)
 
     @property
     def flop_per_s(self) -> float | None:
@@ -141,6 +149,9 @@ class Result:
             return None
         ordered = sorted(self.samples_s)
         return tuple(_quantile(ordered, at) for at in QUANTILES)
+
+
+_OWN_FIELDS = {f.name for f in fields(Result)} | {"tokens_per_s"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +313,7 @@ def record(result: Result, labels: Mapping[str, str] | None = None) -> dict[str,
         "rounds": result.rounds,
         "samples": len(result.samples_s),
         "converged": result.converged,
-        **{tag: getattr(result, tag) for tag in _TAGS if tag != "time_s"},
+        **{tag: result.value(tag) for tag in _TAGS if tag != "time_s"},
         "model_flop_per_s": result.flop_per_s,
         "modelled_bytes_per_s": result.modelled_bytes_per_s,
         "measured_at": result.measured_at,
@@ -352,12 +363,17 @@ def _outcome(by_measurement: Mapping[str, list[Observation]]) -> tuple[Outcome, 
 def _with_values(result: Result, by_measurement: Mapping[str, list[Observation]]) -> Result:
     """Add measured values, the reasons of those that are missing, and the time's interval."""
     values: dict[str, Any] = {}
+    others: dict[str, float] = {}
     missing: dict[str, str] = {}
     for tag in _TAGS:
         if tag in _MODELLED or tag in ("time_s", "tokens_per_s"):
             continue
         number, why = _aggregate(tag, by_measurement)
-        values[tag] = None if number is None else int(number) if "bytes" in tag else number
+        kept = None if number is None else int(number) if "bytes" in tag else number
+        if tag in _OWN_FIELDS:
+            values[tag] = kept
+        elif kept is not None:
+            others[tag] = kept
         if number is None:
             missing[tag] = why
     timed = by_measurement.get("time", [])
@@ -372,6 +388,7 @@ def _with_values(result: Result, by_measurement: Mapping[str, list[Observation]]
     return replace(
         result,
         **values,
+        values=others,
         interval=_time_interval(timed, medians),
         method=", ".join(sorted({o.method for o in timed if o.method})) or None,
         rounds=len(timed),
@@ -442,15 +459,21 @@ def _aggregate(
                 found.append(float(value))
             elif o.outcome is not Outcome.OK and _measures(measurement, tag):
                 failed.append(f"{measurement} ended as {o.outcome}: {o.reason}")
-            elif _measures(measurement, tag) and o.details.get("missing"):
-                failed.append(str(o.details["missing"]))
+            elif _measures(measurement, tag) and (why := _why_missing(o, tag)):
+                failed.append(why)
     if found:
         return (max(found) if "memory" in tag else median(found)), ""
     return None, failed[0] if failed else "not measured"
 
 
 def _measures(measurement: str, tag: str) -> bool:
-    return tag.startswith(measurement) or (measurement == "memory" and "memory" in tag)
+    return _MEASURED_BY.get(tag) == measurement
+
+
+def _why_missing(observation: Observation, tag: str) -> str | None:
+    """Return why an observation lacks a value: the reason of all of them, or this one's own."""
+    why = _mapping(observation.details.get("missing_values")).get(tag)
+    return str(why or observation.details.get("missing") or "") or None
 
 
 def _modelled(by_measurement: Mapping[str, list[Observation]]) -> dict[str, int | None]:

@@ -2,7 +2,7 @@
 
 from mambench.harness import memory
 from mambench.harness.profilers.base import CaseProfiler, Context, Measured, Process, Work
-from mambench.harness.spec import Device, DeviceKind, metric
+from mambench.harness.spec import Device, DeviceKind, metrics_of
 
 
 class Memory(CaseProfiler):
@@ -10,7 +10,7 @@ class Memory(CaseProfiler):
 
     name = "memory"
     summary = "peak memory of one pass, and what the pass itself added"
-    metrics = (metric("peak_memory_bytes"), metric("extra_memory_bytes"))
+    metrics = metrics_of("memory")
     order = 0
 
     def process(self, device: Device) -> Process:

@@ -4,7 +4,7 @@ from typing import Any
 
 from mambench.harness import telemetry, timing
 from mambench.harness.profilers.base import CaseProfiler, Context, Measured, Work
-from mambench.harness.spec import DeviceKind, metric
+from mambench.harness.spec import DeviceKind, metrics_of
 from mambench.harness.timing import Timing
 
 # Of the run's sampling time: they answer a second question, and must not double what a run takes.
@@ -16,7 +16,7 @@ class Time(CaseProfiler):
 
     name = "time"
     summary = "time of one execution: on a GPU of its kernels, on a CPU by the host's clock"
-    metrics = (metric("time_s"), metric("tokens_per_s"), metric("first_call_s"))
+    metrics = metrics_of("time")
     order = 100
 
     def estimate_s(self, work: Work) -> float:
@@ -38,7 +38,7 @@ class Time(CaseProfiler):
         values = {
             "time_s": taken.median_s,
             "tokens_per_s": context.case.tokens / taken.median_s,
-            "first_call_s": context.first_call.get("first_call_s"),
+            **context.first_call,
         }
         return Measured(
             values=values,
@@ -53,7 +53,7 @@ class CallTime(CaseProfiler):
 
     name = "call_time"
     summary = "time between two device events around one eager call, launch gaps included"
-    metrics = (metric("call_time_s"),)
+    metrics = metrics_of("call_time")
     devices = (DeviceKind.CUDA,)
     order = 50
 
