@@ -12,23 +12,27 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mambench.harness import gpu_state
 from mambench.harness.errors import UsageError, unknown_name
+from mambench.harness.host_state import HostState
 from mambench.harness.spec import Device, DeviceKind
 
 LIBRARIES = (
     *("torch", "triton", "numba", "numpy", "pandas", "flash-attn-4", "flash-attn-3", "flash-attn"),
     *("mamba-ssm", "causal-conv1d", "flash-linear-attention", "fla-core", "flashinfer-python"),
     *("einops", "tilelang"),
+    *("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12", "nvidia-cublas", "nvidia-cublas-cu12"),
     *("nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cutlass-dsl", "nvidia-ml-py", "psutil"),
 )
 
+MAX_CHANGED_FILES = 50  # named in the manifest; the digest covers all
 # Top-level modules that are not called as their distributions.
 MODULES = {"fla-core": "fla", "flashinfer-python": "flashinfer", "nvidia-ml-py": "pynvml"}
 
@@ -144,16 +148,19 @@ def cgroup_cpus() -> float | None:
 def environment(device: Device | None = None) -> dict[str, Any]:
     """Return everything that explains a difference between two runs, as plain JSON values.
 
-    A quantity that cannot be read is None. The GPU's part is None on the CPU.
+    A quantity that cannot be read is None, with its reason in `missing` (the GPU's in its own). The
+    GPU's part is None on the CPU.
     """
     import psutil
 
-    memory = psutil.virtual_memory()
+    memory, host = psutil.virtual_memory(), HostState()
+    cpu_settings, system = host.cpu(), host.system()
     return {
         "python": platform.python_version(),
         "python_implementation": platform.python_implementation(),
         "platform": platform.platform(),
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "system": system,
+        "libraries": {name: library_version(name) for name in LIBRARIES},
         "torch_cuda": torch_cuda_version(),
         "cpu": {
             "model": _cpu_model(),
@@ -164,15 +171,17 @@ def environment(device: Device | None = None) -> dict[str, Any]:
             else None,
             "cgroup_cpus": cgroup_cpus(),
             "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+            **cpu_settings,
         },
         "memory": {
             "total_bytes": memory.total,
             "available_bytes": memory.available,
             "cgroup_limit_bytes": cgroup_memory_limit_bytes(),
         },
-        "container": _container(),
+        "container": host.container(),
         "gpu": gpu_environment(device) if device and device.kind is DeviceKind.CUDA else None,
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "missing": host.missing,
     }
 
 
@@ -180,7 +189,7 @@ def gpu_environment(device: Device) -> dict[str, Any] | None:
     """Return a GPU's identity, limits and present state; None where NVML does not answer."""
     try:
         with _nvml() as nvml:
-            return _gpu_state(nvml, _handle(nvml, _visible(nvml)[device.index]))
+            return gpu_state.read(nvml, _handle(nvml, _visible(nvml)[device.index]))
     except Exception:  # what is missing from the record is None; planning has reported NVML's state
         return None
 
@@ -197,8 +206,8 @@ def code_version() -> dict[str, Any]:
     """Return what code this is: package version, commit, and a digest of uncommitted changes.
 
     `id` joins them to one string, for an observation's identity. Outside a git checkout of Mambench
-    itself `dirty` and `diff_digest` are None, and `commit` is what MAMBENCH_COMMIT says: a copy in
-    a container cannot know.
+    itself `dirty`, `diff_digest` and `changed_files` are None, and `commit` is what MAMBENCH_COMMIT
+    says: a copy in a container cannot know.
     """
     from mambench import __version__
 
@@ -209,7 +218,7 @@ def code_version() -> dict[str, Any]:
     if commit is None or status is None:
         stated = os.environ.get("MAMBENCH_COMMIT")
         name = f"{__version__}+{stated[:12]}" if stated else __version__
-        unknown: dict[str, Any] = {"dirty": None, "diff_digest": None}
+        unknown: dict[str, Any] = {"dirty": None, "diff_digest": None, "changed_files": None}
         return {"id": name, "version": __version__, "commit": stated, **unknown}
     commit, dirty = commit.strip(), bool(status.strip())
     diff_digest = _diff_digest(root) if dirty else None
@@ -220,6 +229,7 @@ def code_version() -> dict[str, Any]:
         "commit": commit,
         "dirty": dirty,
         "diff_digest": diff_digest,
+        "changed_files": [line[3:] for line in status.splitlines()][:MAX_CHANGED_FILES],
     }
 
 
@@ -296,62 +306,15 @@ def _gpu(nvml: Any, handle: Any, index: int) -> Device:
     )
 
 
-def _gpu_state(nvml: Any, handle: Any) -> dict[str, Any]:
-    def read(function: str, *arguments: Any) -> Any:
-        return _try(lambda: getattr(nvml, function)(handle, *arguments))
-
-    cuda = _try(nvml.nvmlSystemGetCudaDriverVersion_v2)
-    processes = read("nvmlDeviceGetComputeRunningProcesses")
-    domains = {"sm": nvml.NVML_CLOCK_SM, "memory": nvml.NVML_CLOCK_MEM}
-    mhz = 1_000_000
-    return {
-        "name": _text(read("nvmlDeviceGetName")),
-        "uuid": _text(read("nvmlDeviceGetUUID")),
-        "vbios": _text(read("nvmlDeviceGetVbiosVersion")),
-        "memory_bytes": _try(lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).total)),
-        "ecc": _first(read("nvmlDeviceGetEccMode")),
-        "mig": _first(read("nvmlDeviceGetMigMode")),
-        "persistence": _flag(read("nvmlDeviceGetPersistenceMode")),
-        "power_limit_w": _scaled(read("nvmlDeviceGetEnforcedPowerLimit"), 1e-3),
-        "temperature_c": read("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
-        "clocks_hz": {
-            name: {
-                "current": _scaled(read("nvmlDeviceGetClockInfo", domain), mhz),
-                "max": _scaled(read("nvmlDeviceGetMaxClockInfo", domain), mhz),
-            }
-            for name, domain in domains.items()
-        },
-        "other_processes": None if processes is None else len(processes),
-        "driver": _text(_try(nvml.nvmlSystemGetDriverVersion)),
-        "cuda_driver": None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}",
-    }
-
-
-def _try(call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except Exception:  # NVML: not supported on this GPU, or no permission
-        return None
-
-
 def _text(value: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _flag(value: int | None) -> bool | None:
-    return None if value is None else bool(value)
+def library_version(distribution: str) -> str | None:
+    """Return the installed version of a distribution, without importing it; None if there is none.
 
-
-def _first(pair: Any) -> bool | None:
-    """Return the current mode of NVML's (current, pending)."""
-    return None if pair is None else bool(pair[0])
-
-
-def _scaled(value: float | None, factor: float) -> float | None:
-    return None if value is None else value * factor
-
-
-def _version(distribution: str) -> str | None:
+    A package without metadata (on PYTHONPATH, say) is asked for the version its source states.
+    """
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -385,15 +348,6 @@ def _cpu_model() -> str:
                 command, capture_output=True, text=True, check=True
             ).stdout.strip()
     return platform.processor() or platform.machine() or "unknown processor"
-
-
-def _container() -> str | None:
-    """Return the kind of container, as far as a file tells."""
-    if Path("/.dockerenv").exists():
-        return "docker"
-    if Path("/run/.containerenv").exists():
-        return "podman"
-    return os.environ.get("container")  # noqa: SIM112  # systemd-nspawn and others write it so
 
 
 def _read(path: str) -> str:

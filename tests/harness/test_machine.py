@@ -186,7 +186,8 @@ def test_gpu_environment_has_units_and_nulls(nvml: FakeNvml):
     assert found is not None
     assert found["uuid"] == UUIDS[1]
     assert found["power_limit_w"] == pytest.approx(700)
-    assert found["clocks_hz"]["sm"] == {"current": 345_000_000, "max": 1_980_000_000}
+    sm = found["clocks_hz"]["sm"]
+    assert (sm["current"], sm["max"]) == (345_000_000, 1_980_000_000)
     assert found["ecc"] is True
     assert found["mig"] is None  # not supported is not the same as off
     assert found["persistence"] is False
@@ -208,6 +209,9 @@ def test_environment(monkeypatch: pytest.MonkeyPatch):
     )
     assert 0 < found["memory"]["available_bytes"] <= found["memory"]["total_bytes"]
     assert found["cpu"]["model"]
+    assert found["system"]["kernel"]
+    absent = [name for name in ("governor", "turbo") if found["cpu"][name] is None]
+    assert all(found["missing"][f"cpu.{name}"] for name in absent)
 
 
 def test_cgroup_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -250,6 +254,7 @@ def test_code_version_follows_every_change(tmp_path: Path, monkeypatch: pytest.M
     clean = machine.code_version()
     assert clean["dirty"] is False
     assert clean["diff_digest"] is None
+    assert clean["changed_files"] == []
     assert clean["id"] == f"{clean['version']}+{clean['commit'][:12]}"
 
     module.write_text("x = 2\n")
@@ -259,6 +264,7 @@ def test_code_version_follows_every_change(tmp_path: Path, monkeypatch: pytest.M
 
     (tmp_path / "new.py").write_text("y = 1\n")
     with_new = machine.code_version()
+    assert with_new["changed_files"] == ["harness/machine.py", "new.py"]
     (tmp_path / "new.py").write_text("y = 2\n")
     with_newer = machine.code_version()
     ids = {v["id"] for v in (outside, clean, edited, with_new, with_newer)}
