@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,6 @@ class Request:
 
 
 Item = dict[str, Any]  # id, and either case or copy_bytes
-Told = Callable[[str, Counted], None]
 
 
 def missing(device: Device) -> str | None:
@@ -72,11 +71,9 @@ def missing(device: Device) -> str | None:
     return None if shutil.which("ncu") else f"Nsight Compute (ncu) is not on PATH: {INSTALL}"
 
 
-def estimate_s(launches: Sequence[int]) -> float:
-    """Estimate the seconds it takes to count cases of so many launches each."""
-    if not launches:
-        return 0.0
-    return START_S + sum(CASE_S + LAUNCH_S * min(count, MAX_LAUNCHES) for count in launches)
+def estimate_s(launches: int) -> float:
+    """Estimate the seconds that a case of so many launches adds, the start aside."""
+    return 0.0 if launches > MAX_LAUNCHES else CASE_S + LAUNCH_S * launches
 
 
 def count_cases(
@@ -84,37 +81,35 @@ def count_cases(
     request: Request,
     *,
     launches: Callable[[Case], int] | None = None,
-    on_case: Callable[[Case, Counted], None] | None = None,
-) -> dict[str, Counted]:
-    """Count the traffic of cases that are known to run and to be right; by case_id.
+    on_begin: Callable[[Case], None] | None = None,
+) -> Iterator[tuple[Case, Counted]]:
+    """Count the traffic of cases that are known to run and to be right; yields each once.
 
     Args:
         cases: what to execute, in this order.
         request: device, seed and limits.
         launches: estimates a case's launches; what has too many is skipped.
-        on_case: told how each case ended, when its batch is done.
+        on_begin: told when a case is about to be executed; one that another case cut off, twice.
     """
     by_id = {case.case_id: case for case in cases}
-    found: dict[str, Counted] = {}
     items: list[Item] = []
-
-    def tell(case_id: str, counted: Counted) -> None:
-        found[case_id] = _with_ratio(by_id[case_id], counted)
-        if on_case:
-            on_case(by_id[case_id], found[case_id])
-
     for case_id, case in by_id.items():
         expected = launches(case) if launches else 0
-        if expected > MAX_LAUNCHES:
-            reason = (
-                f"about {expected:,} launches; ncu handles each by itself, and more than "
-                f"{MAX_LAUNCHES:,} take too long"
-            )
-            tell(case_id, Counted(outcome=Outcome.SKIPPED, reason=reason))
-        else:
+        if expected <= MAX_LAUNCHES:
             items.append({"id": case_id, "case": case.to_dict()})
-    _count(items, request, tell)
-    return found
+            continue
+        reason = (
+            f"about {expected:,} launches; ncu handles each by itself, and more than "
+            f"{MAX_LAUNCHES:,} take too long"
+        )
+        yield case, Counted(outcome=Outcome.SKIPPED, reason=reason)
+
+    def begin(case_id: str) -> None:
+        if on_begin:
+            on_begin(by_id[case_id])
+
+    for case_id, counted in _count(items, request, begin):
+        yield by_id[case_id], _with_ratio(by_id[case_id], counted)
 
 
 def count_copies(sizes_bytes: Sequence[int], request: Request) -> dict[int, Counted]:
@@ -122,10 +117,8 @@ def count_copies(sizes_bytes: Sequence[int], request: Request) -> dict[int, Coun
 
     To be right, a size should be several times L2's.
     """
-    found: dict[int, Counted] = {}
     items: list[Item] = [{"id": f"copy{size}", "copy_bytes": size} for size in sizes_bytes]
-    _count(items, request, lambda name, counted: found.update({int(name[4:]): counted}))
-    return found
+    return {int(name[4:]): counted for name, counted in _count(items, request, lambda _: None)}
 
 
 def _with_ratio(case: Case, counted: Counted) -> Counted:
@@ -136,27 +129,35 @@ def _with_ratio(case: Case, counted: Counted) -> Counted:
     return replace(counted, values={**counted.values, "traffic_ratio": ratio})
 
 
-def _count(items: Sequence[Item], request: Request, tell: Told) -> None:
+def _count(
+    items: Sequence[Item], request: Request, begin: Callable[[str], None]
+) -> Iterator[tuple[str, Counted]]:
     """Count items, with a new child after each one that ends its child."""
     lack = missing(request.device)
     left = list(items)
     while left and lack is None:
         with tempfile.TemporaryDirectory(prefix="mambench-ncu-") as folder:
-            ended, lack = _Batch(left, request, Path(folder)).run()
-        for name, counted in ended.items():
-            tell(name, counted)
+            ended, lack = _Batch(left, request, Path(folder), begin).run()
+        yield from ended.items()
         left = [item for item in left if item["id"] not in ended]
         if not ended and lack is None:
             lack = "Nsight Compute ended without a word about any case"
     for item in left:
-        tell(item["id"], Counted(outcome=Outcome.UNAVAILABLE, reason=lack))
+        yield item["id"], Counted(outcome=Outcome.UNAVAILABLE, reason=lack)
 
 
 class _Batch:
     """One child under ncu, and the items it was given."""
 
-    def __init__(self, items: Sequence[Item], request: Request, folder: Path) -> None:
+    def __init__(
+        self,
+        items: Sequence[Item],
+        request: Request,
+        folder: Path,
+        begin: Callable[[str], None],
+    ) -> None:
         self._items, self._request, self._folder = items, request, folder
+        self._begin = begin
         self._log, self._report = folder / "ncu.log", folder / "report.jsonl"
         self._output = folder / "output.txt"
         self._read_bytes = 0
@@ -275,6 +276,7 @@ class _Batch:
             self._current, self._begun_at = message["id"], time.monotonic()
             self._watch = Stopwatch(self._limits)
             self._watch.enter(COMPILE)
+            self._begin(message["id"])
         elif event == "phase":
             self._watch.enter(message["phase"])
         else:

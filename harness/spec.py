@@ -450,6 +450,15 @@ METRICS: tuple[Metric, ...] = (
         description="dram_bytes (measured) / compulsory_bytes (modelled): 1 if nothing is moved twice",
     ),
     Metric(
+        tag="sol_frac",
+        measured_by="sol",
+        name="share of ceiling",
+        unit="1",
+        better="higher",
+        description="least time of the modelled work at this machine's measured ceilings / time_s; "
+        "which ceiling binds is in the record",
+    ),
+    Metric(
         tag="model_flop",
         name="model FLOP",
         unit="FLOP",

@@ -25,7 +25,10 @@ ALLOWED = {
     "harness": ("harness", "implementations", "kernels"),
 }
 # What harness may import at module level; the rest of implementations is loaded by name, lazily.
-HARNESS_EAGER = ("harness", "implementations.base", "implementations.cost")
+HARNESS_EAGER = (
+    *("harness", "implementations.base", "implementations.cost"),
+    "implementations.exponentials",
+)
 # These run in the worker only, which exists to import torch.
 WORKER_SIDE = ("harness.worker", "harness.gate", "harness.gate_errors", "harness.memory")
 # Their module-level imports, followed through all of ours, reach neither torch nor triton.
@@ -34,6 +37,7 @@ TORCH_FREE = (
     *("harness.registry", "harness.machine", "harness.store", "harness.analysis"),
     *("harness.runner", "harness.doctor", "harness.progress", "harness.cli_views"),
     *("harness.cli_options", "harness.reproduce"),
+    *("harness.ceilings", "harness.counters", "harness.ncu"),
     *("implementations.base", "implementations.cost", "run_bench"),
 )
 TORCH_FREE_PATTERNS = ("reports/*.py", "implementations/ops/*.py", "kernels/**/cost.py")

@@ -16,6 +16,8 @@ BUILT_IN: Mapping[str, str] = {
     "time": "mambench.harness.profilers.timers:Time",
     "call_time": "mambench.harness.profilers.timers:CallTime",
     "memory": "mambench.harness.profilers.memory:Memory",
+    "traffic": "mambench.harness.profilers.traffic:Traffic",
+    "sol": "mambench.harness.profilers.speed_of_light:SpeedOfLight",
 }
 DEFAULT: Mapping[DeviceKind, tuple[str, ...]] = {
     DeviceKind.CPU: ("time", "memory"),
