@@ -34,7 +34,7 @@ class NaiveRecurrence(Implementation):
 
     def decode_op(self, family: Family, variant: str) -> Callable[..., Any]:
         """Return the step that both families share."""
-        from mambench.kernels.state_update_torch import selective_state_update
+        from mambench.kernels.state_update.torch_update import selective_state_update
 
         return selective_state_update
 

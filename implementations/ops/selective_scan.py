@@ -4,7 +4,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
-from mambench.harness.spec import Case, Device, DeviceKind, DType, Family
+from mambench.harness.spec import Case, Device, DeviceKind, DType, Family, Pass
+from mambench.implementations import decode
 from mambench.implementations import hopper as hopper_device
 from mambench.implementations.base import Implementation, Variant
 from mambench.kernels.s6 import numba_config, triton_config
@@ -47,8 +48,18 @@ class SelectiveScan(Implementation):
             return hopper_op.selective_scan
         raise ValueError(f"selective_scan: got variant {variant!r}, expected numba, triton, hopper")
 
+    def decode_variants(self, device: Device) -> tuple[Variant, ...]:
+        """Return `triton` or `numba`, then `torch`: the state update of one token."""
+        return decode.variants(device)
+
+    def decode_op(self, family: Family, variant: str) -> Callable[..., Any]:
+        """Import and return `selective_state_update` of a variant."""
+        return decode.op(variant)
+
     def unsupported(self, case: Case, device: Device) -> str | None:
         """Refuse more than 256 states and, on a GPU, float64."""
+        if case.pass_ is Pass.DECODE:
+            return decode.unsupported(case)
         d_state = case.problem.d_state
         if d_state is not None and d_state > _MAX_D_STATE:
             return f"d_state is at most {_MAX_D_STATE}, got {d_state}"
@@ -58,6 +69,8 @@ class SelectiveScan(Implementation):
 
     def workspace_bytes(self, case: Case) -> int:
         """Count kept states, partial sums and copies beside inputs, outputs and gradients."""
+        if case.pass_ is Pass.DECODE:
+            return decode.workspace_bytes(case)
         p = case.problem
         sizes = {
             "batch": p.batch,
@@ -79,8 +92,14 @@ class SelectiveScan(Implementation):
             **sizes, backward=case.pass_.needs_grad, itemsize=wide
         )
 
+    def launches(self, case: Case) -> int:
+        """Estimate what a call launches in sequence."""
+        return decode.launches(case) if case.pass_ is Pass.DECODE else super().launches(case)
+
     def precompile(self, case: Case) -> None:
         """Compile what a CPU case needs; Triton compiles on the first call."""
+        if case.pass_ is Pass.DECODE:
+            return decode.precompile(case)
         if case.variant == "numba":
             from mambench.implementations.problems.base import TORCH_DTYPES
             from mambench.kernels.s6 import numba_scan

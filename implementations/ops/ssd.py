@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from mambench.harness.spec import Case, Device, DeviceKind, DType, Family, Pass
+from mambench.implementations import decode
 from mambench.implementations import hopper as hopper_device
 from mambench.implementations.base import Implementation, Variant
 
@@ -46,8 +47,18 @@ class Ssd(Implementation):
 
         return torch_ssd
 
+    def decode_variants(self, device: Device) -> tuple[Variant, ...]:
+        """Return `triton` or `numba`, then `torch`: the state update of one token."""
+        return decode.variants(device)
+
+    def decode_op(self, family: Family, variant: str) -> Callable[..., Any]:
+        """Import and return `selective_state_update` of a variant."""
+        return decode.op(variant)
+
     def unsupported(self, case: Case, device: Device) -> str | None:
         """Return the limit of the variant's kernels that the case is beyond, or None."""
+        if case.pass_ is Pass.DECODE:
+            return decode.unsupported(case)
         if case.variant == "hopper":
             return _beyond_hopper(case)
         if case.variant != "triton":
@@ -63,7 +74,9 @@ class Ssd(Implementation):
 
     def workspace_bytes(self, case: Case) -> int:
         """Estimate what the largest pass allocates beyond inputs, outputs and gradients."""
-        if case.variant == "hopper" and case.pass_ is Pass.FORWARD:
+        if case.pass_ is Pass.DECODE:
+            return decode.workspace_bytes(case)
+        if case.variant == "hopper" and not case.pass_.needs_grad:
             return _hopper_workspace(case)
         if case.variant in ("triton", "hopper"):  # the backward is the same, and allocates more
             return _triton_workspace(case)
@@ -77,8 +90,17 @@ class Ssd(Implementation):
             headdim=p.headdim or 0,
             d_state=p.d_state or 0,
             itemsize=case.dtype.itemsize,
-            needs_grad=case.pass_ is not Pass.FORWARD,
+            needs_grad=case.pass_.needs_grad,
         )
+
+    def launches(self, case: Case) -> int:
+        """Estimate what a call launches in sequence."""
+        return decode.launches(case) if case.pass_ is Pass.DECODE else super().launches(case)
+
+    def precompile(self, case: Case) -> None:
+        """Compile what decode needs on the CPU; Triton compiles on the first call."""
+        if case.pass_ is Pass.DECODE:
+            decode.precompile(case)
 
 
 def _beyond_hopper(case: Case) -> str | None:
@@ -112,7 +134,7 @@ def _triton_workspace(case: Case) -> int:
     tiles = tiling(case.dtype.itemsize, headdim, d_state, wgmma=True)
     token_heads = p.tokens * p.nheads
     forward = 8 * token_heads
-    if case.pass_ is Pass.FORWARD:
+    if not case.pass_.needs_grad:
         return forward
     chunks = -(-p.length // tiles.grad_chunk) * p.batch
     states = 2 * chunks * p.nheads * headdim * d_state * case.dtype.itemsize
