@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -66,40 +67,55 @@ class Pool(Processes, Protocol):
     ) -> None: ...
 
 
-def make_pool(*, threads: int) -> Pool:
+@dataclass(frozen=True, kw_only=True)
+class Code:
+    """What a pool's processes import, where that is not what this process would."""
+
+    root: Path | None = None  # the checkout of `implementations` and `kernels`; this one if None
+    path: tuple[str, ...] = ()  # folders before all others on their sys.path
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What `mambench/_start.py` is told."""
+        return ("--code", str(self.root)) if self.root else ()
+
+
+def make_pool(*, threads: int, code: Code | None = None) -> Pool:
     """Return the pool for this system: forking on Linux, elsewhere a new interpreter per worker."""
     if sys.platform == "linux":
-        return WorkerPool(threads=threads)
+        return WorkerPool(threads=threads, code=code)
     from mambench.harness.spawn_pool import SpawnPool
 
-    return SpawnPool(threads=threads)
+    return SpawnPool(threads=threads, code=code)
 
 
 class WorkerPool:
     """Forks workers from a server that has torch imported; Linux only."""
 
-    def __init__(self, *, threads: int) -> None:
+    def __init__(self, *, threads: int, code: Code | None = None) -> None:
         """Start the fork server; it imports torch while the caller goes on.
 
         Args:
             threads: CPU threads of each worker. OpenMP reads its variable when torch is imported,
                 so this belongs to the server and not to a worker.
+            code: what the workers import, if it is not what this process would.
         """
         self.threads = threads
+        code = code or Code()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         start = Path(mambench.__file__).with_name("_start.py")
         with theirs:
             self._server = subprocess.Popen(
                 [
-                    *(sys.executable, "-P", str(start), "harness.pool_server"),
+                    *(sys.executable, "-P", str(start), *code.arguments, "harness.pool_server"),
                     *(str(theirs.fileno()), str(os.getpid())),
                 ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=self._output,
-                env=thread_environment(threads),
+                env=environment(threads, code),
                 start_new_session=True,  # Ctrl-C is the runner's to handle
             )
         self._ready = False
@@ -247,6 +263,13 @@ class Worker:
 def thread_environment(threads: int) -> dict[str, str]:
     """Return the environment of a process whose libraries use this many threads."""
     return os.environ | dict.fromkeys(_THREAD_VARIABLES, str(threads))
+
+
+def environment(threads: int, code: Code) -> dict[str, str]:
+    """Return the environment of a process that imports this code on so many threads."""
+    found = thread_environment(threads)
+    path = [*code.path, *filter(None, [found.get("PYTHONPATH")])]
+    return found | ({"PYTHONPATH": os.pathsep.join(path)} if code.path else {})
 
 
 def output_file() -> IO[bytes]:

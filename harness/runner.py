@@ -36,7 +36,6 @@ from mambench.harness.records import Observation, observation_id
 from mambench.harness.spec import Case, Outcome, digest
 from mambench.harness.store import Key, RunFolder
 
-ROUND = 0
 MAX_WARM_S = 1.0  # an execution slower than this is not run once more just to measure its memory
 TRACEBACK_LENGTH = 4000
 # What does not change a measurement does not change its identity.
@@ -55,6 +54,17 @@ class RunSummary:
     def failed(self) -> bool:
         """Whether a case ended as wrong, error, oom, timeout or crashed."""
         return any(outcome.failed and count for outcome, count in self.counts.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """Which round of a plan is run, and what is known already when it begins."""
+
+    round: int = 0  # later rounds may be of some of the plan's cases only
+    proven: bool = (
+        False  # an earlier round of the same code compiled everything and passed the gate
+    )
+    holds_device: bool = False  # the caller has locked it
 
 
 class SilentListener:
@@ -85,6 +95,7 @@ def run(
     retry_failed: bool = False,
     wait: bool = False,
     pool: Pool | None = None,
+    session: Session | None = None,
 ) -> RunSummary:
     """Run what is not finished yet, and return how all cases of the plan ended.
 
@@ -97,29 +108,35 @@ def run(
         retry_failed: measure again what ended as wrong, error, oom, timeout or crashed.
         wait: wait for the device if another run holds it.
         pool: where workers come from; a new one if None.
+        session: which round this is; the first and only one if None.
 
     Raises DeviceBusyError if another run holds the device and `wait` is false, RunFolderError if
     the folder belongs to another plan, MeasurementError if workers cannot be started.
     """
-    if folder.manifest["plan_hash"] != plan.plan_hash:
+    session = session or Session()
+    if folder.manifest["plan_hash"] != plan.plan_hash and session.round == 0:
         raise RunFolderError(f"{folder.path} was made for other cases than this plan's.")
     listener = listener or SilentListener()
     begin = time.monotonic()
     interrupted = False
     try:
         with ExitStack() as stack:
-            key = machine.lock_key(plan.device)
-            held = device_lock(key, holder=str(folder.path), wait=wait, on_wait=listener.on_note)
-            stack.enter_context(held)
+            if not session.holds_device:
+                key = machine.lock_key(plan.device)
+                holder = str(folder.path)
+                held = device_lock(key, holder=holder, wait=wait, on_wait=listener.on_note)
+                stack.enter_context(held)
             threads = thread_count(plan.settings)
             pool = pool or stack.enter_context(make_pool(threads=threads))
-            runner = _Runner(plan, folder, pool, threads, listener)
+            runner = _Runner(plan, folder, pool, threads, listener, session)
             stack.callback(runner.stop_workers)
             runner.run(time_budget_s, retry_failed)
     except KeyboardInterrupt:
+        if session.holds_device:
+            raise
         interrupted = True
         listener.on_note(f"interrupted; continue with: run_bench.py run --resume {folder.path}")
-    counts = Counter(outcome_of(plan, planned.case, folder) for planned in plan.cases)
+    counts = Counter(outcome_of(plan, p.case, folder, session.round) for p in plan.cases)
     counts.pop(None, None)
     return RunSummary(
         counts={o: counts[o] for o in Outcome if counts[o]},
@@ -128,10 +145,10 @@ def run(
     )
 
 
-def outcome_of(plan: Plan, case: Case, folder: RunFolder) -> Outcome | None:
+def outcome_of(plan: Plan, case: Case, folder: RunFolder, round: int = 0) -> Outcome | None:
     """Return the outcome of a case's newest observations, None while any is missing."""
     newest = folder.newest()
-    keys = [_key(case, m) for m in plan.settings.measurements]
+    keys = [(case.case_id, m, round) for m in plan.settings.measurements]
     found = [newest[key].outcome for key in keys if key in newest]
     if len(found) < len(keys):
         return None
@@ -143,13 +160,20 @@ class _Runner:
     """The state of one `run`."""
 
     def __init__(
-        self, plan: Plan, folder: RunFolder, pool: Pool, threads: int, listener: Listener
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        pool: Pool,
+        threads: int,
+        listener: Listener,
+        session: Session,
     ) -> None:
         self._plan = plan
         self._folder = folder
         self._pool = pool
         self._threads = threads
         self._listener = listener
+        self._session = session
         self._wanted = plan.settings.measurements
         found = catalog.load(plan.plugins)
         self._profilers = {name: found[name] for name in self._wanted}
@@ -182,7 +206,9 @@ class _Runner:
         left = [(p, m) for p in self._plan.runnable if (m := self._missing(p.case, finished))]
         self._listener.on_plan(len(self._plan.cases), len(left))
         cases = [planned.case for planned, _ in left]
-        precompile.compile_ahead(cases, self._pool, self._config(Process.TIMED), self._listener)
+        if not self._session.proven:
+            config = self._config(Process.TIMED)
+            precompile.compile_ahead(cases, self._pool, config, self._listener)
         for planned, missing in left:
             self._case(planned, missing, deadline)
         self.stop_workers()  # what comes next has the device to itself
@@ -202,7 +228,7 @@ class _Runner:
                 continue
             done = Done(outcome=planned.outcome, reason=planned.reason)
             for measurement in self._wanted:
-                old = newest.get(_key(planned.case, measurement))
+                old = newest.get(self._key(planned.case, measurement))
                 if old is None or (old.outcome, old.reason) != (done.outcome, done.reason):
                     self._append_failure(planned.case, measurement, done, _now(), 0.0)
 
@@ -212,7 +238,7 @@ class _Runner:
 
     def _missing(self, case: Case, finished: set[Key]) -> tuple[str, ...]:
         return tuple(
-            m for m in self._wanted if m not in self._batched and _key(case, m) not in finished
+            m for m in self._wanted if m not in self._batched and self._key(case, m) not in finished
         )
 
     def _case(self, planned: PlannedCase, missing: tuple[str, ...], deadline: float | None) -> None:
@@ -250,7 +276,7 @@ class _Runner:
         """
         newest, alone = self._folder.newest(), set(self._wanted) - {DECIDING}
         for measurement in self._wanted:
-            old = newest.get(_key(case, measurement))
+            old = newest.get(self._key(case, measurement))
             if old is None or measurement in missing or old.outcome is Outcome.OK:
                 continue
             if old.details.get("phase") not in alone:
@@ -264,7 +290,7 @@ class _Runner:
         """
         pending = [m for m in missing if m not in self._absent]
         proven = len(missing) < len(self._wanted)
-        gate = True
+        gate = not self._session.proven
         while next_work := self._next_work(case, pending, proven=proven, gate=gate):
             work, process = next_work
             done = self._work(work, process)
@@ -320,7 +346,7 @@ class _Runner:
         return profiler.process(self._plan.device)
 
     def _known_time_s(self, case: Case) -> float:
-        timed = self._folder.newest().get(_key(case, "time"))
+        timed = self._folder.newest().get(self._key(case, "time"))
         return (timed.values.get("time_s") if timed else None) or 0.0
 
     def _work(self, work: Work, process: Process) -> Done:
@@ -349,7 +375,7 @@ class _Runner:
         left: list[Case] = []
         for planned in self._plan.runnable:
             case = planned.case
-            if _key(case, name) in finished:
+            if self._key(case, name) in finished:
                 continue
             self._observed = []
             if failure := self._earlier_failure(case, (name,)):
@@ -416,7 +442,7 @@ class _Runner:
             Observation(
                 case=case,
                 measurement=finding.measurement,
-                round=ROUND,
+                round=self._session.round,
                 outcome=finding.outcome,
                 reason=finding.reason,
                 observation_id=self._observation_id(case, finding.measurement),
@@ -452,7 +478,7 @@ class _Runner:
             Observation(
                 case=case,
                 measurement=measurement,
-                round=ROUND,
+                round=self._session.round,
                 outcome=done.outcome,
                 reason=done.reason,
                 observation_id=self._observation_id(case, measurement),
@@ -472,11 +498,14 @@ class _Runner:
         return observation_id(
             case,
             measurement=measurement,
-            round=ROUND,
+            round=self._session.round,
             code_version=code.get("id") or digest(code),
             device=self._plan.device.name,
             settings={k: v for k, v in settings.items() if k not in _NOT_IDENTITY},
         )
+
+    def _key(self, case: Case, measurement: str) -> Key:
+        return case.case_id, measurement, self._session.round
 
 
 def _modelled(case: Case) -> dict[str, int | None]:
@@ -490,10 +519,6 @@ def _modelled(case: Case) -> dict[str, int | None]:
         "weight_count": cost.weight_count,
         "state_bytes": cost.state_bytes,
     }
-
-
-def _key(case: Case, measurement: str) -> Key:
-    return case.case_id, measurement, ROUND
 
 
 def _now() -> str:

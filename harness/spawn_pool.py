@@ -16,15 +16,16 @@ from types import TracebackType
 from typing import Self
 
 import mambench
-from mambench.harness.pool import EXIT_LIMIT_S, Worker, output_file, thread_environment
+from mambench.harness.pool import EXIT_LIMIT_S, Code, Worker, environment, output_file
 from mambench.harness.protocol import WorkerConfig
 
 
 class SpawnPool:
     """Starts a new interpreter for each worker; see `harness.pool.Pool`."""
 
-    def __init__(self, *, threads: int) -> None:
+    def __init__(self, *, threads: int, code: Code | None = None) -> None:
         self.threads = threads
+        self._code = code or Code()
         # Nothing is ever written. Workers hold the reading end, and see its end when this process
         # ends, in whatever way.
         self._reading, self._writing = os.pipe()
@@ -38,14 +39,14 @@ class SpawnPool:
         with theirs:
             process = subprocess.Popen(
                 [
-                    *(sys.executable, "-P", str(start), "harness.spawn_pool"),
-                    *(str(theirs.fileno()), str(self._reading)),
+                    *(sys.executable, "-P", str(start), *self._code.arguments),
+                    *("harness.spawn_pool", str(theirs.fileno()), str(self._reading)),
                 ],
                 pass_fds=[theirs.fileno(), self._reading],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=thread_environment(self.threads),
+                env=environment(self.threads, self._code),
                 start_new_session=True,  # Ctrl-C is the runner's to handle
             )
         self._processes[process.pid] = process
