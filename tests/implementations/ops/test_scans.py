@@ -1,5 +1,6 @@
 """naive_recurrence and associative_scan: the whole reference interfaces, against loops."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -210,3 +211,29 @@ def test_passes_the_gate_on_the_gpu(name, family):
     device = Device(kind=DeviceKind.CUDA, name="gpu", memory_bytes=1 << 34)
     report = check(build(case, get(name), device, seed=0), case, seed=0)
     assert report.passed, report.reason
+
+
+def test_the_associative_scan_is_triton_on_a_gpu_within_its_limits():
+    device = Device(
+        kind=DeviceKind.CUDA, name="H100", compute_capability=(9, 0), memory_bytes=80 << 30
+    )
+    scan = get("associative_scan")
+    assert [v.name for v in scan.variants(device)] == ["triton", "torch"]
+    turing = Device(kind=DeviceKind.CUDA, name="T4", compute_capability=(7, 5), memory_bytes=1)
+    assert [v.name for v in scan.variants(turing) if v.unavailable is None] == ["torch"]
+    problem = Problem(family=Family.S6, batch=1, seqlen=512, d_inner=64, d_state=16, ngroups=1)
+    case = Case(
+        implementation="associative_scan",
+        variant="triton",
+        problem=problem,
+        pass_=Pass.FORWARD,
+        dtype=DType.BF16,
+    )
+    deep, wide = replace(problem, d_state=257), replace(case, dtype=DType.FP64)
+    assert scan.unsupported(case, device) is None
+    assert "256" in scan.unsupported(replace(case, problem=deep), device)
+    assert "fp32" in scan.unsupported(wide, device)
+    assert scan.unsupported(replace(wide, variant="torch"), device) is None
+    states = 4 * 512 * 64 * 16
+    assert states <= scan.workspace_bytes(case) < 2 * states
+    assert scan.workspace_bytes(replace(case, variant="torch")) >= 3 * states

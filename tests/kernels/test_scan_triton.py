@@ -1,0 +1,161 @@
+"""The Triton associative scan without a GPU: in the interpreter, and as compiled for GPUs."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mambench.kernels import scan_triton, scan_triton_kernels
+
+HERE = Path(__file__).parent
+SCRIPT = HERE / "interpret_associative.py"
+CASES = (
+    *("s6", "s6-one-step", "s6-bare", "s6-float16"),
+    *("ssd", "ssd-limits", "ssd-wide-skip", "ssd-bare"),
+)
+KERNELS = ("states_kernel", "output_kernel", "grad_states_kernel", "grad_shared_kernel")
+FP32 = (
+    *("A_ptr", "D_ptr", "bias_ptr", "entry_ptr", "states_ptr", "dy_ptr", "grad_last_ptr"),
+    *("grad_states_ptr", "grad_x_ptr", "grad_dt_ptr", "grad_A_ptr", "grad_entry_ptr"),
+    *("grad_B_ptr", "grad_C_ptr"),
+)
+
+
+def interpret(*cases: str, script: Path = SCRIPT) -> dict[str, dict[str, str]]:
+    done = subprocess.run(
+        [sys.executable, str(script), *cases],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, str]]:
+    return interpret(*CASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted(interpreted, case):
+    assert interpreted[case] == {}
+
+
+def test_a_carry_that_is_dropped_between_blocks_is_noticed(tmp_path):
+    source = (HERE.parents[1] / "kernels" / "scan_triton_kernels.py").read_text()
+    right = "        h += total * carry[:, None]\n"
+    assert source.count(right) == 1
+    wrong = tmp_path / "wrong_kernels.py"
+    wrong.write_text(source.replace(right, ""))
+    script = tmp_path / "interpret_associative.py"
+    script.write_text(
+        SCRIPT.read_text()
+        .replace("HERE = Path(__file__).resolve()", f"HERE = Path({str(SCRIPT)!r})")
+        .replace(
+            "    scan_triton._TILE",
+            f"    sys.path.insert(0, {str(tmp_path)!r})\n"
+            "    import wrong_kernels\n"
+            "    scan_triton.kernels = wrong_kernels\n"
+            "    scan_triton._TILE",
+        )
+    )
+    found = interpret("s6", "s6-one-step", script=script)
+    assert {"out", "last"} <= set(found["s6"])
+    assert found["s6-one-step"] == {}  # one block needs no carry
+
+
+def compiled(name: str, arch: int, d_state: int) -> triton.compiler.CompiledKernel:
+    """Compile a kernel for bf16 inputs, with every option, as launched for many steps."""
+    kernel = getattr(scan_triton_kernels, name)
+    tile = scan_triton._Inputs(
+        x=torch.empty(1, 1 << 16, 1, 1), dt=torch.empty(0), A=torch.empty(1, d_state),
+        B=torch.empty(0), C=torch.empty(0), D=None, z=None, bias=None, entry=None,
+        softplus=True, limit=(0.0, 1.0),
+    ).tile  # fmt: skip
+    warps = tile.pop("num_warps")
+    if name == "grad_shared_kernel":
+        tile, warps = dict(zip(("BLOCK_N", "BLOCK_L"), scan_triton._SHARED_TILE, strict=True)), 4
+    signature, constexprs, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        argument = parameter.name
+        if parameter.is_constexpr:
+            signature[argument] = "constexpr"
+            constexprs[(index,)] = tile.get(argument, True)
+        elif argument.endswith("_ptr"):
+            signature[argument] = "*fp32" if argument in FP32 else "*bf16"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[argument] = "fp32" if argument in ("dt_min", "dt_max") else "i32"
+    return triton.compile(
+        ASTSource(kernel, signature, constexprs, attributes),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": warps},
+    )
+
+
+def stack_bytes(binary: triton.compiler.CompiledKernel) -> int:
+    """Return the bytes of registers that each thread spills."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return int(text.partition("STACK:")[2].split()[0])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(("arch", "d_state"), [(80, 16), (90, 128), (100, 16), (120, 16)])
+def test_it_compiles_for_every_architecture_without_spilling(name, arch, d_state):
+    assert stack_bytes(compiled(name, arch, d_state)) == 0
+
+
+def test_widest_state_compiles():
+    assert compiled("grad_states_kernel", 90, 256).metadata.shared < 99 << 10
+
+
+def test_what_it_does_not_take_is_refused():
+    x = torch.zeros(1, 2, 3, dtype=torch.float64)
+    A, B = torch.zeros(2, 4), torch.zeros(1, 1, 4, 3, dtype=torch.float64)
+    with pytest.raises(TypeError, match="float32, float16 or bfloat16"):
+        scan_triton.selective_scan(x, x, A, B, B)
+    x, B = torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 1, 257)
+    with pytest.raises(ValueError, match="at most 256"):
+        scan_triton.state_space_dual(x, torch.zeros(1, 3, 2), torch.zeros(2), B, B, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["s6", "ssd"])
+@pytest.mark.parametrize("seqlen", [1, 333, 4096])
+def test_on_a_gpu_it_equals_the_scan_in_torch(dtype, family, seqlen):
+    sys.path.insert(0, str(HERE))
+    try:
+        import interpret_associative as cases
+    finally:
+        sys.path.pop(0)
+    from mambench.kernels import scan_torch
+
+    names = {"s6": cases.S6, "ssd": cases.SSD}[family]
+    sizes = {"s6": (2, seqlen, 32, 1, 16, 2), "ssd": (2, seqlen, 4, 8, 20, 2)}[family]
+    case = {"sizes": sizes, "dtype": dtype}
+    inputs = {k: v.detach().cuda().requires_grad_() for k, v in cases.draw(case, names).items()}
+    wide = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
+    got = cases.run(scan_triton, case, inputs, names)
+    wanted = cases.run(scan_torch, case, wide, names)
+    for name, value in got.items():
+        error = (value.double() - wanted[name]).norm() / wanted[name].norm()
+        assert error <= (1e-4 if dtype is torch.float32 else 1e-2), (name, float(error))
