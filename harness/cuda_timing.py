@@ -99,13 +99,13 @@ def _time_eager(execute: Execute, rule: StopRule, warm: WarmUp) -> Timing:
 
 
 def _time_graph(execute: Execute, rule: StopRule, warm: WarmUp) -> Timing:
-    graph = _capture(execute, 1)
+    graph = capture(execute, 1)
     graph.replay()  # the first replay uploads the graph
     once_s = min(_replay_s(graph, 5))
     executions = min(repetitions(once_s, GRAPH_SAMPLE_S), MAX_EXECUTIONS_PER_GRAPH)
     if executions > 1:
         graph.reset()
-        graph = _capture(execute, executions)
+        graph = capture(execute, executions)
         graph.replay()
     criterion = Criterion(rule)
     samples: list[float] = []
@@ -135,7 +135,7 @@ def _replay_s(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
     return [begin.elapsed_time(end) / 1e3 for begin, end in pairwise(events)]
 
 
-def _capture(execute: Execute, executions: int) -> torch.cuda.CUDAGraph:
+def capture(execute: Execute, executions: int) -> torch.cuda.CUDAGraph:
     """Capture executions in a graph on the current stream; raises NotCapturableError.
 
     The current stream must not be the default one, and what the execution differentiates must have

@@ -24,19 +24,23 @@ surroundings included, must be what they were.
 Besides, no value may be NaN or infinite anywhere, shapes and dtypes must be the declared ones,
 inputs must be unchanged, and nothing may be left over from an earlier call. To see that, the
 operation runs twice: first on altered inputs while freshly allocated memory is filled with NaN,
-then on the true inputs and exactly as it will be timed.
+then on the true inputs and exactly as it will be timed. After it was timed it is called once more,
+and on a GPU what was timed is captured and replayed. `harness.gate_cheats` lists the known ways to
+fool a benchmark and what finds each.
 """
 
 import gc
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from mambench.harness import gate_cheats
+from mambench.harness.gate_cheats import RejectedError, Sketch
 from mambench.harness.gate_errors import Energies, ErrorPair, judge, measure
 from mambench.harness.spec import Case, Pass
 from mambench.implementations.problems.base import TORCH_DTYPES, Sample
@@ -58,10 +62,8 @@ class GateReport:
         default_factory=dict[str, Mapping[str, float]]
     )  # by tensor
     judged: str = "all"  # what part of the outputs was compared: "all" or "64 channels"
-
-
-class _Rejected(Exception):
-    """The candidate broke a rule that needs no reference; the message is the reason."""
+    # Of the results on altered inputs, by which `check_again` knows them.
+    sketches: Mapping[str, Sketch] = field(default_factory=dict[str, Sketch])
 
 
 def check(workload: Workload, case: Case, *, seed: int) -> GateReport:
@@ -72,25 +74,83 @@ def check(workload: Workload, case: Case, *, seed: int) -> GateReport:
     """
     sample = workload.family.sample(workload.problem, seed=seed)
     judged = _description(sample)
+    sketches: dict[str, Sketch] = {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deterministic mode warns about what it cannot do
-            pairs = _judge(workload, case, sample, seed)
-    except _Rejected as rejection:
+            pairs = _judge(workload, case, sample, seed, sketches)
+    except RejectedError as rejection:
         return GateReport(passed=False, reason=str(rejection), judged=judged)
     finally:
         _release()
     errors = {name: pair.as_dict() for name, pair in pairs.items()}
     worst = max(pairs.values(), key=lambda pair: pair.excess)
     if worst.excess <= 1:
-        return GateReport(passed=True, errors=errors, judged=judged)
+        return GateReport(passed=True, errors=errors, judged=judged, sketches=sketches)
     return GateReport(passed=False, reason=worst.sentence(), errors=errors, judged=judged)
 
 
-def _judge(workload: Workload, case: Case, sample: Sample, seed: int) -> dict[str, ErrorPair]:
+def check_again(workload: Workload, case: Case, report: GateReport, *, seed: int) -> str | None:
+    """Call the operation once more, after it was timed; returns what is wrong now, or None.
+
+    What answers from memory once it has been proven right is asked about other inputs here, and
+    must answer as it did to the gate. One execution, and no reference.
+    """
+    sample = workload.family.sample(workload.problem, seed=seed)
+    try:
+        with _altered(workload):
+            results, _ = _execute(workload, case, sample, seed + 1)
+    except RejectedError as rejection:
+        return f"after timing: {rejection}"
+    except torch.OutOfMemoryError:  # what was timed may still hold its memory
+        return None
+    finally:
+        _release()
+    for name, tensor in results.items():
+        if name in report.sketches and report.sketches[name].differs(Sketch.of(tensor)):
+            return (
+                f"{name}: after timing, the same inputs gave another result than before it: a "
+                f"result of an earlier call is returned again (cached), or work is left out"
+            )
+    return None
+
+
+def check_replay(workload: Workload, execute: Callable[[], object]) -> str | None:
+    """Capture what was timed in a CUDA graph; returns what its replay does not do, or None."""
+    from mambench.harness import cuda_timing
+
+    results: list[object] = []
+    try:
+        graph = cuda_timing.capture(lambda: results.append(execute()), 1)
+    except cuda_timing.NotCapturableError:  # for want of memory: it was captured a moment ago
+        return None
+    try:
+        gate_cheats.require_written_by_replay(
+            graph, list(_tensors(results)), workload.inputs.values()
+        )
+    except RejectedError as rejection:
+        return str(rejection)
+    finally:
+        results.clear()
+        graph.reset()
+    return None
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in cast("Sequence[object]", value):
+            yield from _tensors(item)
+
+
+def _judge(
+    workload: Workload, case: Case, sample: Sample, seed: int, sketches: dict[str, Sketch]
+) -> dict[str, ErrorPair]:
     """Run the candidate and judge each tensor; draw again while only noisy ones fail."""
     dtype, seqlen = case.dtype, _time_steps(workload)
-    results, grad_outputs = _run_candidate(workload, case, sample, seed)
+    results, grad_outputs = _run_candidate(workload, case, sample, seed, sketches)
     pairs: dict[str, ErrorPair] = {}
     noisy: dict[str, Energies] = {}
     for name, energies in _measured(workload, case, sample, results, grad_outputs):
@@ -142,26 +202,59 @@ def _measured(
 
 
 def _run_candidate(
-    workload: Workload, case: Case, sample: Sample, seed: int
+    workload: Workload, case: Case, sample: Sample, seed: int, sketches: dict[str, Sketch]
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Run twice; return the sampled results of the second run and the sampled output gradients."""
-    before = {name: _fingerprint(tensor) for name, tensor in workload.inputs.items()}
-    altered = next(iter(workload.inputs))
-    _negate(workload.inputs[altered])  # exactly reversible, and needs no second set of inputs
-    try:
-        with _poisoned_memory():
-            first, _ = _execute(workload, case, sample, seed + 1)
-    finally:
-        _negate(workload.inputs[altered])
+    """Run twice; return the sampled results of the second run and the sampled output gradients.
+
+    Of the first run's results, those of enough values are sketched.
+    """
+    before = _fingerprints(workload.inputs)
+    with _altered(workload):
+        try:
+            with _poisoned_memory():
+                first, _ = _execute(workload, case, sample, seed + 1)
+        except RejectedError as rejection:
+            raise _explained(rejection, workload, case, sample, seed + 1) from None
     _require_unchanged(before, workload.inputs)
-    prints = {name: _fingerprint(tensor) for name, tensor in first.items()}
+    prints = _fingerprints(first)
     results, grad_outputs = _execute(workload, case, sample, seed)
     _require_unchanged(before, workload.inputs)
-    for name, tensor in first.items():
-        if _fingerprint(tensor) != prints[name]:
-            raise _Rejected(f"{name}: the second call overwrote the first call's result")
-    del first
+    gate_cheats.require_fresh(first, results, prints, _fingerprints(first), _fingerprints(results))
+    many = {name: tensor for name, tensor in first.items() if tensor.numel() > NOISY_VALUES}
+    sketches |= {name: Sketch.of(tensor) for name, tensor in many.items()}
+    del first, many
     return _select(workload, results, sample), grad_outputs
+
+
+def _explained(
+    rejection: RejectedError, workload: Workload, case: Case, sample: Sample, seed: int
+) -> RejectedError:
+    """Say so if values are NaN because fresh memory was filled with it: they were never written."""
+    if "are NaN" not in str(rejection):
+        return rejection
+    doubt = "never written, or computed as NaN"
+    try:
+        # What is allocated next is most likely this memory, which is not NaN.
+        spare = [torch.zeros_like(t) for t in workload.inputs.values() for _ in range(2)]
+        del spare
+        _execute(workload, case, sample, seed)
+    except RejectedError:
+        return RejectedError(f"{rejection}: {doubt}")
+    return RejectedError(f"{rejection}: never written, fresh memory had been filled with NaN")
+
+
+@contextmanager
+def _altered(workload: Workload) -> Generator[None, None, None]:
+    """Negate an input while the block runs, so that no address or version counter tells."""
+    name = next(iter(workload.inputs))
+    if workload.case.pass_ is not Pass.DECODE and "v" in workload.inputs:
+        name = "v"  # over a single key attention does not depend on q
+    altered = workload.inputs[name]
+    altered.data.neg_()  # exactly reversible, and needs no second set of inputs
+    try:
+        yield
+    finally:
+        altered.data.neg_()
 
 
 def _execute(
@@ -170,14 +263,14 @@ def _execute(
     """Run the pass once, eagerly; return complete results and the sampled output gradients."""
     needs_grad, names_of = case.pass_.needs_grad, workload.family.outputs
     with torch.set_grad_enabled(needs_grad), _state_restored(workload):
-        outputs = _owned(workload, workload.forward())
+        outputs = _checked(workload, workload.forward())
     _require_declared(outputs, case)
     if not needs_grad:
         results = _named(names_of, outputs, {})
         _require_finite(results)
         return results, []
     if not all(out.requires_grad for out in outputs):
-        raise _Rejected("y: has no graph, so no gradient can be computed from it")
+        raise RejectedError("y: has no graph, so no gradient can be computed from it")
     names = workload.family.differentiable(workload.problem)
     sampled, complete = _output_gradients(workload, outputs, sample, seed)
     inputs = {name: workload.inputs[name] for name in names}
@@ -196,9 +289,9 @@ def _gradients(
     found: dict[str, Tensor] = {}
     for (name, tensor), grad in zip(inputs.items(), grads, strict=True):
         if grad is None:  # pyright: ignore[reportUnnecessaryComparison] of allow_unused
-            raise _Rejected(f"grad_{name}: the operation is not differentiable in {name}")
+            raise RejectedError(f"grad_{name}: the operation is not differentiable in {name}")
         if grad.dtype != tensor.dtype:
-            raise _Rejected(f"grad_{name}: dtype {grad.dtype}, expected {tensor.dtype}")
+            raise RejectedError(f"grad_{name}: dtype {grad.dtype}, expected {tensor.dtype}")
         found[name] = grad
     return found
 
@@ -234,13 +327,15 @@ def _state_restored(workload: Workload) -> Generator[None, None, None]:
             view.copy_(before[name])
 
 
-def _owned(workload: Workload, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Copy the outputs that are views of inputs, which do not last."""
+def _checked(workload: Workload, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Require outputs to be their own, and copy those that an update in place leaves in inputs."""
     updated = workload.family.updated(workload.problem, workload.inputs)
-    names = workload.family.outputs
-    return tuple(
-        out.clone() if name in updated else out for name, out in zip(names, outputs, strict=False)
-    )
+    named = dict(zip(workload.family.outputs, outputs, strict=False))
+    device = next(iter(workload.inputs.values())).device
+    gate_cheats.require_plain(named, device)
+    own = {name: out for name, out in named.items() if name not in updated}
+    gate_cheats.require_own_memory(own, workload.inputs)
+    return tuple(out if name in own else out.clone() for name, out in named.items())
 
 
 def _time_steps(workload: Workload) -> int:
@@ -265,33 +360,29 @@ def _select(workload: Workload, results: Mapping[str, Tensor], sample: Sample) -
 
 def _require_declared(outputs: Sequence[Tensor], case: Case) -> None:
     if outputs[0].dtype != TORCH_DTYPES[case.dtype]:
-        raise _Rejected(f"y: dtype {outputs[0].dtype}, expected {TORCH_DTYPES[case.dtype]}")
+        raise RejectedError(f"y: dtype {outputs[0].dtype}, expected {TORCH_DTYPES[case.dtype]}")
 
 
 def _require_shapes(results: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     for name, tensor in expected.items():
         got, wanted = tuple(results[name].shape), tuple(tensor.shape)
         if got != wanted:
-            raise _Rejected(f"{name}: shape {got}, expected {wanted}")
+            raise RejectedError(f"{name}: shape {got}, expected {wanted}")
 
 
 def _require_finite(results: Mapping[str, Tensor]) -> None:
-    for name, tensor in results.items():
-        finite = torch.isfinite(tensor)
-        if not finite.all():
-            count = tensor.numel() - int(finite.sum())
-            raise _Rejected(f"{name}: {count} of {tensor.numel()} values are NaN or infinite")
+    if (reason := gate_cheats.incomplete(results)) is not None:
+        raise RejectedError(reason)
 
 
 def _require_unchanged(before: Mapping[str, int], inputs: Mapping[str, Tensor]) -> None:
     for name, tensor in inputs.items():
         if _fingerprint(tensor) != before[name]:
-            raise _Rejected(f"{name}: the operation changed its input")
+            raise RejectedError(f"{name}: the operation changed its input")
 
 
-def _negate(tensor: Tensor) -> None:
-    with torch.no_grad():
-        tensor.neg_()
+def _fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: _fingerprint(tensor) for name, tensor in tensors.items()}
 
 
 def _fingerprint(tensor: Tensor) -> int:

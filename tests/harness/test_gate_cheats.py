@@ -1,0 +1,140 @@
+"""The known ways to fool a benchmark, planted: each ends as `wrong`, and the reason names it."""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mambench.harness import gate, gate_cheats, runner
+from mambench.harness.lock import device_lock
+from mambench.harness.pool import WorkerPool
+from mambench.harness.spec import Outcome
+
+FAULTS = Path(__file__).parent.parent / "faults"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, FAULTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+planning = load("planning")
+
+REASONS = {
+    "never_writes": "never written",
+    "caches_result": "returned again (cached)",
+    "caches_copy": "returned again (cached)",
+    "caches_once_proven": "after timing, the same inputs gave another result",
+    "reuses_buffer": "the second call overwrote the first call's result",
+    "aliases_input": "shares its memory with the input v (aliased)",
+    "changes_input": "k: the operation changed its input",
+    "lazy": "may not be evaluated lazily",
+    "leaves_thread": "work left on a thread or on another stream",
+}
+
+
+@pytest.fixture(scope="module")
+def observations(tmp_path_factory: pytest.TempPathFactory):
+    path = tmp_path_factory.mktemp("cheats")
+    names = [*REASONS, "good"]
+    made = planning.plan([planning.case(name, seqlen=200) for name in names])
+    made = replace(made, plugins=(str(FAULTS / "cheats.py"), *made.plugins))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            runner, "device_lock", lambda key, **options: device_lock(key, folder=path, **options)
+        )
+        with WorkerPool(threads=1) as pool, planning.folder(path / "run", made) as folder:
+            runner.run(made, folder, pool=pool)
+            return {(o.case.implementation, o.measurement): o for o in folder.observations()}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_a_cheat_ends_as_wrong_and_is_named(name: str, observations) -> None:
+    found = observations[name, "time"]
+    assert found.outcome is Outcome.WRONG, found.reason
+    assert REASONS[name] in found.reason
+    assert not found.values
+    assert found.samples_s is None
+
+
+def test_the_same_code_without_a_cheat_is_timed(observations) -> None:
+    found = observations["good", "time"]
+    assert found.outcome is Outcome.OK, found.reason
+    assert found.details["gate"]["checked_again"] is True
+
+
+def test_a_sketch_knows_a_result_again_but_not_another() -> None:
+    generator = torch.Generator().manual_seed(0)
+    result = torch.randn(3, 1001, generator=generator)
+    sketch = gate_cheats.Sketch.of(result)
+    rounding = 1e-3 * torch.randn(3, 1001, generator=generator)
+    assert not sketch.differs(gate_cheats.Sketch.of(result + rounding))
+    assert sketch.differs(gate_cheats.Sketch.of(-result))
+    assert sketch.differs(gate_cheats.Sketch.of(torch.randn(3, 1001, generator=generator)))
+    assert sketch.differs(gate_cheats.Sketch.of(result.roll(1)))
+    assert sketch.differs(gate_cheats.Sketch.of(torch.full((3, 1001), torch.nan)))
+
+
+def test_a_sketch_of_a_long_result_sees_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate_cheats, "CHUNK", 128)
+    result = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    sketch = gate_cheats.Sketch.of(result)
+    assert not sketch.differs(gate_cheats.Sketch.of(result.clone()))
+    for part in range(0, 1000, 200):
+        other = result.clone()
+        other[part : part + 200] *= -1
+        assert sketch.differs(gate_cheats.Sketch.of(other)), part
+
+
+@pytest.mark.gpu
+def test_work_left_on_another_stream_is_caught() -> None:
+    workload, _ = gpu_workload("leaves_stream")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        reason = gate.check_replay(workload, workload.prepare(workload.case.pass_))
+    assert reason is not None
+    assert "another stream" in reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["caches_result", "caches_copy"])
+def test_a_result_cached_before_the_capture_is_caught(name: str) -> None:
+    workload, case = gpu_workload(name)
+    report = gate.check(workload, case, seed=0)
+    assert not report.passed
+    assert report.reason is not None
+    assert "cached" in report.reason
+
+
+@pytest.mark.gpu
+def test_a_replay_of_an_honest_call_passes_and_leaves_the_inputs() -> None:
+    workload, case = gpu_workload("good")
+    before = {name: tensor.clone() for name, tensor in workload.inputs.items()}
+    with torch.cuda.stream(torch.cuda.Stream()):
+        report = gate.check(workload, case, seed=0)
+        assert report.passed, report.reason
+        assert gate.check_replay(workload, workload.prepare(case.pass_)) is None
+        assert gate.check_again(workload, case, report, seed=0) is None
+    for name, tensor in workload.inputs.items():
+        assert torch.equal(tensor, before[name])
+
+
+def gpu_workload(name: str):
+    """Return a workload of a planted implementation on the GPU, and its case."""
+    from mambench.harness.spec import Device, DeviceKind
+    from mambench.implementations.workload import build
+
+    case = planning.case(name, seqlen=2048)
+    module = load("cheats") if name != "good" else load("planted")
+    made = next(
+        value()
+        for value in vars(module).values()
+        if isinstance(value, type) and getattr(value, "name", None) == name
+    )
+    device = Device(kind=DeviceKind.CUDA, name="gpu", memory_bytes=1 << 34)
+    return build(case, made, device, seed=0), case
