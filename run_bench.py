@@ -116,6 +116,60 @@ def selftest(
 
 
 @cli.command()
+@options.device_option
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--wait", is_flag=True, help="Wait for the device if a run holds it.")
+def ceilings(device: str | None, threads: int | None, as_json: bool, wait: bool) -> None:
+    """Calibrate: measure what this machine can do at most, beside its datasheet.
+
+    Copy bandwidth, matrix rates, exponentials and launch cost. They are kept in the user's cache,
+    and `sol` measures how near to them a case comes.
+    """
+    import json
+
+    from mambench.harness import ceilings, limits, lock, machine
+    from mambench.harness.spec import Settings
+
+    where = machine.detect(device)
+    count = limits.thread_count(Settings(threads=threads))
+    with lock.device_lock(machine.lock_key(where), holder="ceilings", wait=wait, on_wait=_say):
+        found = ceilings.measure(where, count)
+    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.text())
+    if (problem := ceilings.save(found, where)) is not None:
+        _say(f"note: the result is not kept: {problem}")
+
+
+@cli.command()
+@click.argument("run_dirs", nargs=-1, type=Path, metavar="[RUN_A [RUN_B]]")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.pass_context
+def env(context: click.Context, run_dirs: tuple[Path, ...], as_json: bool) -> None:
+    """What differs between the machines, software and code of two runs.
+
+    Without a run: what would be recorded here and now; with one: what it has recorded.
+    """
+    import json
+
+    from mambench.harness import environment, machine
+    from mambench.harness.store import RunFolder
+
+    if len(run_dirs) > 2:
+        raise UsageError(f"env compares two runs, got {len(run_dirs)}.")
+    found = [environment.of_manifest(RunFolder.open(path).manifest) for path in run_dirs]
+    if len(found) == 2:
+        names = (str(run_dirs[0]), str(run_dirs[1]))
+        entries = environment.compare(*found)
+        colour = sys.stdout.isatty() and context.color is not False
+        text = environment.comparison(entries, names, colour=colour)
+        click.echo(environment.to_json(entries, names) if as_json else text)
+        return
+    name = str(run_dirs[0]) if run_dirs else "this machine"
+    here = found[0] if found else environment.here(machine.detect())
+    click.echo(json.dumps(here, indent=2) if as_json else environment.listing(here, name))
+
+
+@cli.command()
 @options.question_options
 @options.settings_options
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
@@ -164,7 +218,11 @@ def run(
     made, folder = _resumed(resume, output, asked) if resume else _created(output, asked)
     finished = {case_id for case_id, _, _ in folder.finished()}
     left = {p.case.case_id: p.estimate_s for p in made.runnable if p.case.case_id not in finished}
-    with folder, progress.make_listener(left, quiet=quiet, environment=os.environ) as listener:
+    kinds = {p.case.case_id: p.case.kind for p in made.runnable}
+    with (
+        folder,
+        progress.make_listener(left, kinds, quiet=quiet, environment=os.environ) as listener,
+    ):
         for note in made.notes:
             listener.on_note(note)
         try:
@@ -317,6 +375,8 @@ def _created(output: Path | None, asked: Mapping[str, Any]) -> "tuple[Plan, RunF
         "code": machine.code_version(),
         # None: nobody has proven the instrument right on this machine.
         "selftest": machine_cache.kept("selftest", made.device),
+        # None: not calibrated, or before something changed that the ceilings depend on.
+        "ceilings": calibrated and calibrated.to_dict(),
     }
     return made, RunFolder.create(output or path, manifest)
 

@@ -1,12 +1,13 @@
 """Shows how a run goes, on stderr: a bar with an ETA on a terminal, else one line per case.
 
 Colour appears only on a terminal and never with NO_COLOR set. The ETA starts from the plan's
-estimates and is corrected by how long the finished cases really took.
+estimates and is corrected by how long the finished cases really took, first cases of a kind apart.
 """
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TextIO, cast
 
 from mambench.harness.records import Observation
@@ -38,33 +39,69 @@ class Listener(Protocol):
 
 
 class Eta:
-    """Seconds left: estimates of what is left, times how wrong the estimates have been so far."""
+    """Seconds left: estimates of what is left, times how wrong the estimates have been so far.
+
+    The first case of a kind loads and compiles what the others of its kind find ready. What it
+    took beyond its share is expected once of every kind still to come, and multiplies nothing.
+    """
 
     def __init__(
-        self, estimates_s: Mapping[str, float], clock: Callable[[], float] = time.monotonic
+        self,
+        estimates_s: Mapping[str, float],
+        kinds: Mapping[str, Hashable] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._left = dict(estimates_s)
+        self._kinds = {case_id: (kinds or {}).get(case_id) for case_id in estimates_s}
         self._clock = clock
-        self._started = clock()
-        self._estimated_s = 0.0
+        self._last = clock()
+        self._warm = _Spent()
+        self._first: dict[Hashable, _Spent] = {}
 
     def end(self, case_id: str) -> None:
         """Count a case as finished; unknown ones count nothing."""
-        self._estimated_s += self._left.pop(case_id, 0.0)
+        now = self._clock()
+        took_s, self._last = now - self._last, now
+        if case_id not in self._left:
+            return
+        estimated_s = self._left.pop(case_id)
+        kind = self._kinds[case_id]
+        if kind is None or kind in self._first:
+            self._warm = self._warm.plus(took_s, estimated_s)
+        else:
+            self._first[kind] = _Spent(took_s=took_s, estimated_s=estimated_s)
 
     @property
     def correction(self) -> float:
         """Measured over estimated seconds, drawn towards 1 while little has been measured."""
-        elapsed_s = self._clock() - self._started
-        return (PRIOR_S + elapsed_s) / (PRIOR_S + self._estimated_s) if self._estimated_s else 1.0
+        return (PRIOR_S + self._warm.took_s) / (PRIOR_S + self._warm.estimated_s)
+
+    @property
+    def start_s(self) -> float:
+        """What the first case of a kind takes beyond its corrected estimate, on average."""
+        if not self._first:
+            return 0.0
+        beyond = (s.took_s - self.correction * s.estimated_s for s in self._first.values())
+        return sum(max(0.0, seconds) for seconds in beyond) / len(self._first)
 
     def remaining_s(self) -> float:
         """Return the expected seconds until the last case ends."""
-        return sum(self._left.values()) * self.correction
+        to_come = {self._kinds[case_id] for case_id in self._left} - {None} - self._first.keys()
+        return sum(self._left.values()) * self.correction + len(to_come) * self.start_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Spent:
+    took_s: float = 0.0
+    estimated_s: float = 0.0
+
+    def plus(self, took_s: float, estimated_s: float) -> "_Spent":
+        return _Spent(took_s=self.took_s + took_s, estimated_s=self.estimated_s + estimated_s)
 
 
 def make_listener(
     estimates_s: Mapping[str, float],
+    kinds: Mapping[str, Hashable] | None = None,
     *,
     quiet: bool = False,
     stream: TextIO | None = None,
@@ -74,6 +111,7 @@ def make_listener(
 
     Args:
         estimates_s: seconds of each case still to run, by case_id.
+        kinds: what is alike, by case_id: the first case of a kind compiles for the others.
         quiet: show notes and failures only.
         stream: where to write.
         environment: its TERM decides, beside the stream, whether a bar can be drawn.
@@ -82,8 +120,8 @@ def make_listener(
     if quiet:
         return QuietProgress(stream)
     if stream.isatty() and environment.get("TERM", "dumb") not in ("dumb", ""):
-        return BarProgress(Eta(estimates_s), stream)
-    return PlainProgress(Eta(estimates_s), stream)
+        return BarProgress(Eta(estimates_s, kinds), stream)
+    return PlainProgress(Eta(estimates_s, kinds), stream)
 
 
 class QuietProgress:

@@ -7,7 +7,7 @@ G ngroups, Q chunk_size.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
 
@@ -180,6 +180,11 @@ class Case:
     def tokens(self) -> int:
         """Tokens that one execution computes: in decode one per sequence, whatever the context."""
         return self.problem.batch if self.pass_ is Pass.DECODE else self.problem.tokens
+
+    @property
+    def kind(self) -> "Case":
+        """What it shares with cases that differ in size alone: much of their compilation."""
+        return replace(self, problem=replace(self.problem, batch=1, seqlen=1))
 
     @property
     def label(self) -> str:

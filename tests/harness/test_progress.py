@@ -58,7 +58,7 @@ ESTIMATES = {each.case_id: 10.0 for each in CASES}
 
 def test_the_eta_starts_from_the_estimates_and_follows_what_is_measured():
     clock = Clock()
-    eta = Eta(ESTIMATES, clock)
+    eta = Eta(ESTIMATES, clock=clock)
     assert eta.remaining_s() == 40
     clock.now += 20  # the first case took twice its estimate
     eta.end(CASES[0].case_id)
@@ -70,10 +70,24 @@ def test_the_eta_starts_from_the_estimates_and_follows_what_is_measured():
     assert eta.remaining_s() == 0
 
 
+def test_the_first_case_of_a_kind_multiplies_nothing():
+    clock = Clock()
+    estimates = {f"{kind}{n}": 1.0 for kind in "abc" for n in range(10)}
+    kinds = {case_id: case_id[0] for case_id in estimates}
+    eta = Eta(estimates, kinds, clock)
+    for kind in "ab":
+        for n in range(10):
+            clock.now += 31 if n == 0 else 1  # 30 s of compiling, once
+            eta.end(f"{kind}{n}")
+        if kind == "a":
+            assert eta.remaining_s() == pytest.approx(20 + 2 * 30)
+    assert eta.remaining_s() == pytest.approx(10 + 30)
+
+
 def test_the_eta_converges_to_the_true_ratio():
     clock = Clock()
     cases = {str(n): 10.0 for n in range(100)}
-    eta = Eta(cases, clock)
+    eta = Eta(cases, clock=clock)
     for n in range(99):
         clock.now += 2.5
         eta.end(str(n))
@@ -82,7 +96,7 @@ def test_the_eta_converges_to_the_true_ratio():
 
 def test_an_unknown_case_counts_nothing():
     clock = Clock()
-    eta = Eta(ESTIMATES, clock)
+    eta = Eta(ESTIMATES, clock=clock)
     eta.end("unknown")
     assert eta.remaining_s() == 40
     assert eta.correction == 1
