@@ -1,27 +1,34 @@
 """Samples of an execution's time on a GPU. Imports torch at module level; used by workers only.
 
-Two times are taken, because they answer different questions. `time_gpu` is what the kernels take:
-executions are captured in a CUDA graph and replayed, so that nothing is launched from Python. What
-cannot be captured (some autograd functions cannot) falls back to the sum of kernel durations that
-the profiler saw, and where that is not permitted to events around eager calls; the method is named.
-`time_calls` is what one eager call takes between two events on the device, launch gaps included.
+Different times answer different questions. `time_gpu` is what the kernels take: executions are
+captured in a CUDA graph and replayed, so that nothing is launched from Python. What cannot be
+captured (some autograd functions cannot) falls back to the sum of kernel durations that the
+profiler saw, and where that is not permitted to events around eager calls; the method is named.
+`time_calls` is what one eager call takes between two events on the device, launch gaps included,
+and `time_host` how long the CPU is busy with it.
 
-The L2 cache is warm in all of them: an execution finds what the one before it left.
+The L2 cache is warm in all of these: an execution finds what the one before it left. The time with
+a cold one is in `harness.cuda_cold`.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
 
+from mambench.harness.telemetry import ThrottleWatch
 from mambench.harness.timing import (
+    SLOW_EXECUTION_S,
     WARM_UP_S,
     Criterion,
     Execute,
     StopRule,
     Timing,
     WarmUp,
+    collect,
     collector_paused,
     repetitions,
     warm_up,
@@ -32,6 +39,7 @@ MAX_EXECUTIONS_PER_GRAPH = 100
 MAX_QUEUED_S = 0.1  # replays put into the queue before looking at their times
 BLOCKING_CYCLES = 400_000  # some 200 us in which the CPU fills the queue
 MAX_CAPTURED_S = 1.0  # longer is one long kernel, or so many that a graph of them is too large
+SHORT_S = 0.01  # shorter replays are tried several times to learn how long they take
 MAX_PROFILED = 50
 
 
@@ -39,100 +47,177 @@ class NotCapturableError(Exception):
     """The execution cannot be captured in a CUDA graph; the process should not be used further."""
 
 
-def time_gpu(execute: Execute, rule: StopRule) -> tuple[Timing, bool]:
+@dataclass
+class Run:
+    """What the ways to time one execution share."""
+
+    execute: Execute
+    rule: StopRule
+    watch: ThrottleWatch = field(default_factory=lambda: ThrottleWatch(None))
+    warm: WarmUp = field(default=WarmUp(executions_s=(), stable=False))
+
+    def warm_up(self) -> None:
+        """Execute until the time has settled; what was slow meanwhile is forgotten."""
+        least_s = min(WARM_UP_S, self.rule.target_s)
+        self.warm = warm_up(lambda: call_s(self.execute, self.watch), least_s=least_s)
+        self.watch.reasons()
+
+
+def time_gpu(
+    execute: Execute, rule: StopRule, watch: ThrottleWatch | None = None
+) -> tuple[Timing, bool]:
     """Return the GPU time of an execution, and whether the process is still fit for other cases.
 
     A failed capture can leave torch's allocator and random generators in capture mode.
     """
+    run = Run(execute, rule, watch or ThrottleWatch(None))
     with collector_paused():
-        warm = warm_up(lambda: _call_s(execute), least_s=min(WARM_UP_S, rule.target_s))
-        if warm.estimate_s > MAX_CAPTURED_S:
-            timing = _time_eager(execute, rule, warm)
+        run.warm_up()
+        if run.warm.estimate_s > MAX_CAPTURED_S:
+            timing = time_eager(run)
             timing.details["not_captured"] = f"an execution takes over {MAX_CAPTURED_S:g} s"
             return timing, True
         try:
-            return _time_graph(execute, rule, warm), True
+            return _time_graph(run), True
         except NotCapturableError as error:
             reason = str(error)
-        timing = _time_profiler(execute, rule, warm) or _time_eager(execute, rule, warm)
+        timing = profiled(run) or time_eager(run)
     timing.details["not_captured"] = reason
     return timing, False
 
 
-def time_calls(execute: Execute, rule: StopRule) -> Timing:
+def time_calls(execute: Execute, rule: StopRule, watch: ThrottleWatch | None = None) -> Timing:
     """Return the time between two events around one eager call, launch gaps included."""
+    run = Run(execute, rule, watch or ThrottleWatch(None))
     with collector_paused():
-        warm = warm_up(lambda: _call_s(execute), least_s=min(WARM_UP_S, rule.target_s))
-        return _time_eager(execute, rule, warm)
+        run.warm_up()
+        return time_eager(run)
+
+
+def time_host(
+    execute: Execute, rule: StopRule, *, clock: Callable[[], int] = time.perf_counter_ns
+) -> Timing:
+    """Return the CPU's time until one eager call returns, the device idle when it begins.
+
+    So nothing that was queued before is waited for. What is waited for all the same is the call's
+    own: it synchronises, or launches more than the queue holds (about a thousand kernels).
+    """
+
+    def one() -> float:
+        torch.cuda.synchronize()
+        begin = clock()
+        execute()
+        return (clock() - begin) / 1e9
+
+    with collector_paused():
+        warm = warm_up(one, least_s=min(WARM_UP_S, rule.target_s))
+        criterion = Criterion(rule)
+        samples, _ = collect(criterion, lambda count: [(s := one(), s) for _ in range(count)])
+        torch.cuda.synchronize()
+    return as_timing(samples, "perf_counter", criterion, warm, executions_per_sample=1)
 
 
 def time_profiler(execute: Execute, rule: StopRule) -> Timing | None:
-    """Return the sums of kernel durations by the profiler, or None if it sees no kernels."""
+    """Return the sum of kernel durations that the profiler saw; None if it sees no kernels."""
+    run = Run(execute, rule)
     with collector_paused():
-        warm = warm_up(lambda: _call_s(execute), least_s=min(WARM_UP_S, rule.target_s))
-        return _time_profiler(execute, rule, warm)
+        run.warm_up()
+        return profiled(run)
 
 
-def _call_s(execute: Execute) -> float:
+def call_s(execute: Execute, watch: ThrottleWatch, before: Execute | None = None) -> float:
     """Execute once on an idle device and return the time between two events around it."""
-    begin, end = _event(), _event()
+    begin, end = event(), event()
+    if before is not None:
+        before()
     torch.cuda.synchronize()
     begin.record()
     execute()
     end.record()
+    watch.look()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
 
 
-def _event() -> torch.cuda.Event:
+def event() -> torch.cuda.Event:
+    """Return an event whose time can be read."""
     return torch.cuda.Event(enable_timing=True)
 
 
-def _time_eager(execute: Execute, rule: StopRule, warm: WarmUp) -> Timing:
-    criterion = Criterion(rule)
-    samples: list[float] = []
-    while batch := criterion.batch():
-        for _ in range(batch):
-            samples.append(_call_s(execute))
-            criterion.add(samples[-1], samples[-1])
-    return _timing(samples, "events", criterion, warm, executions_per_sample=1)
+def time_eager(run: Run, before: Execute | None = None) -> Timing:
+    """Time eager calls by events; `before` is executed before each, and not timed."""
+
+    def take(count: int) -> list[tuple[float, float]]:
+        return [(s := call_s(run.execute, run.watch, before), s) for _ in range(count)]
+
+    criterion = Criterion(run.rule)
+    samples, throttling = collect(criterion, take, slowed=run.watch.reasons)
+    return as_timing(
+        samples, "events", criterion, run.warm, executions_per_sample=1, throttling=throttling
+    )
 
 
-def _time_graph(execute: Execute, rule: StopRule, warm: WarmUp) -> Timing:
-    graph = capture(execute, 1)
-    graph.replay()  # the first replay uploads the graph
-    once_s = min(_replay_s(graph, 5))
+def _time_graph(run: Run) -> Timing:
+    graph, once_s = captured_once(run)
     executions = min(repetitions(once_s, GRAPH_SAMPLE_S), MAX_EXECUTIONS_PER_GRAPH)
     if executions > 1:
         graph.reset()
-        graph = capture(execute, executions)
+        graph = capture(run.execute, executions)
         graph.replay()
-    criterion = Criterion(rule)
-    samples: list[float] = []
-    while batch := criterion.batch():
-        queued = max(1, min(batch, int(MAX_QUEUED_S / (once_s * executions))))
-        for spent_s in _replay_s(graph, queued):
-            samples.append(spent_s / executions)
-            criterion.add(samples[-1], spent_s)
+
+    def take(count: int) -> list[tuple[float, float]]:
+        queued = max(1, int(MAX_QUEUED_S / (once_s * executions)))
+        spent: list[float] = []
+        while len(spent) < count:
+            spent += replay_s(graph, min(queued, count - len(spent)), run.watch)
+        return [(spent_s / executions, spent_s) for spent_s in spent]
+
+    criterion = Criterion(run.rule)
+    samples, throttling = collect(criterion, take, slowed=run.watch.reasons)
     graph.reset()
-    return _timing(samples, "cuda-graph", criterion, warm, executions_per_sample=executions)
+    return as_timing(
+        samples,
+        "cuda-graph",
+        criterion,
+        run.warm,
+        executions_per_sample=executions,
+        throttling=throttling,
+    )
 
 
-def _replay_s(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
+def captured_once(run: Run) -> tuple[torch.cuda.CUDAGraph, float]:
+    """Return a graph of one execution, uploaded unless slow, and about how long a replay takes."""
+    graph = capture(run.execute, 1)
+    if run.warm.estimate_s >= SLOW_EXECUTION_S:
+        return graph, run.warm.estimate_s
+    graph.replay()  # the first replay uploads the graph
+    return graph, min(replay_s(graph, 5 if run.warm.estimate_s < SHORT_S else 1, run.watch))
+
+
+def replay_s(
+    graph: torch.cuda.CUDAGraph, count: int, watch: ThrottleWatch | None = None
+) -> list[float]:
     """Replay back to back and return each replay's time.
 
     A kernel that only waits goes first: the CPU fills the queue behind it, and so no sample holds
     the launching of its graph.
     """
-    events = [_event() for _ in range(count + 1)]
-    wait: Any = torch.cuda._sleep  # pyright: ignore
-    wait(BLOCKING_CYCLES)
+    events = [event() for _ in range(count + 1)]
+    hold_queue()
     events[0].record()
-    for event in events[1:]:
+    for after in events[1:]:
         graph.replay()
-        event.record()
+        after.record()
+    if watch is not None:
+        watch.look()  # while the device is busy
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) / 1e3 for begin, end in pairwise(events)]
+
+
+def hold_queue() -> None:
+    """Keep the device waiting while the CPU fills its queue."""
+    wait: Any = torch.cuda._sleep  # pyright: ignore
+    wait(BLOCKING_CYCLES)
 
 
 def capture(execute: Execute, executions: int) -> torch.cuda.CUDAGraph:
@@ -157,43 +242,62 @@ def capture(execute: Execute, executions: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _time_profiler(execute: Execute, rule: StopRule, warm: WarmUp) -> Timing | None:
-    """Sum the durations of each execution's kernels; None if the profiler sees no kernels."""
-    wanted = min(rule.max_samples, MAX_PROFILED, int(rule.target_s / max(warm.estimate_s, 1e-6)))
-    affordable = int(min(rule.limit_s, 1e6) / max(warm.estimate_s, 1e-6))
+def profiled(run: Run, before: Execute | None = None) -> Timing | None:
+    """Sum the durations of each execution's kernels; None if the profiler sees no kernels.
+
+    `before` is executed before each, and its kernels are not counted.
+    """
+    rule, estimate_s = run.rule, max(run.warm.estimate_s, 1e-6)
+    wanted = min(rule.max_samples, MAX_PROFILED, int(rule.target_s / estimate_s))
+    affordable = int(min(rule.limit_s, 1e6) / estimate_s)
     count = max(1, min(max(wanted, rule.min_samples), affordable))
-    durations = _kernel_durations_s(execute, count)
-    if not durations:
+    others = len(kernel_durations_s(before, 1)) if before is not None else 0
+    durations = kernel_durations_s(run.execute, count, before=before)
+    samples = per_execution(durations, count, skip=others)
+    if not samples:
         return None
-    samples = per_execution(durations, count)
     criterion = Criterion(rule)
     for sample in samples:
         criterion.add(sample, sample)
     criterion.batch()
-    timing = _timing(
-        samples, "profiler-kernel-sum", criterion, warm, executions_per_sample=count // len(samples)
+    timing = as_timing(
+        samples,
+        "profiler-kernel-sum",
+        criterion,
+        run.warm,
+        executions_per_sample=count // len(samples),
     )
-    timing.details["kernels_per_execution"] = len(durations) / count
+    timing.details["kernels_per_execution"] = len(durations) / count - others
     return timing
 
 
-def per_execution(durations_s: Sequence[float], count: int) -> list[float]:
+def per_execution(durations_s: Sequence[float], count: int, *, skip: int = 0) -> list[float]:
     """Split kernel durations, in order of their start, into the sums of `count` equal executions.
 
-    Executions that launch different numbers of kernels cannot be told apart: then their mean is
-    the only sample.
+    The first `skip` kernels of each are not the execution's. Executions that launch different
+    numbers of kernels cannot be told apart: then their mean is the only sample, and if some are to
+    be skipped there is none.
     """
+    if not durations_s or (skip and len(durations_s) % count):
+        return []
     if len(durations_s) % count:
         return [sum(durations_s) / count]
     each = len(durations_s) // count
-    return [sum(durations_s[i * each : (i + 1) * each]) for i in range(count)]
+    if each <= skip:
+        return []
+    return [sum(durations_s[i * each + skip : (i + 1) * each]) for i in range(count)]
 
 
-def _kernel_durations_s(execute: Execute, count: int) -> list[float]:
+def kernel_durations_s(
+    execute: Execute, count: int, *, before: Execute | None = None
+) -> list[float]:
+    """Return the durations of all kernels of so many executions, in order of their start."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         for _ in range(count):
+            if before is not None:
+                before()
             execute()
         torch.cuda.synchronize()
     events: Any = profiler.events() or ()
@@ -205,18 +309,22 @@ def _start(time_range: Any) -> float:
     return time_range.start
 
 
-def _timing(
+def as_timing(
     samples: Sequence[float],
     method: str,
     criterion: Criterion,
     warm: WarmUp,
     *,
     executions_per_sample: int,
+    throttling: dict[str, Any] | None = None,
 ) -> Timing:
+    """Return samples with what a reader needs to judge them."""
     details: dict[str, Any] = {
         "convergence": criterion.report(),
         "warm_up": warm.report(),
         "executions_per_sample": executions_per_sample,
         "l2": "warm",
     }
+    if throttling:
+        details["throttling"] = throttling
     return Timing(samples_s=tuple(samples), method=method, details=details)

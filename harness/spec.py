@@ -324,15 +324,16 @@ METRICS: tuple[Metric, ...] = (
         measured_by="host_time",
         name="host time",
         unit="s",
-        description="median time of the CPU until one eager call returns, on an idle device (GPU only)",
+        description="median time of the CPU until one eager call returns, the device idle when it "
+        "begins (GPU only)",
     ),
     Metric(
         tag="peak_reserved_bytes",
         measured_by="memory",
         name="peak reserved",
         unit="bytes",
-        description="most memory that torch's allocator held from the device while the pass ran (GPU "
-        "only)",
+        description="most memory that torch's allocator held from the device while the pass ran "
+        "(GPU only)",
     ),
     Metric(
         tag="input_bytes",
@@ -354,8 +355,8 @@ METRICS: tuple[Metric, ...] = (
         measured_by="memory",
         name="saved for backward",
         unit="bytes",
-        description="what autograd keeps from forward to backward, inputs and parameters aside (passes "
-        "with gradients)",
+        description="what autograd keeps from forward to backward, inputs and parameters aside "
+        "(passes with gradients)",
     ),
     Metric(
         tag="kernel_count",
@@ -405,8 +406,8 @@ METRICS: tuple[Metric, ...] = (
         measured_by="energy",
         name="energy",
         unit="J",
-        description="energy of the device per execution while it repeats it without a pause; idle power "
-        "is not subtracted",
+        description="energy of the device per execution while it repeats it without a pause; idle "
+        "power is not subtracted",
     ),
     Metric(
         tag="tokens_per_j",
@@ -429,8 +430,8 @@ METRICS: tuple[Metric, ...] = (
         measured_by="traffic",
         name="HBM traffic",
         unit="bytes",
-        description="bytes read from and written to the device's memory by one execution, by hardware "
-        "counters",
+        description="bytes read from and written to the device's memory by one execution, by "
+        "hardware counters",
     ),
     Metric(
         tag="dram_read_bytes",
@@ -444,15 +445,15 @@ METRICS: tuple[Metric, ...] = (
         measured_by="traffic",
         name="HBM writes",
         unit="bytes",
-        description="bytes written to the device's memory by one execution, what it left dirty in L2 "
-        "included",
+        description="bytes written to the device's memory by one execution, what it left dirty in "
+        "L2 included",
     ),
     Metric(
         tag="traffic_ratio",
         measured_by="traffic",
         name="traffic ratio",
         unit="1",
-        description="dram_bytes (measured) / compulsory_bytes (modelled): 1 if nothing is moved twice",
+        description="dram_bytes (measured) / compulsory_bytes (modelled): 1 if nothing moves twice",
     ),
     Metric(
         tag="sol_frac",

@@ -6,8 +6,8 @@ all of it is missing.
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from mambench.harness import machine
 from mambench.harness.spec import Device, DeviceKind
@@ -28,17 +28,78 @@ THROTTLE_REASONS: Mapping[int, str] = {
     0x0100: "display_clocks",
 }
 HARMLESS = frozenset({"gpu_idle", "application_clocks", "display_clocks"})
+# Samples are taken again for these. The power cap alone is no accident: it belongs to the load, and
+# returns with it. It counts where it holds the clock down by as much as LOW_CLOCK_FRAC says.
+ACCIDENTAL = frozenset({"hardware_slowdown", "software_thermal", "hardware_thermal", "power_brake"})
+LOW_CLOCK_FRAC = 0.75  # of the largest SM clock; nvbench discards below this too
+LOW_CLOCK = "sm_clock_below_75_percent"
+
+
+class Sensors(Protocol):
+    """What is read of a device while something runs on it; None where it cannot be read."""
+
+    def snapshot(self) -> Snapshot:
+        """Return the device's state now, as plain JSON values."""
+        ...
+
+    def energy_j(self) -> float | None:
+        """Return the joules the device has used since some moment in the past."""
+        ...
+
+    def slowed(self) -> list[str]:
+        """Return for which reasons the device is slower now than it should be while it works."""
+        ...
 
 
 class Telemetry:
     """Takes snapshots of one device; never raises, because a measurement does not depend on it."""
 
     def __init__(self, device: Device) -> None:
-        self._read = _gpu_reader(device) if device.kind is DeviceKind.CUDA else _cpu
+        self.sensors: Sensors | None = None  # of a GPU
+        self.missing: str | None = None  # why there are none
+        if device.kind is DeviceKind.CUDA:
+            found = _gpu_sensors(device)
+            self.sensors, self.missing = (None, found) if isinstance(found, str) else (found, None)
+        self._on_gpu = device.kind is DeviceKind.CUDA
 
     def snapshot(self) -> Snapshot:
         """Return the device's state now, as plain JSON values."""
-        return self._read()
+        if self.sensors is not None:
+            return self.sensors.snapshot()
+        return {"missing": self.missing} if self._on_gpu else _cpu()
+
+
+class ThrottleWatch:
+    """Looks at a device while it works, and tells at the end of a batch what slowed it down."""
+
+    def __init__(self, sensors: Sensors | None) -> None:
+        self._sensors = sensors
+        self._seen: set[str] = set()
+
+    def look(self) -> None:
+        """Look now; the device should be busy."""
+        if self._sensors is not None:
+            self._seen.update(self._sensors.slowed())
+
+    def reasons(self) -> Sequence[str]:
+        """Return what was seen since the last call."""
+        seen, self._seen = sorted(self._seen), set()
+        return seen
+
+
+def slowed(
+    clock_hz: float | None, largest_hz: float | None, throttle: Sequence[str] | None
+) -> list[str]:
+    """Return the reasons for which a busy GPU's samples are not its own speed.
+
+    A clock that was asked to be low, and that of an idle GPU, are no reasons.
+    """
+    reasons = set(throttle or ())
+    found = reasons & ACCIDENTAL
+    asked = reasons & {"gpu_idle", "application_clocks"}
+    if clock_hz and largest_hz and clock_hz < LOW_CLOCK_FRAC * largest_hz and not asked:
+        found |= {LOW_CLOCK} | (reasons - HARMLESS)
+    return sorted(found)
 
 
 def throttled(snapshots: Mapping[str, Snapshot]) -> list[str]:
@@ -54,43 +115,62 @@ def decode_throttle(bits: int) -> list[str]:
     return known + ([f"unknown ({rest:#x})"] if rest else [])
 
 
-def _gpu_reader(device: Device) -> Callable[[], Snapshot]:
+def _gpu_sensors(device: Device) -> "_Nvml | str":
+    """Return what reads the GPU, or the reason why nothing can."""
     state = machine.gpu_environment(device)
     try:
         if state is None:
             raise LookupError("NVML does not answer")
         nvml: Any = importlib.import_module("pynvml")
         nvml.nvmlInit()  # until the process ends: initialising takes longer than reading
-        handle = nvml.nvmlDeviceGetHandleByUUID(state["uuid"])
+        return _Nvml(nvml, nvml.nvmlDeviceGetHandleByUUID(state["uuid"]))
     except ImportError:
-        return _missing("nvidia-ml-py is not installed: pip install nvidia-ml-py")
+        return "nvidia-ml-py is not installed: pip install nvidia-ml-py"
     except Exception as error:  # NVML raises one class per code, made at import
-        return _missing(f"the GPU's state cannot be read: {error}")
-    return lambda: _gpu(nvml, handle)
+        return f"the GPU's state cannot be read: {error}"
 
 
-def _missing(reason: str) -> Callable[[], Snapshot]:
-    return lambda: {"missing": reason}
+class _Nvml:
+    """The sensors of one GPU."""
 
+    def __init__(self, nvml: Any, handle: Any) -> None:
+        self._nvml, self._handle = nvml, handle
+        self._largest_hz = _hz(self._read("nvmlDeviceGetMaxClockInfo", nvml.NVML_CLOCK_SM))
 
-def _gpu(nvml: Any, handle: Any) -> Snapshot:
-    def read(function: str, *arguments: Any) -> Any:
+    def snapshot(self) -> Snapshot:
+        """Return clocks, temperature, power and throttle reasons."""
+        nvml, power_mw = self._nvml, self._read("nvmlDeviceGetPowerUsage")
+        return {
+            "sm_clock_hz": self._sm_clock_hz(),
+            "memory_clock_hz": _hz(self._read("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM)),
+            "temperature_c": self._read("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
+            "power_w": None if power_mw is None else power_mw / 1000,
+            "throttle_reasons": self._throttle(),
+        }
+
+    def energy_j(self) -> float | None:
+        """Return the joules used since the driver was loaded; the counter ticks in millijoules."""
+        millijoules = self._read("nvmlDeviceGetTotalEnergyConsumption")
+        return None if millijoules is None else millijoules / 1000
+
+    def slowed(self) -> list[str]:
+        """Return what slows the GPU down now."""
+        return slowed(self._sm_clock_hz(), self._largest_hz, self._throttle())
+
+    def _sm_clock_hz(self) -> float | None:
+        return _hz(self._read("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM))
+
+    def _throttle(self) -> list[str] | None:
+        bits = self._read("nvmlDeviceGetCurrentClocksEventReasons")
+        if bits is None:  # the name before NVML 12.2
+            bits = self._read("nvmlDeviceGetCurrentClocksThrottleReasons")
+        return None if bits is None else decode_throttle(bits)
+
+    def _read(self, function: str, *arguments: Any) -> Any:
         try:
-            return getattr(nvml, function)(handle, *arguments)
+            return getattr(self._nvml, function)(self._handle, *arguments)
         except Exception:  # not supported on this GPU, or no permission
             return None
-
-    bits = read("nvmlDeviceGetCurrentClocksEventReasons")
-    if bits is None:  # the name before NVML 12.2
-        bits = read("nvmlDeviceGetCurrentClocksThrottleReasons")
-    power_mw = read("nvmlDeviceGetPowerUsage")
-    return {
-        "sm_clock_hz": _hz(read("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM)),
-        "memory_clock_hz": _hz(read("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM)),
-        "temperature_c": read("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
-        "power_w": None if power_mw is None else power_mw / 1000,
-        "throttle_reasons": None if bits is None else decode_throttle(bits),
-    }
 
 
 def _hz(mhz: float | None) -> float | None:

@@ -26,6 +26,9 @@ WARM_UP_CEILING_S = 1.0
 WARM_UP_DRIFT = 0.05
 SLOW_FLOOR = 3  # samples of an execution too slow for `min_samples`
 SLOW_FACTOR = 4.0  # ... which it is where they would take this many times `target_s`
+SLOW_EXECUTION_S = 0.3  # ... or where one takes this long: then nothing warms up for long either
+RETAKES = 3  # batches of a measurement that are taken again because the device was slowed down
+RECOVERY_S = 0.05  # left to the device before that
 
 Clock = Callable[[], int]  # nanoseconds, monotonic
 Execute = Callable[[], object]
@@ -121,6 +124,7 @@ class Criterion:
         self._samples: list[float] = []
         self._spent_s = 0.0
         self._longest_s = 0.0
+        self._lost_s = 0.0
         self._narrow_looks = 0
         self._stopped_by: str | None = None
 
@@ -129,6 +133,12 @@ class Criterion:
         self._samples.append(sample_s)
         self._spent_s += spent_s
         self._longest_s = max(self._longest_s, spent_s)
+
+    def lose(self, spent_s: float) -> bool:
+        """Count wall time that gave no sample, if as much is left once more; returns whether."""
+        enough = self._spent_s + self._lost_s + 2 * spent_s <= self._rule.limit_s
+        self._lost_s += spent_s if enough else 0.0
+        return enough
 
     def batch(self) -> int:
         """Look at the samples; return how many to take before the next look, 0 if enough."""
@@ -141,7 +151,8 @@ class Criterion:
         floor, rule = self._floor(), self._rule
         step = floor - n if n < floor else max(1, n // 2)
         cost = max(self._spent_s / n, 1e-12)
-        until = min(rule.limit_s - self._longest_s, max(rule.target_s, floor * cost))
+        limit_s = rule.limit_s - self._lost_s - self._longest_s
+        until = min(limit_s, max(rule.target_s, floor * cost))
         affordable = math.ceil((until - self._spent_s) / cost) if math.isfinite(until) else step
         return max(1, min(step, affordable, rule.max_samples - n))
 
@@ -165,7 +176,7 @@ class Criterion:
         error = self._relative_error()
         narrow = error is not None and error <= rule.relative_error
         self._narrow_looks = self._narrow_looks + 1 if narrow else 0
-        if self._spent_s + self._longest_s > rule.limit_s:
+        if self._spent_s + self._lost_s + self._longest_s > rule.limit_s:
             return "limit"
         if n >= rule.max_samples:
             return "samples"
@@ -177,13 +188,57 @@ class Criterion:
 
     def _floor(self) -> int:
         each = self._spent_s / len(self._samples)
-        slow = each * self._rule.min_samples > SLOW_FACTOR * self._rule.target_s
+        slow = (
+            each > SLOW_EXECUTION_S
+            or each * self._rule.min_samples > SLOW_FACTOR * self._rule.target_s
+        )
         return min(SLOW_FLOOR, self._rule.min_samples) if slow else self._rule.min_samples
 
     def _relative_error(self) -> float | None:
         interval = median_interval(self._samples)
         centre = median(self._samples)
         return (interval[1] - interval[0]) / 2 / centre if interval and centre > 0 else None
+
+
+Take = Callable[[int], Sequence[tuple[float, float]]]
+"""Takes that many samples: the time of one execution of each, and the wall time that it cost."""
+
+
+def collect(
+    criterion: Criterion,
+    take: Take,
+    *,
+    slowed: Callable[[], Sequence[str]] = tuple,
+    pause: Callable[[float], None] = time.sleep,
+) -> tuple[list[float], dict[str, Any]]:
+    """Take samples until there are enough; a batch taken on a slowed device is taken again.
+
+    After `RETAKES` of these the samples stay as they are. Both kinds are in the record: the details
+    name what was set aside, with its samples, and which of the kept samples are under suspicion.
+
+    Args:
+        criterion: says how many samples to take next.
+        take: takes them.
+        slowed: why the device was slow during the last `take`; empty if it was not.
+        pause: lets the device recover, in seconds.
+    """
+    samples: list[float] = []
+    set_aside: list[dict[str, Any]] = []
+    suspects: list[dict[str, Any]] = []
+    while batch := criterion.batch():
+        taken = take(batch)
+        while reasons := list(slowed()):
+            cost_s = sum(spent_s for _, spent_s in taken)
+            if len(set_aside) == RETAKES or not criterion.lose(cost_s):
+                suspects.append({"from": len(samples), "count": len(taken), "reasons": reasons})
+                break
+            set_aside.append({"reasons": reasons, "samples_s": [each for each, _ in taken]})
+            pause(RECOVERY_S)
+            taken = take(batch)
+        for sample_s, spent_s in taken:
+            samples.append(sample_s)
+            criterion.add(sample_s, spent_s)
+    return samples, {"set_aside": set_aside, "kept": suspects} if set_aside or suspects else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +282,7 @@ def warm_up(
         elapsed += taken[-1]
         if elapsed >= ceiling_s:
             return WarmUp(executions_s=tuple(taken), stable=_settled(taken))
-        if elapsed >= least_s and _settled(taken):
+        if elapsed >= least_s and (_settled(taken) or taken[-1] >= SLOW_EXECUTION_S):
             return WarmUp(executions_s=tuple(taken), stable=True)
 
 
@@ -264,11 +319,12 @@ def time_cpu(execute: Execute, rule: StopRule, *, clock: Clock = time.perf_count
         if len(warm.executions_s) == 1:
             samples.append(warm.executions_s[0])
             criterion.add(samples[0], samples[0])
-        while batch := criterion.batch():
-            for _ in range(batch):
-                spent_s = timed(inner)
-                samples.append(spent_s / inner)
-                criterion.add(samples[-1], spent_s)
+
+        def take(count: int) -> list[tuple[float, float]]:
+            spent = [timed(inner) for _ in range(count)]
+            return [(spent_s / inner, spent_s) for spent_s in spent]
+
+        samples += collect(criterion, take)[0]
     details = {
         "convergence": criterion.report(),
         "warm_up": warm.report(),

@@ -163,7 +163,7 @@ class _CaseWork:
         self.threads = config.threads
         self.telemetry = session.telemetry
         self.tuned_malloc = session.tuned
-        self.first_call: dict[str, Any] = {}
+        self.first_call: dict[str, float] = {}
         self.timings: dict[str, Timing] = {}
         self._session = session
         self._message = message

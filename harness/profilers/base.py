@@ -159,8 +159,8 @@ class Context(Protocol):
         ...
 
     @property
-    def first_call(self) -> Mapping[str, Any]:
-        """What the first call found: `first_call_s`, `compile_s`; empty if there was none."""
+    def first_call(self) -> Mapping[str, float]:
+        """What the first call took: `first_call_s`, `compile_s`; empty if there was none."""
         ...
 
     @property

@@ -14,7 +14,9 @@ ALL = "all"  # on the command line and in suites: everything this device can giv
 
 BUILT_IN: Mapping[str, str] = {
     "time": "mambench.harness.profilers.timers:Time",
+    "cold_time": "mambench.harness.profilers.timers:ColdTime",
     "call_time": "mambench.harness.profilers.timers:CallTime",
+    "host_time": "mambench.harness.profilers.timers:HostTime",
     "memory": "mambench.harness.profilers.memory:Memory",
     "traffic": "mambench.harness.profilers.traffic:Traffic",
     "sol": "mambench.harness.profilers.speed_of_light:SpeedOfLight",

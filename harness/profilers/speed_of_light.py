@@ -32,7 +32,8 @@ class SpeedOfLight(BatchProfiler):
                 for case in batch.cases:
                     yield case, Measured.missing(str(error))
                 return
-            ceilings.save(found)
+            if problem := ceilings.save(found, batch.device):
+                batch.note(f"the ceilings are not kept: {problem}")
         for case in batch.cases:
             yield case, judge(case, batch.times_s.get(case.case_id), found)
 

@@ -44,7 +44,7 @@ def test_graph_replay_and_profiler_agree(size: int) -> None:
     assert reusable
     assert timing.method == "cuda-graph"
     count = 20
-    durations = cuda_timing._kernel_durations_s(execute, count)
+    durations = cuda_timing.kernel_durations_s(execute, count)
     profiled = sorted(cuda_timing.per_execution(durations, count))[count // 2]
     assert timing.median_s == pytest.approx(profiled, rel=0.03, abs=2e-6)
 
