@@ -9,6 +9,10 @@ A document holds blocks
 where NAME is a run folder below `published/`, optionally followed by filters of the page's kind
 (`level=op pass=forward dtype=bf16 batch=1 width=2048`) that choose the selection; without, the most
 informative one is shown. Each block gets provenance, a chart, and the table of times.
+
+With `table=ratios` a block is the table "ours / best peer" instead, of all questions that ours and
+a peer were asked; `metric=TAG` chooses another metric than time_s, `ours=` and `peers=` other
+implementations (names or globs, separated by commas), `pass=` and `dtype=` some of the questions.
 """
 
 import os
@@ -20,14 +24,16 @@ from pathlib import Path
 
 import mambench
 from mambench.harness import analysis
+from mambench.harness.analysis import Analysis
 from mambench.harness.errors import UsageError, unknown_name
-from mambench.reports import markdown, rows, summary, svg
+from mambench.reports import markdown, ratios, rows, summary, svg
 from mambench.reports.page import write_atomically
 from mambench.reports.rows import Report, Slice
 
 _BEGIN = re.compile(r"<!-- figures:begin (?P<spec>[^\n]*?) -->")
 _BLOCK = re.compile(_BEGIN.pattern + r".*?<!-- figures:end -->", re.DOTALL)
 _FILTERS: tuple[str, ...] = ("level", "pass", "dtype", "batch", "width")
+_RATIO_WORDS: tuple[str, ...] = ("table", "metric", "ours", "peers", "pass", "dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +75,10 @@ def _body(spec: str, document: Path, published: Path, charts: dict[Path, str]) -
     known = sorted(path.parent.name for path in published.glob("*/manifest.json"))
     if name not in known:
         raise UsageError(f"{document}: {unknown_name('published run', name, known)}")
-    report = rows.make(analysis.load([published / name]))
+    made = analysis.load([published / name])
+    if any(word.startswith("table=") for word in filters):
+        return _ratios(made, filters, f"{document}, table of {name}")
+    report = rows.make(made)
     part = _chosen(report, filters, f"{document}, figures of {name}")
     entry = summary.summarise_slice(part)
     picture = published / name / f"time-{'-'.join(str(word) for word in part.key[1:])}.svg"
@@ -79,11 +88,35 @@ def _body(spec: str, document: Path, published: Path, charts: dict[Path, str]) -
     return "\n\n".join([image, markdown.block(entry), markdown.provenance(report.sources[0])])
 
 
-def _chosen(report: Report, filters: Sequence[str], where: str) -> Slice:
+def _ratios(made: Analysis, words: Sequence[str], where: str) -> str:
+    wanted = _words(words, _RATIO_WORDS, where)
+    if wanted["table"] != "ratios":
+        raise UsageError(f"{where}: {unknown_name('table', wanted['table'], ['ratios'])}")
+    chosen = ratios.make(
+        made,
+        ours=wanted["ours"].split(",") if "ours" in wanted else ratios.OURS,
+        peers=wanted["peers"].split(",") if "peers" in wanted else ratios.PEERS,
+        metric=wanted.get("metric", "time_s"),
+    )
+    for name, attribute in (("pass", "pass_"), ("dtype", "dtype")):
+        chosen = [
+            r for r in chosen if getattr(r, attribute) == wanted.get(name, getattr(r, attribute))
+        ]
+    if not chosen:
+        raise UsageError(f"{where}: no question was asked of ours and of a peer.")
+    return "\n\n".join([ratios.table(chosen), markdown.provenance(made.sources[0])])
+
+
+def _words(filters: Sequence[str], known: Sequence[str], where: str) -> dict[str, str]:
     wanted = {name: value for name, _, value in (text.partition("=") for text in filters)}
     for name in wanted:
-        if name not in _FILTERS:
-            raise UsageError(f"{where}: {unknown_name('filter', name, _FILTERS)}")
+        if name not in known:
+            raise UsageError(f"{where}: {unknown_name('filter', name, known)}")
+    return wanted
+
+
+def _chosen(report: Report, filters: Sequence[str], where: str) -> Slice:
+    wanted = _words(filters, _FILTERS, where)
     for part in report.slices:
         have: dict[str, str] = dict(zip(_FILTERS, map(str, part.key[1:]), strict=True))
         if all(have[name] == value for name, value in wanted.items()):

@@ -293,3 +293,8 @@ def chromium():
         browser = p.chromium.launch(executable_path=str(executable), args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def write_fixture_run() -> Callable[..., Path]:
+    return write_run
