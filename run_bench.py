@@ -357,7 +357,7 @@ def _make_plan(asked: Mapping[str, Any], *, time_budget_s: float | None = None) 
 
 
 def _created(output: Path | None, asked: Mapping[str, Any]) -> "tuple[Plan, RunFolder]":
-    from mambench.harness import machine, machine_cache
+    from mambench.harness import ceilings, limits, machine, machine_cache
     from mambench.harness.spec import SCHEMA_VERSION
     from mambench.harness.store import RunFolder, new_run
 
@@ -365,6 +365,7 @@ def _created(output: Path | None, asked: Mapping[str, Any]) -> "tuple[Plan, RunF
     # run takes up again.
     made = _make_plan(asked)
     path, run_id, created_at = new_run(Path("runs"), made.suite)
+    calibrated = ceilings.load(made.device, limits.thread_count(made.settings))
     manifest = {
         "schema": SCHEMA_VERSION,
         "run_id": run_id,

@@ -38,7 +38,7 @@ MATRIX_DTYPES = ("bf16", "fp16", "tf32", "fp32", "fp64")
 LONGEST_PRODUCT_S = 0.1  # smaller matrices where one product would take longer
 LEAST_MATRIX = 256
 LAUNCHES = 1000
-MIN_SAMPLES = 5
+MIN_SAMPLES, MAX_SAMPLES = 5, 100
 _DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -239,6 +239,8 @@ class _Bench:
         begin = time.perf_counter()
         while len(samples) < MIN_SAMPLES or time.perf_counter() - begin < seconds / 2:
             samples.append(once(execute))
+            if len(samples) == MAX_SAMPLES:
+                break
         return Rate(work, tuple(samples))
 
     def _once_s(self, execute: Callable[[], object]) -> float:

@@ -3,31 +3,31 @@
 A ceiling is a rate that a simple program reaches on this machine: a large copy, a large matrix
 product, a kernel of nothing but exponentials. Datasheet values stand beside them and are never
 used in their place. `harness.calibration` measures them, in a process of its own; they are kept in
-the user's cache under the machine's fingerprint, and in each run's manifest.
+the user's cache, and in each run's manifest.
 
 `sol_frac` is the time that the work would take at the ceiling that binds, over the measured time.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mambench
-from mambench.harness import datasheets, machine
+from mambench.harness import datasheets, machine, machine_cache
 from mambench.harness.errors import MeasurementError
 from mambench.harness.pool import thread_environment
 from mambench.harness.spec import Case, Device, DeviceKind, DType, Family, Level, digest
+from mambench.harness.text import si_time, table
 from mambench.implementations.cost import case_cost
 from mambench.implementations.exponentials import case_exponentials
 
 SCHEMA = 1
+KIND = "ceilings"  # in the cache of what is known of this machine
 CALIBRATION_S = 25.0  # estimate; most of it is importing torch and compiling two kernels
 LIMIT_S = 300.0
 HOW = "measure them with `run_bench.py ceilings`"
@@ -96,6 +96,43 @@ class Ceilings:
             details=values["details"],
         )
 
+    def text(self) -> str:
+        """Return a table: measured, stated by the maker, and the share of it that is reached."""
+        rows = [_row(ceiling) for ceiling in self.ceilings.values()]
+        header = ("ceiling", "measured", "datasheet", "share", "method")
+        sources = dict.fromkeys(c.source for c in self.ceilings.values() if c.source)
+        return "\n".join(
+            [
+                f"Ceilings of {self.device}, measured {self.measured_at}",
+                "",
+                table(rows, header=header, right=" rrr"),
+                *([""] if sources else []),
+                *(f"datasheet: {source}" for source in sources),
+            ]
+        )
+
+
+def _row(ceiling: Ceiling) -> tuple[str, ...]:
+    if ceiling.value is None:
+        return (ceiling.name, "none", "", "", ceiling.reason or "")
+    stated = ceiling.datasheet
+    return (
+        ceiling.name,
+        _amount(ceiling.value, ceiling.unit),
+        "" if stated is None else _amount(stated, ceiling.unit),
+        "" if stated is None else f"{100 * ceiling.value / stated:.0f} %",
+        ceiling.method or "",
+    )
+
+
+def _amount(value: float, unit: str) -> str:
+    if unit == "s":
+        return si_time(value)
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= factor:
+            return f"{value / factor:.4g} {prefix}{unit}"
+    return f"{value:.4g} {unit}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
@@ -107,7 +144,7 @@ class Bound:
 
 
 def fingerprint(device: Device, threads: int) -> str:
-    """Return what identifies the machine and the software that ceilings depend on."""
+    """Return what identifies the settings and the software that ceilings depend on."""
     versions = {name: machine.library_version(name) for name in ("torch", "triton")}
     identity: dict[str, Any] = {"kind": device.kind.value, "name": device.name, **versions}
     if device.kind is DeviceKind.CPU:
@@ -119,29 +156,19 @@ def fingerprint(device: Device, threads: int) -> str:
     return digest(identity)
 
 
-def cache_folder() -> Path:
-    """Return the folder of this user's measured ceilings; it need not exist."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mambench" / "ceilings"
-
-
 def load(device: Device, threads: int) -> Ceilings | None:
-    """Return what was measured earlier on this very machine; None if nothing was."""
-    path = cache_folder() / f"{fingerprint(device, threads)}.json"
+    """Return what was measured earlier on this machine as it is now; None if nothing was."""
+    kept = machine_cache.kept(KIND, device)
     try:
-        return Ceilings.from_dict(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # unreadable is as good as absent: it is measured again
+        found = None if kept is None else Ceilings.from_dict(kept)
+    except (ValueError, KeyError, TypeError):
+        return None  # of another version: it is measured again
+    return found if found and found.fingerprint == fingerprint(device, threads) else None
 
 
-def save(found: Ceilings) -> None:
-    """Keep ceilings for later runs; a cache that cannot be written is no failure."""
-    path = cache_folder() / f"{found.fingerprint}.json"
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(found.to_dict(), indent=2) + "\n")
-        temporary.replace(path)
+def save(found: Ceilings, device: Device) -> str | None:
+    """Keep ceilings for later runs; returns why that could not be done, or None."""
+    return machine_cache.keep(KIND, device, found.to_dict())
 
 
 def measure(device: Device, threads: int, *, sizes: Mapping[str, float] | None = None) -> Ceilings:

@@ -37,7 +37,7 @@ TORCH_FREE = (
     *("harness.registry", "harness.machine", "harness.store", "harness.analysis"),
     *("harness.runner", "harness.doctor", "harness.progress", "harness.cli_views"),
     *("harness.cli_options", "harness.reproduce"),
-    *("harness.ceilings", "harness.counters", "harness.ncu"),
+    *("harness.ceilings", "harness.counters", "harness.ncu", "harness.environment"),
     *("implementations.base", "implementations.cost", "run_bench"),
 )
 TORCH_FREE_PATTERNS = ("reports/*.py", "implementations/ops/*.py", "kernels/**/cost.py")

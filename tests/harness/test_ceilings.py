@@ -99,14 +99,14 @@ def test_the_share_is_in_the_record_with_what_binds():
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "mambench" / "ceilings"
+    return tmp_path / "mambench"
 
 
 def test_ceilings_are_kept_for_the_machine_that_they_were_measured_on(cache: Path):
     device = machine.cpu()
     assert ceilings.load(device, 1) is None
     found = replace(made(**FAST), fingerprint=ceilings.fingerprint(device, 1))
-    ceilings.save(found)
+    assert ceilings.save(found, device) is None
     assert ceilings.load(device, 1) == found
     assert ceilings.load(device, 2) is None  # other threads are another machine
     other = replace(device, name="another processor")
@@ -126,6 +126,17 @@ def test_another_driver_or_power_limit_is_another_machine(monkeypatch: pytest.Mo
         monkeypatch.setattr(machine, "gpu_environment", lambda device, c=changes: {**state, **c})
         seen.add(ceilings.fingerprint(gpu, 1))
     assert len(seen) == 4
+
+
+def test_the_table_shows_what_is_missing_and_what_is_stated():
+    found = made(copy=3.0e12, exp=None)
+    stated = replace(found.ceilings["copy"], datasheet=4.0e12, source="a document", unit="bytes/s")
+    text = replace(found, ceilings={**found.ceilings, "copy": stated}).text()
+    assert "3 Tbytes/s" in text
+    assert "75 %" in text
+    assert "none" in text
+    assert "planted" in text
+    assert text.endswith("datasheet: a document")
 
 
 def test_a_processor_is_measured_in_a_process_of_its_own():
