@@ -290,7 +290,9 @@ _GPU_PARTS: Mapping[str, str] = {
     "GPU clock": "clock",
     "GPU timer": "timer",
     "two timers": "two_timers",
+    "L2": "cold_and_hot",
     "counters": "traffic",
+    "energy": "energy",
 }
 
 

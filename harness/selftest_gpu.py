@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambench.harness import counters, cuda_timing, selftest, timing
+from mambench.harness import (
+    counters,
+    cuda_timing,
+    selftest,
+    selftest_cache,
+    selftest_energy,
+    timing,
+)
 from mambench.harness.selftest import Check
 from mambench.harness.spec import Device, Outcome
 from mambench.harness.text import binary_bytes, si_time
@@ -44,7 +51,9 @@ def on(device: Device, part: str) -> Iterator[Check]:
         "clock": clock,
         "timer": timer,
         "two_timers": two_timers,
+        "cold_and_hot": selftest_cache.cold_and_hot,
         "traffic": traffic,
+        "energy": selftest_energy.energy,
     }
     torch.cuda.set_device(device.index)
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -134,7 +143,7 @@ def timer(device: Device) -> Iterator[Check]:
             measured_s = measure(partial(probes.spin, record, cycles), RULE)
             if measured_s is None:
                 break
-            executions, own_ns, _ = record.tolist()
+            executions, own_ns, _ = probes.read_record(record)
             waits.append(
                 Wait(
                     asked_s=asked_s,
@@ -189,7 +198,7 @@ def _cycles_per_s(record: Tensor) -> float:
         for _ in range(5):
             probes.spin(record, 10_000_000)
         torch.cuda.synchronize()
-    _, own_ns, cycles = record.tolist()
+    _, own_ns, cycles = probes.read_record(record)
     return cycles / own_ns * 1e9
 
 
@@ -226,11 +235,10 @@ def steady_kernels() -> Kernels:
 
     record = probes.new_record()
     rate = _cycles_per_s(record)
-    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
-    values = _multiple(16 * properties.L2_cache_size // 4, probes.BLOCK)
+    values = _multiple(16 * probes.l2_bytes() // 4, probes.BLOCK)
     source = torch.randn(values, device="cuda")
     target = torch.empty_like(source)
-    out = probes.chain_out(probes.CHAINS_PER_SM * properties.multi_processor_count)
+    out = probes.chain_out()
     rounds = round(1000 * 400e-6 / _seconds(lambda: probes.chain(out, 1000)))
     return {
         "wait-100us": lambda: probes.spin(record, round(rate * 100e-6)),
@@ -272,9 +280,9 @@ def agree(whose: str, ours: dict[str, float], others: dict[str, float]) -> Itera
 
 
 def _do_bench(execute: Callable[[], None]) -> float:
-    from triton import testing
+    import importlib
 
-    bench: Any = testing.do_bench
+    bench: Any = importlib.import_module("triton.testing").do_bench
     return bench(execute, warmup=25, rep=150, return_mode="median") / 1e3
 
 
@@ -295,8 +303,9 @@ def _multiple(count: int, of: int) -> int:
 
 def traffic(device: Device) -> Iterator[Check]:
     """Check the counters on copies of more bytes than L2 holds, where they are permitted."""
-    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
-    sizes = [_multiple(n * properties.L2_cache_size, 1 << 20) for n in COPIES_IN_L2_SIZES]
+    from mambench.kernels import probes
+
+    sizes = [_multiple(n * probes.l2_bytes(), 1 << 20) for n in COPIES_IN_L2_SIZES]
     found = counters.count_copies(sizes, counters.Request(device=device))
     for size in sizes:
         yield from judge_traffic(size, found[size])

@@ -86,6 +86,23 @@ def spin(record: Tensor, cycles: int) -> None:
     _spin_kernel[(1,)](record, cycles, num_warps=1)
 
 
+def read_record(record: Tensor) -> tuple[int, int, int]:
+    """Wait, and return executions, nanoseconds and cycles of a record of `spin`."""
+    executions, nanoseconds, cycles = record.tolist()
+    return executions, nanoseconds, cycles
+
+
+def l2_bytes() -> int:
+    """Return the size of the current device's L2."""
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
+
+
+def sm_count() -> int:
+    """Return how many multiprocessors the current device has."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return int(properties.multi_processor_count)
+
+
 def timer_steps(count: int = 256) -> Tensor:
     """Return (count,) int64, the steps in ns that the global timer was seen to make."""
     steps = torch.empty(count, dtype=torch.int64, device="cuda")
@@ -98,9 +115,10 @@ def read_timer(now: Tensor) -> None:
     _now_kernel[(1,)](now, num_warps=1)
 
 
-def chain_out(programs: int) -> Tensor:
-    """Return what `chain` writes: (programs * CHAIN_BLOCK,) fp32."""
-    return torch.empty(programs * CHAIN_BLOCK, dtype=torch.float32, device="cuda")
+def chain_out() -> Tensor:
+    """Return what `chain` writes, enough to fill the device: fp32."""
+    count = CHAINS_PER_SM * sm_count() * CHAIN_BLOCK
+    return torch.empty(count, dtype=torch.float32, device="cuda")
 
 
 def chain(out: Tensor, rounds: int) -> None:
