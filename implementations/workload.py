@@ -77,6 +77,10 @@ class Workload:
 
         return training
 
+    def reset(self) -> None:
+        """Put a state that is updated in place back to what it was drawn as."""
+        self.family.reset(self.problem, self.inputs, seed=self._seed)
+
     def release(self) -> None:
         """Drop the inputs; the workload cannot be used afterwards."""
         self.inputs.clear()

@@ -12,7 +12,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mambench.harness.spec import Case, Device, DeviceKind, DType, Family
+from mambench.harness.spec import Case, Device, DeviceKind, DType, Family, Pass
+from mambench.implementations import attention_decode
 from mambench.implementations.base import Implementation, Variant
 
 if TYPE_CHECKING:
@@ -139,7 +140,23 @@ class FlashAttention(Implementation):
             return causal()
         if variant not in _MODULES:
             raise ValueError(f"{self.name} has no variant {variant!r}; valid: {', '.join(_CUDA)}")
-        return _causal(import_module(_MODULES[variant]).flash_attn_func)
+        return _flash_attn(import_module(_MODULES[variant]).flash_attn_func, causal=True)
+
+    def decode_variants(self, device: Device) -> tuple[Variant, ...]:
+        """Return the variants that decode, those made for it first."""
+        known = {variant.name: variant for variant in self.variants(device)}
+        on_cpu = device.kind is DeviceKind.CPU
+        order = attention_decode.ORDER_CPU if on_cpu else attention_decode.ORDER
+        return tuple(known[name] for name in order)
+
+    def decode_op(self, family: Family, variant: str) -> Callable[..., Any]:
+        """Import and return the variant's `op(q, k, v, k_cache, v_cache, context)`."""
+        attention = None
+        if variant.startswith("sdpa-"):
+            attention = _sdpa(variant, is_causal=False)
+        elif variant == "fa4":
+            attention = _flash_attn(import_module(_MODULES[variant]).flash_attn_func, causal=False)
+        return attention_decode.op(variant, attention)
 
     def unsupported(self, case: Case, device: Device) -> str | None:
         """Return why the variant declines this dtype, head dimension or feature, or None."""
@@ -165,6 +182,8 @@ class FlashAttention(Implementation):
         backward (counted by tracking its allocations). The others hold the log-sum-exp of each row,
         and in the backward an fp32 accumulator of grad_q and a sum of each row.
         """
+        if case.pass_ is Pass.DECODE:
+            return attention_decode.workspace_bytes(case)
         problem, needs_grad = case.problem, case.pass_.needs_grad
         rows = problem.tokens * problem.nheads
         if case.variant == "sdpa-math":
@@ -213,17 +232,17 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _causal(flash_attn_func: Callable[..., Any]) -> "Attention":
+def _flash_attn(flash_attn_func: Callable[..., Any], *, causal: bool) -> "Attention":
     """Fix the arguments that the three packages share; 3 and 4 may return (out, log-sum-exp)."""
 
     def attention(q: "Tensor", k: "Tensor", v: "Tensor") -> "Tensor":
-        out: Tensor | tuple[Tensor, ...] = flash_attn_func(q, k, v, causal=True)
+        out: Tensor | tuple[Tensor, ...] = flash_attn_func(q, k, v, causal=causal)
         return out[0] if isinstance(out, tuple) else out
 
     return attention
 
 
-def _sdpa(variant: str) -> "Attention":
+def _sdpa(variant: str, *, is_causal: bool = True) -> "Attention":
     """Return torch's SDPA with one backend enabled and all others disabled.
 
     `torch.nn.attention.sdpa_kernel` does the same, at several times the cost of the launch it
@@ -253,7 +272,7 @@ def _sdpa(variant: str) -> "Attention":
             switch(enabled)
         try:
             out = scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=is_causal
             )
         except RuntimeError as error:
             if not any(refusal in str(error) for refusal in _REFUSALS):

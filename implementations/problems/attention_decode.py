@@ -43,7 +43,7 @@ class AttentionDecodeProblem(ProblemFamily):
         headdim = problem.d_inner // problem.nheads
         capacity = -(-(problem.length + 1) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
         lengths = {"q": 1, "k": 1, "v": 1, **dict.fromkeys(_CACHES, capacity)}
-        return {
+        inputs = {
             name: torch.randn(
                 (problem.batch, length, problem.nheads, headdim),
                 generator=generator,
@@ -52,6 +52,8 @@ class AttentionDecodeProblem(ProblemFamily):
             )
             for name, length in lengths.items()
         }
+        self.reset(problem, inputs, seed=seed)
+        return inputs
 
     def differentiable(self, problem: Problem) -> tuple[str, ...]:
         """Name nothing: decoding has no gradients."""
@@ -61,6 +63,11 @@ class AttentionDecodeProblem(ProblemFamily):
         """Return the position in both caches that the token's key and value are written to."""
         at = problem.length
         return {name: inputs[name][:, at : at + 1] for name in _CACHES}
+
+    def reset(self, problem: Problem, inputs: Inputs, *, seed: int) -> None:
+        """Empty the position again."""
+        for view in self.updated(problem, inputs).values():
+            view.zero_()
 
     def call(self, op: Callable[..., Any], problem: Problem, inputs: Inputs) -> Outputs:
         """Call `op(q, k, v, k_cache, v_cache, context)`; returns (y, new key, new value)."""

@@ -64,6 +64,10 @@ class ProblemFamily(ABC):
         """
         return {}
 
+    def reset(self, problem: Problem, inputs: Inputs, *, seed: int) -> None:
+        """Put what the operation updates in place back to what `make_inputs` made with the seed."""
+        return
+
     @abstractmethod
     def call(self, op: Callable[..., Any], problem: Problem, inputs: Inputs) -> Outputs:
         """Call an operation in the family's signature; returns y first, then final states."""

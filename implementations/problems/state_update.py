@@ -66,7 +66,7 @@ class StateUpdateProblem(ProblemFamily):
             inputs["dt_bias"] = parameters["dt_bias"]
         inputs |= {name: parameters[name] for name in "AD"}
         inputs = {name: value.contiguous() for name, value in inputs.items()}
-        return inputs | {"state": _stationary(inputs, problem, dtype, seed)}
+        return inputs | {"state": _stationary(inputs, dtype, seed)}
 
     def differentiable(self, problem: Problem) -> tuple[str, ...]:
         """Name nothing: decoding has no gradients."""
@@ -75,6 +75,10 @@ class StateUpdateProblem(ProblemFamily):
     def updated(self, problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
         """Return the state."""
         return {"state": inputs["state"]}
+
+    def reset(self, problem: Problem, inputs: Inputs, *, seed: int) -> None:
+        """Draw the state again."""
+        inputs["state"].copy_(_stationary(inputs, inputs["state"].dtype, seed))
 
     def call(self, op: Callable[..., Any], problem: Problem, inputs: Inputs) -> Outputs:
         """Call `op` as one calls `selective_state_update`, with softplus; returns (y, state)."""
@@ -163,7 +167,7 @@ class StateUpdateProblem(ProblemFamily):
         return S6Problem() if self.family is Family.S6 else SsdProblem()
 
 
-def _stationary(inputs: Inputs, problem: Problem, dtype: torch.dtype, seed: int) -> Tensor:
+def _stationary(inputs: Inputs, dtype: torch.dtype, seed: int) -> Tensor:
     """Draw the state with the deviation it has in the long run, dt / sqrt(1 - decay^2)."""
     dt, A = softplus(inputs["dt_bias"]), inputs["A"]
     per_step = dt[:, None] * A if A.dim() == 2 else (dt * A)[:, None, None]

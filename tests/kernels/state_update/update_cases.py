@@ -16,6 +16,7 @@ from torch.nn.functional import silu, softplus
 # Relative L2 norm; about twice what rounding to nearest gives.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
 DTYPES = tuple(TOLERANCE)
+MOST_STATES = 1 << 26  # 512 MiB in float64
 
 
 def draw_shape(draw, *, small):
@@ -27,12 +28,16 @@ def draw_shape(draw, *, small):
         per_group *= draw.choice((1, 7)) if small else draw.choice((1, 7, 16))
     # The interpreter truncates to bf16 where hardware rounds.
     dtypes = DTYPES[:2] if small else DTYPES
+    headdim = draw.choice((1, 8, 33, 64, 100)) if ssd else None
+    d_state = draw.choice((1, 5, 16, 64, 100, 128, 256))
+    batches = (1, 2, 3, 5) if small else (1, 2, 7, 33, 128, 300)
+    room = max(1, MOST_STATES // (groups * per_group * (headdim or 1) * d_state))
     return {
-        "batch": draw.choice((1, 2, 3, 5)) if small else draw.choice((1, 2, 7, 33, 128, 300)),
+        "batch": min(draw.choice(batches), room),
         "entries": groups * per_group,
         "groups": groups,
-        "headdim": draw.choice((1, 8, 33, 64, 100)) if ssd else None,
-        "d_state": draw.choice((1, 5, 16, 64, 100, 128, 256)),
+        "headdim": headdim,
+        "d_state": d_state,
         "dtype": draw.choice(dtypes),
         "state_dtype": draw.choice(dtypes),
         "gated": draw.random() < 0.5,
