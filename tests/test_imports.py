@@ -38,6 +38,8 @@ TORCH_FREE = (
     *("harness.runner", "harness.doctor", "harness.progress", "harness.cli_views"),
     *("harness.cli_options", "harness.reproduce"),
     *("harness.ceilings", "harness.counters", "harness.ncu", "harness.environment"),
+    *("harness.selftest", "harness.selftest_statistics", "harness.selftest_cpu"),
+    *("harness.machine_cache", "harness.selftest_energy", "harness.selftest_cache"),
     *("implementations.base", "implementations.cost", "run_bench"),
 )
 TORCH_FREE_PATTERNS = ("reports/*.py", "implementations/ops/*.py", "kernels/**/cost.py")
