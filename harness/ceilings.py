@@ -38,7 +38,7 @@ UNITS: Mapping[str, str] = {
     COPY: "bytes/s",
     MATRIX: "FLOP/s",
     VECTOR: "FLOP/s",
-    EXP: "1/s",
+    EXP: "exp/s",
     LAUNCH_EAGER: "s",
     LAUNCH_GRAPH: "s",
 }

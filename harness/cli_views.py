@@ -66,7 +66,13 @@ def checks(found: Sequence[Check]) -> str:
     return "\n".join(lines)
 
 
-_ALWAYS = ("load", "torch", "numba", "counters")  # their fix says nothing once they are there
+_ALWAYS = (
+    "load",
+    "torch",
+    "numba",
+    "counters",
+    "ceilings",
+)  # their fix says nothing once they are there
 
 
 def plan(made: Plan) -> str:

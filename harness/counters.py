@@ -59,9 +59,10 @@ class Request:
     sys_path: tuple[str, ...] = ()
     compile_limit_s: float = 300.0
     time_limit_s: float = 60.0  # per case; ncu makes an execution slower than it is
+    keep: Path | None = None  # a folder for what ncu and the child wrote, to look into
 
 
-Item = dict[str, Any]  # id, and either case or copy_bytes
+Item = dict[str, Any]  # id, and one of case, copy_bytes, read_bytes, write_bytes
 
 
 def missing(device: Device) -> str | None:
@@ -117,8 +118,20 @@ def count_copies(sizes_bytes: Sequence[int], request: Request) -> dict[int, Coun
 
     To be right, a size should be several times L2's.
     """
-    items: list[Item] = [{"id": f"copy{size}", "copy_bytes": size} for size in sizes_bytes]
-    return {int(name[4:]): counted for name, counted in _count(items, request, lambda _: None)}
+    found = count_probes(
+        [{"id": f"copy{size}", "copy_bytes": size} for size in sizes_bytes], request
+    )
+    return {int(name[4:]): counted for name, counted in found.items()}
+
+
+def count_probes(items: Sequence[Item], request: Request) -> dict[str, Counted]:
+    """Count kernels that copy, read or write a known number of bytes, by their id.
+
+    Args:
+        items: each an `id` of lower-case letters and digits, and `copy_bytes`, `read_bytes` or
+            `write_bytes`; a `case` is allowed too, and has no ratio.
+    """
+    return dict(_count(items, request, lambda _: None))
 
 
 def _with_ratio(case: Case, counted: Counted) -> Counted:
@@ -138,12 +151,21 @@ def _count(
     while left and lack is None:
         with tempfile.TemporaryDirectory(prefix="mambench-ncu-") as folder:
             ended, lack = _Batch(left, request, Path(folder), begin).run()
+            _keep(Path(folder), request.keep, len(left))
         yield from ended.items()
         left = [item for item in left if item["id"] not in ended]
         if not ended and lack is None:
             lack = "Nsight Compute ended without a word about any case"
     for item in left:
         yield item["id"], Counted(outcome=Outcome.UNAVAILABLE, reason=lack)
+
+
+def _keep(folder: Path, target: Path | None, number: int) -> None:
+    """Copy the files that show what happened."""
+    for path in folder.glob("*.*") if target else ():
+        if path.is_file() and target:
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / f"{number}-{path.name}")
 
 
 class _Batch:
@@ -202,7 +224,10 @@ class _Batch:
         program = [sys.executable, "-P", str(start), "harness.counters_child"]
         command = ncu.command("ncu", self._log, [*program, str(path), str(self._report)])
         # ncu's lock file would otherwise be another user's in /tmp, and not ours to write.
-        environment = thread_environment(request.threads) | {"TMPDIR": str(self._folder)}
+        environment = thread_environment(request.threads) | {
+            "TMPDIR": str(self._folder),
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else a pool of processes, each under ncu
+        }
         with self._output.open("wb") as output:
             return subprocess.Popen(
                 command,

@@ -87,7 +87,7 @@ class _Child:
 
     def _count(self, item: Mapping[str, Any], buffer: "_Buffer") -> None:
         self._report(event="phase", id=item["id"], phase=BUILD)
-        execute = self._case(item["case"]) if "case" in item else _copy(item["copy_bytes"])
+        execute = self._case(item["case"]) if "case" in item else _probe(item)
         self._report(event="phase", id=item["id"], phase=COMPILE)
         for _ in range(WARM_EXECUTIONS):
             execute()
@@ -151,9 +151,14 @@ def _within(name: str, execute: Callable[[], object]) -> object:
     return result
 
 
-def _copy(count: int) -> Callable[[], object]:
-    """Return a kernel that reads and writes this many bytes; a memcpy would not be a kernel."""
+def _probe(item: Mapping[str, Any]) -> Callable[[], object]:
+    """Return a kernel that moves a known number of bytes; a memcpy would not be a kernel."""
+    (kind, count), *_ = ((name, value) for name, value in item.items() if name != "id")
     source = torch.ones(count // 4, dtype=torch.float32, device="cuda")
+    if kind == "read_bytes":
+        return source.amax
+    if kind == "write_bytes":
+        return lambda: source.fill_(2.0)
     target = torch.empty_like(source)
     return lambda: torch.add(source, 1.0, out=target)
 

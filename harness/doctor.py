@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from mambench.harness import machine, registry
-from mambench.harness.spec import Device, DeviceKind
+from mambench.harness import ceilings, limits, machine, registry
+from mambench.harness.ncu import PERMISSION_FIX
+from mambench.harness.spec import Device, DeviceKind, Settings
 from mambench.implementations.base import Implementation, Variant
 
 
@@ -41,6 +42,7 @@ def examine(implementations: Mapping[str, Implementation]) -> list[Check]:
         _triton(),
         _distribution("numba", "the compiled CPU scan", "pip install numba"),
         _counters(),
+        _ceilings(device),
         *(_implementation(item, device) for item in implementations.values()),
     ]
 
@@ -168,8 +170,18 @@ def _counters() -> Check:
         ok=None if restricted is None else not restricted or os.geteuid() == 0,
         found=f"ncu {version}; counters {permission[restricted]}",
         enables=enables,
-        fix="on the host: options nvidia NVreg_RestrictProfilingToAdminUsers=0 in /etc/modprobe.d, "
-        "then reload the driver; in a container also --cap-add=SYS_ADMIN",
+        fix=PERMISSION_FIX,
+    )
+
+
+def _ceilings(device: Device) -> Check:
+    kept = ceilings.load(device, limits.thread_count(Settings()))
+    return Check(
+        name="ceilings",
+        ok=None if kept is None else True,
+        found=f"measured {kept.measured_at}" if kept else "not measured on this machine as it is",
+        enables="sol_frac: how near a case comes to what this machine can do",
+        fix="run_bench.py ceilings (measuring `sol` does it too)",
     )
 
 

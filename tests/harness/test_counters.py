@@ -190,6 +190,16 @@ def test_what_will_be_skipped_costs_nothing():
     assert 0 < counters.estimate_s(5) < counters.estimate_s(500)
 
 
+def test_what_was_written_can_be_kept(fake, tmp_path: Path):
+    found = counters.count_probes(
+        [{"id": "r", "read_bytes": 4096}, {"id": "w", "write_bytes": 4096}],
+        replace(REQUEST, keep=tmp_path / "kept"),
+    )
+    assert [found[name].outcome for name in ("r", "w")] == [Outcome.OK] * 2
+    kept = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert kept == {"2-ncu.log", "2-output.txt", "2-report.jsonl", "2-request.json"}
+
+
 def test_the_command_leaves_clocks_and_caches_alone():
     command = ncu.command("ncu", Path("log"), ["program"])
     pairs = dict(itertools.pairwise(command))
