@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 from mambench.harness.timing import (
-    WARM_UP_S,
     Clock,
     Criterion,
     Execute,
@@ -16,7 +15,7 @@ from mambench.harness.timing import (
     clock_resolution_s,
     collect,
     collector_paused,
-    warm_up,
+    warm_up_for,
 )
 
 EVICT_SIZES = 2
@@ -83,7 +82,7 @@ def time_cold(
 
     criterion = Criterion(rule)
     with collector_paused():
-        warm = warm_up(timed, least_s=min(WARM_UP_S, rule.target_s))
+        warm = warm_up_for(timed, rule)
         samples, _ = collect(criterion, take)
     details = {
         "convergence": criterion.report(),

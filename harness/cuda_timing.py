@@ -22,7 +22,6 @@ import torch
 from mambench.harness.telemetry import ThrottleWatch
 from mambench.harness.timing import (
     SLOW_EXECUTION_S,
-    WARM_UP_S,
     Criterion,
     Execute,
     StopRule,
@@ -31,7 +30,7 @@ from mambench.harness.timing import (
     collect,
     collector_paused,
     repetitions,
-    warm_up,
+    warm_up_for,
 )
 
 GRAPH_SAMPLE_S = 200e-6  # an event resolves about half a microsecond
@@ -58,8 +57,7 @@ class Run:
 
     def warm_up(self) -> None:
         """Execute until the time has settled; what was slow meanwhile is forgotten."""
-        least_s = min(WARM_UP_S, self.rule.target_s)
-        self.warm = warm_up(lambda: call_s(self.execute, self.watch), least_s=least_s)
+        self.warm = warm_up_for(lambda: call_s(self.execute, self.watch), self.rule)
         self.watch.reasons()
 
 
@@ -110,7 +108,7 @@ def time_host(
         return (clock() - begin) / 1e9
 
     with collector_paused():
-        warm = warm_up(one, least_s=min(WARM_UP_S, rule.target_s))
+        warm = warm_up_for(one, rule)
         criterion = Criterion(rule)
         samples, _ = collect(criterion, lambda count: [(s := one(), s) for _ in range(count)])
         torch.cuda.synchronize()

@@ -35,6 +35,7 @@ class MemoryReading:
 
     peak_bytes: int | None = None
     extra_bytes: int | None = None
+    reserved_bytes: int | None = None  # of a GPU: the allocator's, unused blocks included
     method: str | None = None
     missing: str | None = None
     details: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -59,21 +60,34 @@ class Meter(Protocol):
         """Return the most bytes held at once since `reset_peak`."""
         ...
 
+    def peak_reserved(self) -> int | None:
+        """Return the most bytes that the allocator held for it; None where there is no such."""
+        ...
 
-def measure(meter: Meter, prepare: Callable[[], Execute], release: Execute) -> MemoryReading:
+
+def measure(
+    meter: Meter,
+    prepare: Callable[[], Execute],
+    release: Execute,
+    *,
+    inspect: Callable[[object], object] | None = None,
+) -> MemoryReading:
     """Run a pass once and return its memory.
 
     Args:
         meter: reads the memory of the device.
         prepare: makes the closure that executes the pass once.
         release: frees the inputs and whatever else belongs to the case.
+        inspect: shown what the pass returned, once its peak is known; keeps nothing of it.
     """
     execute = prepare()
     meter.settle()
     before = meter.level()
     meter.reset_peak()
     outcome = execute()
-    peak = max(meter.peak(), before)
+    peak, reserved = max(meter.peak(), before), meter.peak_reserved()
+    if inspect is not None:
+        inspect(outcome)
     del outcome, execute
     release()
     meter.settle()
@@ -81,6 +95,7 @@ def measure(meter: Meter, prepare: Callable[[], Execute], release: Execute) -> M
     return MemoryReading(
         peak_bytes=peak - after,
         extra_bytes=peak - before,
+        reserved_bytes=reserved,
         method=meter.method,
         details={"before_bytes": before, "peak_bytes": peak, "after_bytes": after},
     )
@@ -116,6 +131,10 @@ class CudaMeter:
         self._cuda.synchronize(self._device)
         return self._cuda.max_memory_allocated(self._device)
 
+    def peak_reserved(self) -> int | None:
+        """Return the most bytes that the allocator held from the driver since `reset_peak`."""
+        return self._cuda.max_memory_reserved(self._device)
+
 
 class ResidentMeter:
     """Resident bytes of this process, as the Linux kernel counts them; page granularity."""
@@ -141,6 +160,9 @@ class ResidentMeter:
     def peak(self) -> int:
         """Return VmHWM."""
         return _status("VmHWM")
+
+    def peak_reserved(self) -> int | None:
+        """Return None: the process' pages are what it holds."""
 
 
 def cpu_missing() -> str | None:

@@ -286,6 +286,15 @@ def warm_up(
             return WarmUp(executions_s=tuple(taken), stable=True)
 
 
+def warm_up_for(timed: Callable[[], float], rule: StopRule) -> WarmUp:
+    """Warm up as long as befits the sampling that follows: a quick look is not preceded by more."""
+    return warm_up(
+        timed,
+        least_s=min(WARM_UP_S, rule.target_s),
+        ceiling_s=min(WARM_UP_CEILING_S, 2 * max(WARM_UP_S, rule.target_s)),
+    )
+
+
 def _settled(taken: Sequence[float]) -> bool:
     """Whether the last quarter is about as fast as the quarter before it."""
     quarter = len(taken) // 4
@@ -310,7 +319,7 @@ def time_cpu(execute: Execute, rule: StopRule, *, clock: Clock = time.perf_count
 
     criterion = Criterion(rule)
     with collector_paused():
-        warm = warm_up(timed, least_s=min(WARM_UP_S, rule.target_s))
+        warm = warm_up_for(timed, rule)
         resolution_s = clock_resolution_s(clock)
         inner = repetitions(warm.estimate_s, max(MIN_SAMPLE_S, MIN_TICKS * resolution_s))
         samples: list[float] = []

@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from mambench.harness import memory
+from mambench.harness.launches import CompileTimes
 from mambench.harness.profilers.base import DECIDING, CaseProfiler, Measured, Profiler
 from mambench.harness.protocol import (
     BUILD,
@@ -254,10 +255,14 @@ class _CaseWork:
         self.workload()
         with self._in_phase(COMPILE):
             execute = self.execute()
+            compiling = CompileTimes()
             begin = time.perf_counter()
-            execute()
-            self.synchronize()
+            with compiling.watching():
+                execute()
+                self.synchronize()
             self.first_call["first_call_s"] = time.perf_counter() - begin
+            if compiling.seen:
+                self.first_call["compile_s"] = compiling.total_s
         self.release(inputs=False)  # the gate needs the room
 
     def _rejected(self) -> Done | None:

@@ -18,6 +18,7 @@ BUILT_IN: Mapping[str, str] = {
     "call_time": "mambench.harness.profilers.timers:CallTime",
     "host_time": "mambench.harness.profilers.timers:HostTime",
     "memory": "mambench.harness.profilers.memory:Memory",
+    "launches": "mambench.harness.profilers.launches:Launches",
     "energy": "mambench.harness.profilers.energy:Energy",
     "traffic": "mambench.harness.profilers.traffic:Traffic",
     "sol": "mambench.harness.profilers.speed_of_light:SpeedOfLight",

@@ -1,6 +1,6 @@
 """Peak memory of one pass. See `harness.memory`."""
 
-from mambench.harness import memory
+from mambench.harness import memory, tensor_sizes
 from mambench.harness.profilers.base import CaseProfiler, Context, Measured, Process, Work
 from mambench.harness.spec import Device, DeviceKind, metrics_of
 
@@ -9,7 +9,7 @@ class Memory(CaseProfiler):
     """The most memory held at once while the pass ran."""
 
     name = "memory"
-    summary = "peak memory of one pass, and what the pass itself added"
+    summary = "peak memory of one pass, and which tensors it consists of"
     metrics = metrics_of("memory")
     order = 0
 
@@ -19,22 +19,41 @@ class Memory(CaseProfiler):
 
     def estimate_s(self, work: Work) -> float:
         """Return the seconds of one pass and of drawing the inputs again."""
-        return 0.05 + 2 * work.execution_s
+        return 0.05 + (3 if work.case.pass_.needs_grad else 2) * work.execution_s
 
     def measure(self, context: Context) -> Measured:
         """Run the pass once between a settled level before and a settled level after."""
         meter = _meter(context.device, tuned=context.tuned_malloc)
         if isinstance(meter, str):
             return Measured.missing(meter)
+        census, why = tensor_sizes.Census(), dict[str, str]()
         context.release(inputs=False)
-        reading = memory.measure(meter, context.execute, context.release)
+        census.add("input", tensor_sizes.named(context.workload().inputs))
+
+        def inspect(outcome: object) -> None:
+            census.add("output", tensor_sizes.numbered("output", outcome))
+            if context.case.pass_.needs_grad:
+                saved, result = tensor_sizes.saved_by(context.workload().forward)
+                census.add("saved", tensor_sizes.numbered("saved", saved))
+                del saved, result
+
+        reading = memory.measure(meter, context.execute, context.release, inspect=inspect)
+        if reading.reserved_bytes is None:
+            why["peak_reserved_bytes"] = "on the CPU a process reserves what it holds"
+        if not context.case.pass_.needs_grad:
+            why["saved_bytes"] = f"the pass {context.case.pass_} computes no gradients"
+        details = {"largest": census.largest(reading.peak_bytes), **reading.details}
         return Measured(
             values={
                 "peak_memory_bytes": reading.peak_bytes,
                 "extra_memory_bytes": reading.extra_bytes,
+                "peak_reserved_bytes": reading.reserved_bytes,
+                "input_bytes": census.total("input"),
+                "output_bytes": census.total("output"),
+                "saved_bytes": census.total("saved"),
             },
             method=reading.method,
-            details=reading.details,
+            details=details | ({"missing_values": why} if why else {}),
         )
 
 

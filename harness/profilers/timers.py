@@ -4,6 +4,7 @@ How samples are taken says `harness.cuda_timing`, `harness.cuda_cold`, `harness.
 `harness.cpu_cache`. On the CPU the load of the machine is noted before and after.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from mambench.harness import cpu_cache, telemetry, timing
@@ -17,6 +18,10 @@ SECOND_SHARE = 0.25
 COLD_SHARE = 0.5
 COLD_CPU_S = 0.03  # estimate of emptying the caches once
 NOT_CAPTURED = "not_captured"
+_NO_FIRST = {
+    "first_call_s": "the case was first called elsewhere",
+    "compile_s": "Triton compiled nothing in the first call, nor loaded it",
+}
 
 
 class Time(CaseProfiler):
@@ -48,7 +53,11 @@ class Time(CaseProfiler):
             "tokens_per_s": context.case.tokens / taken.median_s,
             **context.first_call,
         }
-        return _measured(context, taken, before, values)
+        measured = _measured(context, taken, before, values)
+        why = {tag: reason for tag, reason in _NO_FIRST.items() if tag not in context.first_call}
+        if not why:
+            return measured
+        return replace(measured, details={**measured.details, "missing_values": why})
 
 
 class ColdTime(CaseProfiler):

@@ -29,6 +29,9 @@ class FakeMeter:
     def peak(self) -> int:
         return self.highest
 
+    def peak_reserved(self) -> int:
+        return 2 * self.highest
+
     def hold(self, size: int) -> None:
         self.held += size
         self.highest = max(self.highest, self.held)
@@ -50,6 +53,7 @@ def test_peak_holds_inputs_and_outputs_and_nothing_from_before() -> None:
     reading = measure(meter, prepare, lambda: meter.hold(-140))
     assert reading.extra_bytes == 50
     assert reading.peak_bytes == 180
+    assert reading.reserved_bytes == 2 * 1180
     assert reading.method == "fake"
     assert meter.settled == 2
 
