@@ -75,7 +75,7 @@ def over_length(report: Report, part: Slice, chart: Chart, d_state: int | None =
     failures = _failures(curves, part, looks)
     shown = [row for _, rows in curves for row in rows if _shown(row, chart)]
     failed = [row for _, rows in curves for row in rows if row.outcome not in _HIDDEN_IN_STRIP]
-    lengths = sorted({row.seqlen for row in (*shown, *failed)})
+    lengths = sorted({row.seqlen for row in (*shown, *failed) if row.seqlen is not None})
     return {
         "data": traces + failures,
         "layout": _layout(
@@ -163,6 +163,9 @@ def _line(
         "marker": {"symbol": _symbol(series, part, look), "size": 8},
         "meta": {"implementation": series.key.implementation, "series": series.label},
     }
+    if series.is_level:  # the case has no length of its own to be drawn at
+        trace["x"] = [row.seqlen or 1 for row in rows if _shown(row, chart)]
+        trace["mode"] = "lines" if len(trace["x"]) > 1 else "markers"
     if chart.interval:
         trace["interval"] = list(chart.interval)
     return trace
@@ -186,7 +189,9 @@ def _failures(
                 "mode": "markers+text",
                 "name": f"{series.label}, not ok",
                 "rows": [row.index for row in failed],
-                "x": {"column": x},
+                "x": [row.seqlen or 1 for row in failed]
+                if series.is_level and x == "seqlen"
+                else {"column": x},
                 "y": [len(traces)] * len(failed),
                 "yaxis": "y2",
                 "text": [row.outcome.value for row in failed],

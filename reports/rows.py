@@ -5,7 +5,7 @@ Everything that is drawn or tabulated starts here, so tests check these rows and
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
@@ -58,7 +58,7 @@ class Row:
     slice: SliceKey
     series: SeriesKey
     label: str
-    seqlen: int
+    seqlen: int | None  # None: the case has no length (an SSM's decode)
     d_state: int | None
     outcome: Outcome
     reason: str | None
@@ -73,6 +73,12 @@ class Row:
         """Whether it has a time that counts."""
         return self.outcome is Outcome.OK and self.time_s is not None
 
+    def at(self, seqlen: int) -> "Row":
+        """Return this row at a length: what holds whatever the length holds there too."""
+        case = self.result.case
+        placed = replace(case, problem=replace(case.problem, seqlen=seqlen))
+        return replace(self, seqlen=seqlen, result=replace(self.result, case=placed))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
@@ -81,6 +87,7 @@ class Series:
     key: SeriesKey
     label: str
     rows: tuple[Row, ...]
+    lengths: tuple[int, ...] = ()  # of the slice, over which a series without lengths is level
 
     @property
     def is_attention(self) -> bool:
@@ -88,9 +95,19 @@ class Series:
         return self.key.family == Family.ATTENTION.value
 
     def at_state(self, d_state: int | None) -> tuple[Row, ...]:
-        """Rows over seqlen at one d_state (attention: all)."""
+        """Rows over seqlen at one d_state (attention: all).
+
+        A row without a length stands at every length of the slice.
+        """
         chosen = [r for r in self.rows if self.is_attention or r.d_state == d_state]
-        return tuple(sorted(chosen, key=lambda row: row.seqlen))
+        if self.is_level and self.lengths:
+            chosen = [row.at(length) for row in chosen for length in self.lengths]
+        return tuple(sorted(chosen, key=lambda row: row.seqlen or 0))
+
+    @property
+    def is_level(self) -> bool:
+        """Whether its cases have no length: what an SSM's decode costs does not depend on it."""
+        return all(row.seqlen is None for row in self.rows)
 
     def at_length(self, seqlen: int) -> tuple[Row, ...]:
         """Rows over d_state at one seqlen."""
@@ -103,7 +120,7 @@ class Series:
         lengths: dict[int, set[int]] = defaultdict(set)
         for row in self.rows:
             if row.d_state is not None:
-                lengths[row.d_state].add(row.seqlen)
+                lengths[row.d_state].add(row.seqlen or 0)
         if not lengths:
             return None
         return min(lengths, key=lambda state: (-len(lengths[state]), state))
@@ -150,7 +167,7 @@ class Slice:
         found: set[int] = set()
         for series in self.series:
             counts = Counter(row.seqlen for row in series.rows if row.d_state is not None)
-            found |= {length for length, n in counts.items() if n > 1}
+            found |= {length for length, n in counts.items() if length is not None and n > 1}
         return tuple(sorted(found))
 
 
@@ -191,7 +208,14 @@ def make(analysis: Analysis) -> Report:
                 place = (len(rows) + len(made), key, series_key, labels[series_key])
                 made.append(_row(result, place, devices[key.source], commits))
             rows += made
-            found.append(Series(key=series_key, label=labels[series_key], rows=tuple(made)))
+            found.append(
+                Series(
+                    key=series_key,
+                    label=labels[series_key],
+                    rows=tuple(made),
+                    lengths=_lengths(keyed[key]),
+                )
+            )
         found.sort(key=_speed)
         slices.append(Slice(key=key, device=devices[key.source], series=tuple(found)))
     slices.sort(key=_information, reverse=True)  # stable: equals keep the order above
@@ -325,8 +349,13 @@ def _speed(series: Series) -> tuple[bool, int, float]:
     measured = [row for row in series.at_state(series.usual_state) if row.ok]
     if not measured:
         return not series.is_attention, 0, 0.0
-    return not series.is_attention, -measured[-1].seqlen, measured[-1].time_s or 0.0
+    return not series.is_attention, -(measured[-1].seqlen or 0), measured[-1].time_s or 0.0
 
 
 def _row_order(result: Result) -> tuple[int, int]:
-    return result.case.problem.d_state or 0, result.case.problem.seqlen
+    return result.case.problem.d_state or 0, result.case.problem.seqlen or 0
+
+
+def _lengths(keyed: Mapping[SeriesKey, Sequence[Result]]) -> tuple[int, ...]:
+    found = {result.case.problem.seqlen for results in keyed.values() for result in results}
+    return tuple(sorted(length for length in found if length is not None))

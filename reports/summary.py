@@ -18,7 +18,7 @@ from mambench.reports.rows import Report, Row, Series, Slice
 class LengthSummary:
     """One length of a slice: each series' row (None: not asked), and the fastest."""
 
-    seqlen: int
+    seqlen: int | None  # None: of cases that have no length
     cells: tuple[Row | None, ...]  # in the order of the slice's series
     fastest: Row | None
     tied: tuple[Row, ...] = ()  # others whose interval overlaps the fastest's
@@ -59,7 +59,7 @@ class Failure:
     label: str
     outcome: Outcome
     reason: str
-    seqlens: tuple[int, ...]
+    seqlens: tuple[int | None, ...]
     case_ids: tuple[str, ...]
 
 
@@ -101,7 +101,7 @@ def failures(report: Report) -> tuple[Failure, ...]:
                     label=label,
                     outcome=Outcome(outcome),
                     reason=reason,
-                    seqlens=tuple(sorted({row.seqlen for row in members})),
+                    seqlens=tuple(sorted({r.seqlen for r in members}, key=_ascending)),
                     case_ids=tuple(row.case_id for row in members),
                 )
             )
@@ -157,7 +157,8 @@ def _by_length(part: Slice) -> tuple[LengthSummary, ...]:
     columns = [{row.seqlen: row for row in s.at_state(s.usual_state)} for s in part.series]
     names = {s.key.implementation for s in part.series}
     found: list[LengthSummary] = []
-    for seqlen in sorted({seqlen for column in columns for seqlen in column}):
+    lengths = {seqlen for column in columns for seqlen in column}
+    for seqlen in sorted(lengths, key=_ascending):
         cells = tuple(column.get(seqlen) for column in columns)
         asked = {row.series.implementation for row in cells if row is not None}
         # Where only one of several was asked there is no race, and so no winner.
@@ -181,8 +182,8 @@ def _reference(part: Slice) -> Series | None:
     for series in part.series:
         measured = [row for row in series.rows if row.ok]
         if series.is_attention and measured:
-            last = max(measured, key=lambda row: row.seqlen)
-            candidates.append((last.seqlen, -(last.time_s or 0), series))
+            last = max(measured, key=lambda row: row.seqlen or 0)
+            candidates.append((last.seqlen or 0, -(last.time_s or 0), series))
     return max(candidates, key=lambda c: c[:2])[2] if candidates else None
 
 
@@ -225,8 +226,10 @@ def _headline(lengths: Sequence[LengthSummary]) -> str:
     ):
         only = measured[0].fastest
         return f"Only {only.label if only else ''} was asked for."
+    if all(entry.seqlen is None for entry in measured):
+        return f"{measured[0].fastest.label if measured[0].fastest else ''} is the fastest."
     stretches = [
-        (label, [entry.seqlen for entry in group])
+        (label, [entry.seqlen or 0 for entry in group])
         for label, group in groupby(measured, key=lambda e: e.fastest.label if e.fastest else "")
     ]
     if len(stretches) == 1:
@@ -328,6 +331,10 @@ def _interval_text(found: Crossover) -> str:
     if low == 0 or high == float("inf"):
         return " (its interval leaves the measured range)"
     return f" (95 % interval {units.about(low)} to {units.about(high)})"
+
+
+def _ascending(seqlen: int | None) -> int:
+    return seqlen or 0
 
 
 def _length(seqlen: float) -> str:

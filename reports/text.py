@@ -63,7 +63,7 @@ def _block(entry: SliceSummary) -> str:
     return "\n".join([*head, "", table(rows)])
 
 
-def _lengths(seqlens: Sequence[int]) -> str:
+def _lengths(seqlens: Sequence[int | None]) -> str:
     return f"L = {'; '.join(map(units.count, seqlens))}"
 
 

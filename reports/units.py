@@ -102,8 +102,10 @@ def entry(key: str, text: str) -> str:
     return text
 
 
-def length(value: int) -> str:
+def length(value: int | None) -> str:
     """Return a sequence length for an axis: `512`, `1K` (1,024), `128K`, `1M` (1,048,576)."""
+    if value is None:
+        return MISSING
     for factor, suffix in ((1024**2, "M"), (1024, "K")):
         if value >= factor and value % factor == 0:
             return f"{value // factor}{suffix}"

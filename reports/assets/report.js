@@ -43,7 +43,7 @@
   const columns = data.columns, slices = data.slices;
   const over = (numerator) => columns.time_s.map((time, row) => (time === null || numerator(row) === null ? null : numerator(row) / time));
   if (columns.time_s) {
-    columns.tokens_per_s = over((row) => columns.batch[row] * columns.seqlen[row]);
+    columns.tokens_per_s = over((row) => columns.batch[row] * (columns.pass[row] === "decode" ? 1 : columns.seqlen[row]));
     columns.model_flop_per_s = over((row) => columns.model_flop[row]);
     columns.modelled_bytes_per_s = over((row) => columns.compulsory_bytes[row]);
   }
@@ -94,7 +94,8 @@
   const hover = (row, fixed) => {
     const lines = [`<b>${escape(value("label", row))}</b>`];
     const states = value("d_state", row) === null ? "" : `, d_state ${value("d_state", row)}`;
-    lines.push(`L = ${count(value("seqlen", row))}${fixed ? "" : states}`);
+    const length = value("seqlen", row) === null ? "at any L" : `L = ${count(value("seqlen", row))}`;
+    lines.push(`${length}${fixed ? "" : states}`);
     if (value("outcome", row) !== "ok") {
       const reason = escape(value("reason", row) || "");
       lines.push(`<b>${value("outcome", row)}</b>`, ...(reason.match(/.{1,60}(\s|$)|.{1,60}/g) || []).slice(0, 6));
