@@ -82,15 +82,13 @@ class Exponent:
 
 
 def curve(results: Sequence[Result], metric: str = "time_s") -> tuple[Point, ...]:
-    """Return the measured points of one series by length; results without a value are left out."""
+    """Return one series' points by length; results without a value or a length are left out."""
     points: list[Point] = []
     for result in results:
-        value = getattr(result, metric)
-        if value is not None and value > 0:
+        value, seqlen = getattr(result, metric), result.case.problem.seqlen
+        if value is not None and value > 0 and seqlen is not None:
             samples = resampled_from(result) if metric == "time_s" else ()
-            points.append(
-                Point(seqlen=result.case.problem.length, value=float(value), samples=samples)
-            )
+            points.append(Point(seqlen=seqlen, value=float(value), samples=samples))
     return tuple(sorted(points, key=lambda point: point.seqlen))
 
 
