@@ -1,41 +1,47 @@
-"""The energy counter against sampled power, and twice the work against once.
+"""The energy of a known steady load: against sampled power, and twice the work against once.
 
-Imports torch only inside functions. The load is steady, a chain of exponentials without a pause,
-and begins well before it is judged: the power that a GPU reports may be a mean over a second. The
-counter steps about ten times a second, so spans run from one of its steps to another.
+Imports torch only inside functions. The load is a chain of exponentials without a pause, measured
+as a run measures energy (`harness.energy`). It begins well before it is judged, because the power
+that a GPU reports may be a mean over the last second.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
-from mambench.harness import selftest
+from mambench.harness import energy, selftest
 from mambench.harness.selftest import Check
 from mambench.harness.spec import Device
 from mambench.harness.telemetry import Sensors, Telemetry
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 PART = "energy"
 SETTLE_S = 1.5
-SPAN_S = 2.5
-CHUNK_S = 0.01
-AGREEMENT = 0.05  # counter against integral: NVML states 5 % for power
+REGION_S = 2.5
+CEILING_S = 5.0
+EXECUTION_S = 2e-3
+AGREEMENT = 0.05  # NVML states 5 % for power
 DOUBLE = 0.05
-MIN_STEPS = 5
+
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """What was read at one moment of a steady load."""
+class Observed:
+    """What the harness said of a load, and the power that was sampled meanwhile."""
 
-    at_s: float
-    energy_j: float
-    power_w: float
-    done: int  # executions that had ended
+    energy_j: float  # of one execution
+    power_w: float  # by the counter
+    sampled_w: float  # mean over time
+    samples: int
+    region_s: float
 
 
-def energy(device: Device) -> Iterator[Check]:
+def known_load(device: Device) -> Iterator[Check]:
     """Load the GPU twice, the second time with executions of twice the work."""
     telemetry = Telemetry(device)
     sensors = telemetry.sensors
@@ -45,112 +51,96 @@ def energy(device: Device) -> Iterator[Check]:
     if sensors.energy_j() is None or sensors.snapshot().get("power_w") is None:
         yield selftest.skipped(PART, PART, "NVML gives no energy counter or no power on this GPU")
         return
-    once, twice = (_load(sensors, work) for work in (1, 2))
-    yield judge_power(once)
-    yield judge_work(once, twice)
+    yield from judge(*(_on_gpu(sensors, work) for work in (1, 2)))
 
 
-def judge_power(readings: Sequence[Reading]) -> Check:
-    """Check the counter's joules against the integral of power between the same two steps."""
-    first, last = _steps(readings)
-    span = [r for r in readings if first.at_s <= r.at_s <= last.at_s]
-    integral_j = sum((a.power_w + b.power_w) / 2 * (b.at_s - a.at_s) for a, b in pairwise(span))
-    return selftest.near(
+def judge(once: Observed, twice: Observed) -> Iterator[Check]:
+    """Check the counter's power against the sampled one, and the energy of twice the work."""
+    yield selftest.near(
         PART,
-        f"counter against sampled power, {last.at_s - first.at_s:.1f} s",
-        expected=integral_j,
-        got=last.energy_j - first.energy_j,
-        tolerance=AGREEMENT * integral_j,
-        show=_joules,
-        unit="j",
-        note=f"{len(span)} samples of power",
+        "power by the counter against sampled power",
+        expected=once.sampled_w,
+        got=once.power_w,
+        tolerance=AGREEMENT * once.sampled_w,
+        show=_watts,
+        unit="w",
+        note=f"{once.region_s:.1f} s, {once.samples} samples",
     )
-
-
-def judge_work(once: Sequence[Reading], twice: Sequence[Reading]) -> Check:
-    """Check that an execution of twice the work takes twice the energy."""
-    return selftest.near(
+    yield selftest.near(
         PART,
         "energy of twice the work over that of once",
         expected=2.0,
-        got=per_execution_j(twice) / per_execution_j(once),
+        got=twice.energy_j / once.energy_j,
         tolerance=2.0 * DOUBLE,
         show=_ratio,
         unit="ratio",
-        note=f"{per_execution_j(once):.3g} J and {per_execution_j(twice):.3g} J",
+        note=f"{once.energy_j:.3g} J and {twice.energy_j:.3g} J",
     )
 
 
-def per_execution_j(readings: Sequence[Reading]) -> float:
-    """Return the joules of one execution, between two steps of the counter."""
-    first, last = _steps(readings)
-    return (last.energy_j - first.energy_j) / (last.done - first.done)
+def observe(burst: energy.Burst, sensors: Sensors, *, clock: Clock = time.perf_counter) -> Observed:
+    """Repeat a load until it is steady, then measure its energy and sample its power.
+
+    Raises RuntimeError if the harness cannot tell the energy of a load this long.
+    """
+    begin = clock()
+    while clock() - begin < SETTLE_S:
+        burst(lambda: None)
+    sampled: list[tuple[float, float]] = []
+
+    def sampling(poll: energy.Poll) -> int:
+        ended = burst(poll)
+        power_w = sensors.snapshot().get("power_w")
+        if power_w is not None:
+            sampled.append((clock(), power_w))
+        return ended
+
+    meter = energy.Meter(sensors.energy_j, sensors.snapshot, clock=clock)
+    reading = energy.measure(sampling, meter, region_s=REGION_S, ceiling_s=CEILING_S, clock=clock)
+    if reading.energy_j is None or reading.power_w is None:
+        raise RuntimeError(f"no energy of a steady load: {reading.missing}")
+    return Observed(
+        energy_j=reading.energy_j,
+        power_w=reading.power_w,
+        sampled_w=mean_power_w(sampled),
+        samples=len(sampled),
+        region_s=meter.region_s,
+    )
 
 
-def _steps(readings: Sequence[Reading]) -> tuple[Reading, Reading]:
-    """Return the first and the last reading at which the counter had just stepped."""
-    stepped = [b for a, b in pairwise(readings) if b.energy_j > a.energy_j]
-    if len(stepped) < MIN_STEPS:
-        raise RuntimeError(f"the energy counter stepped {len(stepped)} times only")
-    return stepped[0], stepped[-1]
+def mean_power_w(sampled: Sequence[tuple[float, float]]) -> float:
+    """Return the integral of power over time, divided by the time."""
+    if len(sampled) < 2:
+        raise RuntimeError("power was sampled less than twice")
+    integral_j = sum((a[1] + b[1]) / 2 * (b[0] - a[0]) for a, b in pairwise(sampled))
+    return integral_j / (sampled[-1][0] - sampled[0][0])
 
 
-def _load(sensors: Sensors, work: int) -> list[Reading]:
-    """Execute without a pause; returns what was read once the load was steady."""
-    import torch
-
+def _on_gpu(sensors: Sensors, work: int) -> Observed:
+    from mambench.harness.cuda_load import Load
     from mambench.kernels import probes
 
     out = probes.chain_out()
     rounds = work * _rounds(out)
-    readings: list[Reading] = []
-    queued: list[Any] = []
-    done, begin = 0, time.perf_counter()
-    while (now := time.perf_counter() - begin) < SETTLE_S + SPAN_S:
-        while len(queued) < 3:  # two wait while one runs: the GPU is never idle
-            probes.chain(out, rounds)
-            event = torch.cuda.Event()
-            event.record()
-            queued.append(event)
-        queued.pop(0).synchronize()
-        done += 1
-        if now >= SETTLE_S:
-            readings.append(_reading(sensors, done))
-    torch.cuda.synchronize()
-    return readings
+    load = Load(lambda: probes.chain(out, rounds), work * EXECUTION_S, not_capturable=None)
+    try:
+        return observe(load.burst, sensors)
+    finally:
+        load.close()
 
 
-def _reading(sensors: Sensors, done: int) -> Reading:
-    energy_j, power_w = sensors.energy_j(), sensors.snapshot().get("power_w")
-    if energy_j is None or power_w is None:
-        raise RuntimeError("a sensor fell silent under load")
-    return Reading(at_s=time.perf_counter(), energy_j=energy_j, power_w=power_w, done=done)
-
-
-def _rounds(out: Any) -> int:
-    """Return how many rounds of the chain take about CHUNK_S."""
+def _rounds(out: "Tensor") -> int:
+    """Return how many rounds of the chain take about EXECUTION_S."""
+    from mambench.harness import selftest_gpu
     from mambench.kernels import probes
 
     trial = 2000
-    each_s = _seconds(lambda: probes.chain(out, trial)) / trial
-    return max(1, round(CHUNK_S / each_s))
+    each_s = selftest_gpu.seconds(lambda: probes.chain(out, trial)) / trial
+    return max(1, round(EXECUTION_S / each_s))
 
 
-def _seconds(execute: Callable[[], None]) -> float:
-    import torch
-
-    for _ in range(20):
-        execute()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(20):
-        execute()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - begin) / 20
-
-
-def _joules(value: float) -> str:
-    return f"{value:.1f} J"
+def _watts(value: float) -> str:
+    return f"{value:.1f} W"
 
 
 def _ratio(value: float) -> str:

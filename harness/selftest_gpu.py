@@ -53,7 +53,7 @@ def on(device: Device, part: str) -> Iterator[Check]:
         "two_timers": two_timers,
         "cold_and_hot": selftest_cache.cold_and_hot,
         "traffic": traffic,
-        "energy": selftest_energy.energy,
+        "energy": selftest_energy.known_load,
     }
     torch.cuda.set_device(device.index)
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -239,7 +239,7 @@ def steady_kernels() -> Kernels:
     source = torch.randn(values, device="cuda")
     target = torch.empty_like(source)
     out = probes.chain_out()
-    rounds = round(1000 * 400e-6 / _seconds(lambda: probes.chain(out, 1000)))
+    rounds = round(1000 * 400e-6 / seconds(lambda: probes.chain(out, 1000)))
     return {
         "wait-100us": lambda: probes.spin(record, round(rate * 100e-6)),
         "wait-1ms": lambda: probes.spin(record, round(rate * 1e-3)),
@@ -286,15 +286,16 @@ def _do_bench(execute: Callable[[], None]) -> float:
     return bench(execute, warmup=25, rep=150, return_mode="median") / 1e3
 
 
-def _seconds(execute: Callable[[], None]) -> float:
-    """Return a rough time of one execution, after a first one that compiles."""
-    for _ in range(3):
+def seconds(execute: Callable[[], None]) -> float:
+    """Return a rough time of one execution, after some that compile and raise the clock."""
+    for _ in range(50):
         execute()
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    execute()
+    for _ in range(20):
+        execute()
     torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return (time.perf_counter() - begin) / 20
 
 
 def _multiple(count: int, of: int) -> int:

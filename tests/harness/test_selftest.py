@@ -271,32 +271,57 @@ def test_a_cache_in_another_condition_than_stated_fails(fits, large, failing: in
     assert found[failing] is False
 
 
-def load(*, watt: float = 500.0, counter: float = 1.0, execution_s: float = 0.01):
-    """Return readings of a steady load whose counter steps ten times a second."""
-    return [
-        selftest_energy.Reading(
-            at_s=i * execution_s,
-            energy_j=counter * watt * math.floor(10 * i * execution_s + 1e-9) / 10,
-            power_w=watt,
-            done=i,
-        )
-        for i in range(round(2.5 / execution_s))
-    ]
+class FakeGpu:
+    """A GPU under a steady load; its counter steps every 0.1 s, perhaps by too much."""
+
+    def __init__(self, *, counter: float = 1.0, execution_s: float = 2e-3) -> None:
+        self.now_s = 0.0
+        self.counter, self.execution_s = counter, execution_s
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def burst(self, poll) -> int:
+        for _ in range(10):
+            self.now_s += self.execution_s / 5
+            poll()
+        return 2
+
+    def energy_j(self) -> float:
+        return self.counter * 500.0 * math.floor(10 * self.now_s + 1e-9) / 10
+
+    def snapshot(self):
+        return {"power_w": 500.0}
+
+    def slowed(self) -> list[str]:
+        return []
+
+
+def energy_verdicts(once: FakeGpu, twice: FakeGpu) -> list[bool | None]:
+    observed = (
+        selftest_energy.observe(gpu.burst, gpu, clock=gpu.clock)  # type: ignore[arg-type]
+        for gpu in (once, twice)
+    )
+    return [check.passed for check in selftest_energy.judge(*observed)]
 
 
 def test_a_right_energy_counter_passes() -> None:
-    assert selftest_energy.judge_power(load()).passed
-    assert selftest_energy.judge_work(load(), load(execution_s=0.02)).passed
+    assert energy_verdicts(FakeGpu(), FakeGpu(execution_s=4e-3)) == [True, True]
 
 
 def test_an_energy_counter_that_is_ten_per_cent_off_fails() -> None:
-    assert selftest_energy.judge_power(load(counter=1.1)).passed is False
-    assert selftest_energy.judge_work(load(), load(execution_s=0.022)).passed is False
+    assert energy_verdicts(FakeGpu(counter=1.1), FakeGpu(execution_s=4e-3)) == [False, False]
+    assert energy_verdicts(FakeGpu(), FakeGpu(execution_s=4.4e-3)) == [True, False]
 
 
-def test_an_energy_counter_that_hardly_steps_is_no_measurement() -> None:
-    with pytest.raises(RuntimeError, match="stepped 3 times only"):
-        selftest_energy.judge_power(load()[:35])
+def test_an_energy_counter_that_stands_still_is_no_measurement() -> None:
+    gpu = FakeGpu(counter=0.0)
+    with pytest.raises(RuntimeError, match="did not advance"):
+        selftest_energy.observe(gpu.burst, gpu, clock=gpu.clock)
+
+
+def test_power_is_integrated_over_time_and_not_over_samples() -> None:
+    assert selftest_energy.mean_power_w([(0, 100), (1, 100), (1, 200), (4, 200)]) == 175
 
 
 # The whole
