@@ -34,6 +34,7 @@ EXIT_LIMIT_S = 60.0  # ncu prints its table after the child has ended
 # instrumentation of one launch.
 START_S, CASE_S, LAUNCH_S = 20.0, 1.5, 0.01
 MAX_LAUNCHES = 5000  # some tens of seconds of instrumentation
+MAX_PER_CHILD = 500  # each names two ranges on the command line
 INSTALL = "install NVIDIA Nsight Compute and put ncu on PATH"
 
 
@@ -150,7 +151,7 @@ def _count(
     left = list(items)
     while left and lack is None:
         with tempfile.TemporaryDirectory(prefix="mambench-ncu-") as folder:
-            ended, lack = _Batch(left, request, Path(folder), begin).run()
+            ended, lack = _Batch(left[:MAX_PER_CHILD], request, Path(folder), begin).run()
             _keep(Path(folder), request.keep, len(left))
         yield from ended.items()
         left = [item for item in left if item["id"] not in ended]
@@ -222,7 +223,8 @@ class _Batch:
         path.write_text(json.dumps(values))
         start = Path(mambench.__file__).with_name("_start.py")
         program = [sys.executable, "-P", str(start), "harness.counters_child"]
-        command = ncu.command("ncu", self._log, [*program, str(path), str(self._report)])
+        names = [item["id"] for item in self._items]
+        command = ncu.command("ncu", self._log, names, [*program, str(path), str(self._report)])
         # ncu's lock file would otherwise be another user's in /tmp, and not ours to write.
         environment = thread_environment(request.threads) | {
             "TMPDIR": str(self._folder),

@@ -7,6 +7,7 @@ Source: NVIDIA, Nsight Compute CLI, "NVTX Filtering" and "Command Line Options".
 """
 
 import csv
+import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,17 +60,21 @@ def range_name(case_id: str, part: str) -> str:
     return f"mambench-{case_id}-{part}"
 
 
-def command(ncu: str, log: Path, program: Sequence[str]) -> list[str]:
-    """Return the command that profiles what a program launches within our ranges.
+def command(ncu: str, log: Path, case_ids: Sequence[str], program: Sequence[str]) -> list[str]:
+    """Return the command that profiles what a program launches within the ranges of these cases.
 
     Clocks are not locked and caches are left alone: the program puts L2 into a stated condition.
+    Ranges are named one by one: in a pattern, ncu gives some signs a meaning of its own. A name
+    without a slash is that of a start/end range.
     """
+    names = [range_name(case_id, part) for case_id in case_ids for part in (RUN, DRAIN)]
     return [
         ncu,
         *("--clock-control", "none", "--cache-control", "none"),
         *("--metrics", ",".join(METRICS)),
-        *("--nvtx", "--nvtx-include", "regex:mambench-.+"),  # no slash: start/end ranges
-        *("--csv", "--print-units", "base", "--log-file", str(log), "--force-overwrite"),
+        "--nvtx",
+        *(word for name in names for word in ("--nvtx-include", name)),
+        *("--csv", "--print-units", "base", "--log-file", str(log)),
         *program,
     ]
 
@@ -136,15 +141,16 @@ def _rows(text: str) -> Iterator[Mapping[str, str]]:
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
         return
-    table = [line for line in lines[start:] if line.startswith('"')]
-    reader = csv.DictReader(table)
+    # A field may span lines; ncu's messages and the program's go between rows, not into them.
+    table = "\n".join(line for line in lines[start:] if not line.startswith("=="))
+    reader = csv.DictReader(io.StringIO(table))
     wanted = ("ID", "Kernel Name", "Metric Name", "Metric Unit", "Metric Value")
     missing = [name for name in wanted if name not in (reader.fieldnames or ())]
     if missing:
         raise FormatError(f"ncu's table lacks the columns {', '.join(missing)}")
     for row in reader:
         if row["Metric Name"] in METRICS:
-            yield {name: value or "" for name, value in row.items() if name}
+            yield {name: row.get(name) or "" for name in reader.fieldnames or ()}
 
 
 def _range_of(row: Mapping[str, str]) -> tuple[str, str]:

@@ -201,7 +201,48 @@ def test_what_was_written_can_be_kept(fake, tmp_path: Path):
 
 
 def test_the_command_leaves_clocks_and_caches_alone():
-    command = ncu.command("ncu", Path("log"), ["program"])
-    pairs = dict(itertools.pairwise(command))
-    assert pairs["--clock-control"] == pairs["--cache-control"] == "none"
-    assert not pairs["--nvtx-include"].endswith("/")  # with a slash: the ranges of one thread
+    command = ncu.command("ncu", Path("log"), ["abc"], ["program"])
+    pairs = list(itertools.pairwise(command))
+    assert ("--clock-control", "none") in pairs
+    assert ("--cache-control", "none") in pairs
+    included = [value for option, value in pairs if option == "--nvtx-include"]
+    assert included == ["mambench-abc-run", "mambench-abc-drain"]
+    # A slash would mean the ranges of one thread, and autograd has threads of its own.
+    assert not any(sign in name for name in included for sign in "/@,[]*+")
+
+
+def test_more_cases_than_a_command_line_holds_take_several_children(fake, monkeypatch):
+    monkeypatch.setattr(counters, "MAX_PER_CHILD", 2)
+    assert outcomes(count(CASES, REQUEST)) == [Outcome.OK] * 3
+
+
+def test_a_field_may_span_lines_and_messages_may_stand_between_rows():
+    header = '"ID","Process ID","Range","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+    ranges = '"0:<default domain>:other\n1:<default domain>:mambench-abc-run:none"'
+    text = "\n".join(
+        [
+            "==PROF== Connected",
+            header,
+            f'"0","1",{ranges},"k","dram__bytes_read.sum","byte","1,024"',
+            "==WARNING== something",
+            f'"0","1",{ranges},"k","dram__bytes_write.sum","Kbyte","0.5"',
+        ]
+    )
+    (kernel,) = ncu.parse(text)["abc"]["run"]
+    assert (kernel.read_bytes, kernel.write_bytes, kernel.time_s) == (1024, 500, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('"ID","Kernel Name"\n"0","k"', "lacks the columns Metric Name"),
+        (
+            '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+            '"0","stray","dram__bytes_read.sum","byte","1"',
+            "no range for the kernel stray",
+        ),
+    ],
+)
+def test_a_table_of_another_form_is_refused(text: str, says: str):
+    with pytest.raises(ncu.FormatError, match=says):
+        ncu.parse(text)
