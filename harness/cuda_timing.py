@@ -149,9 +149,17 @@ def time_eager(run: Run, before: Execute | None = None) -> Timing:
         return [(s := call_s(run.execute, run.watch, before), s) for _ in range(count)]
 
     criterion = Criterion(run.rule)
+    first = run.warm.executions_s if before is None and len(run.warm.executions_s) == 1 else ()
+    for sample_s in first:  # too slow for a warm-up of several: it was taken as the others are
+        criterion.add(sample_s, sample_s)
     samples, throttling = collect(criterion, take, slowed=run.watch.reasons)
     return as_timing(
-        samples, "events", criterion, run.warm, executions_per_sample=1, throttling=throttling
+        [*first, *samples],
+        "events",
+        criterion,
+        run.warm,
+        executions_per_sample=1,
+        throttling=throttling,
     )
 
 

@@ -25,6 +25,7 @@ class WorkerConfig:
     threads: int
     plugins: tuple[str, ...] = ()
     tuned_malloc: bool = False  # return freed memory at once: for memory, never for time
+    traced: bool = False  # profilers attach here: nothing is timed, and objects are to be found
     shares_device: bool = False  # with other workers: keep no memory between cases
     sys_path: tuple[str, ...] = ()  # the runner's, so that plugins named as modules are found
 

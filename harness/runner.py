@@ -432,6 +432,7 @@ class _Runner:
             threads=self._threads,
             plugins=self._plan.plugins,
             tuned_malloc=process is Process.TUNED_MALLOC,
+            traced=process is Process.TRACED,
             shares_device=len(self._processes) > 1,
             sys_path=tuple(sys.path),
         )

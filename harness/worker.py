@@ -121,9 +121,18 @@ class _Session:
             )
         return Done()
 
-    def free(self) -> None:
-        """Return the memory that nothing holds."""
+    def collect(self, *, keep: bool) -> None:
+        """Collect garbage; `keep` what is left then for good, and look at it no more.
+
+        What a kind of case loads (kernels, compilers) stays. Collections, of which a case sees
+        several, would go through it each time: that has taken half of a quick case.
+        """
         gc.collect()
+        if keep:
+            gc.freeze()
+
+    def free(self) -> None:
+        """Return the device memory that nothing holds."""
         if self.on_gpu:
             import torch
 
@@ -175,6 +184,7 @@ class _CaseWork:
         self._begun = time.monotonic()
         self._set_up_s = 0.0
         self._replace = False
+        self._first = False
         self._gate: dict[str, Any] | None = None
         self._proven: GateReport | None = None
 
@@ -194,10 +204,9 @@ class _CaseWork:
             return done
         finally:
             self.release()
+            self._session.collect(keep=self._first and not self._session.config.traced)
             if self._session.config.shares_device:
                 self._session.free()
-            else:
-                gc.collect()
 
     def workload(self) -> "Workload":
         """Return the workload, drawing its inputs unless they are there already."""
@@ -239,9 +248,9 @@ class _CaseWork:
         self._replace = True
 
     def _measure(self) -> Done:
-        first = self._session.first_of_kind(self.case)
+        self._first = self._session.first_of_kind(self.case)
         # What the first call of its kind loads, compiles and tries out is not the case's memory.
-        if self._message.warm or first:
+        if self._message.warm or self._first:
             self._call_first()
         if self._message.gate and (rejected := self._rejected()):
             return rejected
@@ -347,6 +356,7 @@ class _CaseWork:
         self.synchronize()
         self._replace = True
         self.release()
+        self._session.collect(keep=False)
         self._session.free()
 
     @contextmanager
