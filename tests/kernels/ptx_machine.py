@@ -270,6 +270,9 @@ class Block:
             if "wide" in parts:
                 wide = np.int64 if kind == "s32" else np.uint64
                 product = a.astype(wide) * b.astype(wide)
+            if "hi" in parts:
+                high = np.int64 if kind == "s32" else np.uint64
+                product = ((a.astype(high) * b.astype(high)) >> high(32)).astype(a.dtype)
             if name == "mul":
                 return product
             wide_kind = kind[0] + "64" if "wide" in parts else kind
