@@ -14,7 +14,9 @@ would then be written back within the range.)
 import gc
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import IO, TYPE_CHECKING, Any
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from mambench.implementations.base import Implementation
 
 COUNT = "count"
+WATCH_S = 1.0
 BUFFER_IN_L2_SIZES = 4
 WARM_EXECUTIONS = 2  # the first compiles and tunes; after the second nothing is left to load
 BROKEN_STATUS = 75  # the CUDA context is damaged: the cases that are left need another process
@@ -42,9 +45,19 @@ def main(arguments: list[str]) -> int:
     request_path, report_path = arguments
     with open(request_path) as file:
         request: dict[str, Any] = json.load(file)
+    # ncu has a session of its own: a runner that is killed takes nobody along.
+    ends = (request["runner"], os.getppid())
+    threading.Thread(target=_end_with, args=ends, daemon=True).start()
     sys.path.extend(entry for entry in request["sys_path"] if entry not in sys.path)
     with open(report_path, "a", buffering=1) as file:
         return _Child(request, file).run()
+
+
+def _end_with(runner: int, parent: int) -> None:
+    """Kill this process once the runner or ncu is gone."""
+    while os.getppid() == parent and os.path.exists(f"/proc/{runner}"):
+        time.sleep(WATCH_S)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class _Child:

@@ -1,6 +1,8 @@
 """The program that is profiled, run on the CPU with the device's calls replaced by notes."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,7 @@ def run(tmp_path: Path, *items: dict[str, Any]) -> tuple[int, list[dict[str, Any
     values = {
         "device": device,
         "seed": 0,
+        "runner": os.getpid(),
         "plugins": [str(PLUGIN)],
         "sys_path": [],
         "items": list(items),
@@ -117,3 +120,20 @@ def test_a_damaged_context_asks_for_another_process(tmp_path, notes, monkeypatch
     assert [m["id"] for m in told if m["event"] == "end"] == ["bad"]
     assert told[-1]["outcome"] == "error"
     assert "illegal memory access" in told[-1]["reason"]
+
+
+@pytest.mark.parametrize("gone", ["runner", "ncu"])
+def test_it_ends_with_the_runner_and_with_ncu(monkeypatch: pytest.MonkeyPatch, gone: str):
+    killed: list[tuple[int, int]] = []
+    looks: list[float] = []
+    monkeypatch.setattr(counters_child.os, "kill", lambda pid, number: killed.append((pid, number)))
+    monkeypatch.setattr(
+        counters_child.os, "getppid", lambda: 2 if gone == "ncu" and len(looks) > 1 else 1
+    )
+    monkeypatch.setattr(
+        counters_child.os.path, "exists", lambda path: gone == "ncu" or len(looks) < 2
+    )
+    monkeypatch.setattr(counters_child.time, "sleep", looks.append)
+    counters_child._end_with(4242, 1)
+    assert len(looks) == 2
+    assert killed == [(os.getpid(), signal.SIGKILL)]

@@ -1,0 +1,328 @@
+"""One child process under Nsight Compute: started, watched, and its findings put together.
+
+Imports no torch. What is counted, and how, say `harness.counters` and `harness.counters_child`.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import mambench
+from mambench.harness import ncu
+from mambench.harness.guard import Limits, Stopwatch
+from mambench.harness.pool import START_LIMIT_S, thread_environment
+from mambench.harness.protocol import COMPILE
+from mambench.harness.spec import Device, Outcome
+
+POLL_S = 0.1
+EXIT_LIMIT_S = 60.0  # ncu prints its table after the child has ended
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """What was counted for one case; values are tags of `spec.METRICS`."""
+
+    outcome: Outcome = Outcome.OK
+    reason: str | None = None
+    values: Mapping[str, float | int | None] = field(default_factory=dict[str, float | int | None])
+    details: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    duration_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the cases of one count share."""
+
+    device: Device
+    seed: int = 0
+    threads: int = 1
+    plugins: tuple[str, ...] = ()
+    sys_path: tuple[str, ...] = ()
+    compile_limit_s: float = 300.0
+    time_limit_s: float = 60.0  # per case; ncu makes an execution slower than it is
+    keep: Path | None = None  # a folder for what ncu and the child wrote, to look into
+
+
+Item = dict[str, Any]  # id, and one of case, copy_bytes, read_bytes, write_bytes
+
+
+class Batch:
+    """One child under ncu, and the items it was given."""
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        request: Request,
+        folder: Path,
+        begin: Callable[[str], None],
+    ) -> None:
+        self._items, self._request, self._folder = items, request, folder
+        self._begin = begin
+        self._log, self._report = folder / "ncu.log", folder / "report.jsonl"
+        self._output = folder / "output.txt"
+        self._read_bytes = 0
+        self._ended: dict[str, Counted] = {}
+        self._current: str | None = None
+        self._begun_at = 0.0
+        self._child: int | None = None
+        self._l2: Mapping[str, Any] = {}
+        limits = Limits(
+            set_up_s=request.compile_limit_s, measure_s=request.time_limit_s, memory_bytes=0
+        )
+        self._limits, self._watch = limits, Stopwatch(limits)
+        self._deadline = time.monotonic() + START_LIMIT_S
+
+    def run(self) -> tuple[dict[str, Counted], str | None]:
+        """Return how items ended, and why the others cannot be counted, if so."""
+        self._report.touch()
+        try:
+            process = self._start()
+        except OSError as error:
+            return {}, f"Nsight Compute cannot be started: {error.strerror}"
+        try:
+            late = self._watch_over(process)
+        finally:
+            self._kill_all(process)
+        if late is None and process.returncode and self._current is None and not self._ended:
+            late = f"it ended with status {process.returncode} before the first case"
+        return self._finish(late)
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        request = self._request
+        values = {
+            "device": _plain(request.device),
+            "seed": request.seed,
+            "runner": os.getpid(),
+            "plugins": list(request.plugins),
+            "sys_path": list(request.sys_path),
+            "items": list(self._items),
+        }
+        path = self._folder / "request.json"
+        path.write_text(json.dumps(values))
+        start = Path(mambench.__file__).with_name("_start.py")
+        program = [sys.executable, "-P", str(start), "harness.counters_child"]
+        names = [item["id"] for item in self._items]
+        command = ncu.command("ncu", self._log, names, [*program, str(path), str(self._report)])
+        # ncu's lock file would otherwise be another user's in /tmp, and not ours to write.
+        environment = thread_environment(request.threads) | {
+            "TMPDIR": str(self._folder),
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else a pool of processes, each under ncu
+        }
+        with self._output.open("wb") as output:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def _watch_over(self, process: "subprocess.Popen[bytes]") -> str | None:
+        """Wait for the end; kills a child that is late and returns why."""
+        late: str | None = None
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(POLL_S)
+                self._read_report()
+                return late
+            self._read_report()
+            if late is None and (late := self._late()):
+                self._kill_child(process)
+                self._deadline = time.monotonic() + EXIT_LIMIT_S
+            elif late is not None and time.monotonic() > self._deadline:
+                self._kill_all(process)
+
+    def _late(self) -> str | None:
+        if ncu.PERMISSION in self._text():
+            return "no permission"
+        if self._current is not None:
+            return self._watch.exceeded()
+        if time.monotonic() < self._deadline:
+            return None
+        waited_for = "end" if self._ended else "begin"
+        return f"it did not {waited_for} in time"
+
+    def _kill_child(self, process: "subprocess.Popen[bytes]") -> None:
+        """Kill only the child where it is known: ncu then still prints what it has counted."""
+        if self._child is None or not _belongs(self._child, process.pid):
+            self._kill_all(process)
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(self._child, signal.SIGKILL)
+
+    def _kill_all(self, process: "subprocess.Popen[bytes]") -> None:
+        """Kill what still runs of ncu and its child, and wait for ncu."""
+        child = self._child
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if child is not None and _belongs(child, process.pid):
+                os.kill(child, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if process.poll() is None:  # once it is reaped its number may be another's
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def _read_report(self) -> None:
+        with self._report.open("rb") as file:
+            file.seek(self._read_bytes)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._read_bytes += len(whole)
+        for line in whole.splitlines():
+            self._heard(json.loads(line))
+
+    def _heard(self, message: Mapping[str, Any]) -> None:
+        event = message["event"]
+        if event == "start":
+            self._child = message["pid"]
+        elif event == "ready":
+            self._l2 = message["l2"]
+        elif event == "begin":
+            self._current, self._begun_at = message["id"], time.monotonic()
+            self._watch = Stopwatch(self._limits)
+            self._watch.enter(COMPILE)
+            self._begin(message["id"])
+        elif event == "phase":
+            self._watch.enter(message["phase"])
+        else:
+            self._end(Outcome(message["outcome"]), message.get("reason"))
+
+    def _end(self, outcome: Outcome, reason: str | None) -> None:
+        assert self._current is not None
+        self._ended[self._current] = Counted(
+            outcome=outcome, reason=reason, duration_s=time.monotonic() - self._begun_at
+        )
+        self._current = None
+        self._deadline = time.monotonic() + EXIT_LIMIT_S
+
+    def _finish(self, late: str | None) -> tuple[dict[str, Counted], str | None]:
+        """Join what the child told with what ncu counted."""
+        text = self._text()
+        known, error = ncu.known_problem(text), ncu.first_error(text)
+        try:
+            launches = ncu.parse(text)
+        except ncu.FormatError as problem:
+            return {}, str(problem)
+        if not launches and known is not None:
+            return {}, f"Nsight Compute: {known}"
+        cut_off = self._current is not None
+        if cut_off:
+            phase = self._watch.phase
+            died = f"the process under ncu died in phase '{phase}': {self._tail()}"
+            self._end(Outcome.TIMEOUT if late else Outcome.CRASHED, late or died)
+        elif not self._ended and late is not None:
+            return {}, f"Nsight Compute: {error or late}: {self._tail()}"
+        passes = ncu.passes(text)
+        found: dict[str, Counted] = {}
+        for name, told in self._ended.items():
+            if told.outcome is not Outcome.OK:
+                found[name] = told
+            elif name in launches or not cut_off:  # else lost with the child: count it again
+                found[name] = self._counted(launches.get(name, {}), passes, told, error)
+        return found, None
+
+    def _counted(
+        self,
+        ranges: Mapping[str, Sequence[ncu.Kernel]],
+        passes: int | None,
+        told: Counted,
+        error: str | None,
+    ) -> Counted:
+        kernels, drain = ranges.get(ncu.RUN, ()), ranges.get(ncu.DRAIN, ())
+        if not kernels:
+            reason = error or "ncu saw no kernel in the case's range"
+            return replace(told, outcome=Outcome.ERROR, reason=f"Nsight Compute: {reason}")
+        read = _total([kernel.read_bytes for kernel in kernels])
+        drained = _total([kernel.write_bytes for kernel in drain])
+        written = _total([kernel.write_bytes for kernel in kernels])
+        if read is None or written is None or drained is None or not drain:
+            reason = error or "the counters of HBM traffic have no value on this GPU"
+            return replace(told, outcome=Outcome.UNAVAILABLE, reason=f"Nsight Compute: {reason}")
+        values = {
+            "dram_read_bytes": read,
+            "dram_write_bytes": written + drained,
+            "dram_bytes": read + written + drained,
+        }
+        details = {
+            "kernels": by_name(kernels),
+            "launches": len(kernels),
+            "left_dirty_in_l2_bytes": drained,  # part of dram_write_bytes
+            "l2": {**self._l2, "after": "dirty lines written back and charged to the case"},
+            "passes": passes,
+            "clocks": "not locked",
+            "not_counted": "cudaMemcpyAsync and cudaMemsetAsync, which are not kernels",
+        }
+        return replace(told, values=values, details=details)
+
+    def _text(self) -> str:
+        """Return what ncu wrote to its log, or else to its output."""
+        log = _read(self._log)
+        return log if log.strip() else _read(self._output)
+
+    def _tail(self) -> str:
+        lines = [line for line in _read(self._output).splitlines() if line.strip()]
+        return lines[-1][:200] if lines else "it printed nothing"
+
+
+def _belongs(child: int, ncu_pid: int) -> bool:
+    """Whether a process is ncu's, and not one that got its number since."""
+    try:
+        process = psutil.Process(child)
+        return os.getpgid(child) == ncu_pid or ncu_pid in (p.pid for p in process.parents())
+    except (psutil.Error, OSError):
+        return False
+
+
+def by_name(kernels: Sequence[ncu.Kernel]) -> list[dict[str, Any]]:
+    """Sum launches of one name, in the order of their first launch."""
+    groups: dict[str, list[ncu.Kernel]] = {}
+    for kernel in kernels:
+        groups.setdefault(kernel.name, []).append(kernel)
+    return [
+        {
+            "name": name,
+            "launches": len(group),
+            "dram_read_bytes": _total([kernel.read_bytes for kernel in group]),
+            "dram_write_bytes": _total([kernel.write_bytes for kernel in group]),
+            "profiled_time_s": _seconds([kernel.time_s for kernel in group]),
+        }
+        for name, group in groups.items()
+    ]
+
+
+def _total(values: Sequence[int | None]) -> int | None:
+    """Return the sum, None if any is missing: a part would look like the whole."""
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _seconds(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _plain(device: Device) -> dict[str, Any]:
+    return {
+        "kind": device.kind.value,
+        "index": device.index,
+        "name": device.name,
+        "compute_capability": device.compute_capability,
+        "memory_bytes": device.memory_bytes,
+    }
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
