@@ -302,7 +302,7 @@ class _CaseWork:
         assert self._gate is not None
         reason = None
         if measured.method == "cuda-graph":
-            reason = gate.check_replay(self.workload(), self.execute())
+            reason = self._replayed_wrong()
         self.release(inputs=False)  # what the pass keeps is not wanted twice
         again_s = EXECUTIONS_AGAIN * (measured.values.get("time_s") or 0.0)
         self._gate["checked_again"] = in_time = again_s < self.rule().limit_s
@@ -310,6 +310,16 @@ class _CaseWork:
             proven, seed = self._proven, self.settings.seed
             reason = gate.check_again(self.workload(), self.case, proven, seed=seed)
         return reason
+
+    def _replayed_wrong(self) -> str | None:
+        from mambench.harness import gate
+        from mambench.harness.cuda_timing import NotCapturableError
+
+        try:
+            return gate.check_replay(self.workload(), self.execute())
+        except NotCapturableError as error:  # for want of memory: it was captured a moment ago
+            self.give_up_process(str(error))
+            return None
 
     def _measure_one(self, name: str) -> Done | None:
         """Let one profiler measure; what it raises fails it alone, unless it takes the time.
