@@ -135,7 +135,7 @@ class FlashAttention(Implementation):
         if variant.startswith("sdpa-"):
             return _sdpa(variant)
         if variant == "flex":
-            from mambench.implementations.ops.flex_attention import causal
+            from mambench.kernels.attention.flex import causal
 
             return causal()
         if variant not in _MODULES:

@@ -96,7 +96,7 @@ def as_ssd(simple_gla: Callable[..., Any], *, compiled: bool) -> Callable[..., A
     """
     before, after = _prepare, _finish
     if compiled:
-        from mambench.implementations.compiled import compiled as compile_
+        from mambench.kernels.compiled import compiled as compile_
 
         before, after = compile_(_prepare), compile_(_finish)
 

@@ -2,11 +2,8 @@
 
 from dataclasses import replace
 
-import torch
-
 from mambench.harness.spec import Case, Device, DeviceKind
 from mambench.implementations.base import Implementation
-from mambench.implementations.workload import build
 
 _TOKENS = 512  # two chunks of the longest chunk size
 
@@ -17,6 +14,10 @@ def call_once(implementation: Implementation, case: Case) -> None:
     What is compiled stays in Triton's cache on disk. What autotuning measures here is thrown away
     with the process: others compile beside it.
     """
+    import torch
+
+    from mambench.implementations.workload import build
+
     if not torch.cuda.is_available():
         return
     device = Device(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from mambench.implementations.compiled import compiled
+from mambench.kernels.compiled import compiled
 
 
 def causal() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
