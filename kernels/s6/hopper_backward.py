@@ -73,6 +73,16 @@ def choose(
     return CHOSEN.get((max(16, 1 << (d_state - 1).bit_length()), many))
 
 
+def configuration(u: Tensor, d_state: int) -> BackwardConfig | None:
+    """Return what `choose` gives for u (B, D, L) on its device; None while nothing is chosen."""
+    if not CHOSEN:
+        return None
+    return choose(
+        batch=u.shape[0], d_inner=u.shape[1], d_state=d_state,
+        multiprocessors=multiprocessors(u.device),
+    )  # fmt: skip
+
+
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Return how many multiprocessors a device has."""
@@ -149,8 +159,9 @@ def scan_backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of u, delta, A, B, C, D, z and delta_bias; dB and dC without atomics.
 
-    kept (B, ceil(L / config.chunk), D, N) fp32 are the states that the forward kept; dout (B, D, L);
-    dlast (B, D, N) or None. The same bits from run to run. `segments` overrides how time is divided.
+    kept (B, ceil(L / config.chunk), D, N) fp32 are the states that the forward kept; dout
+    (B, D, L); dlast (B, D, N) or None. The same bits from run to run. `segments` overrides how time
+    is divided.
     """
     batch, seqlen, d_inner, d_state, ngroups = _sizes(inputs)
     u, delta, B, C, dout = (
@@ -248,9 +259,9 @@ def add_partial_sums(
 ):  # fmt: skip
     """Add up the kernel's partial sums in a fixed order: of dA, dD and dbias, or of dB and dC.
 
-    parts: (rows, matrix), (rows, d_inner), (rows, d_inner) and (columns, batch_groups, STATE_BLOCKS,
-    seqlen, 2, 16), one after another; sums: (matrix + 2 d_inner); dBC (2, batch_groups, D_STATE,
-    seqlen).
+    parts: (rows, matrix), (rows, d_inner), (rows, d_inner) and (columns, batch_groups,
+    STATE_BLOCKS, seqlen, 2, 16), one after another; sums: (matrix + 2 d_inner); dBC (2,
+    batch_groups, D_STATE, seqlen).
     """
     pid = tl.program_id(0)
     size = matrix + 2 * d_inner

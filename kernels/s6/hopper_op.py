@@ -1,10 +1,11 @@
-"""Selective scan (S6) on Hopper as a public operation: forward in Gluon, backward in Triton."""
+"""Selective scan (S6) on Hopper as a public operation: Gluon kernels, or a Triton backward."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mambench.kernels.s6 import hopper_backward
 from mambench.kernels.s6.arguments import check_arguments
 from mambench.kernels.s6.hopper_scan import scan_forward, supported
 from mambench.kernels.s6.triton_config import chunk_size
@@ -71,10 +72,11 @@ class _SelectiveScan(torch.autograd.Function):
         delta_softplus: bool,
     ) -> tuple[Tensor, Tensor]:
         tensors = (u, delta, A, B, C, D, z, delta_bias)
+        config = hopper_backward.configuration(u, A.shape[1])
+        every = chunk_size(A.shape[1]) if config is None else config.chunk
         with torch.cuda.device_of(u):
-            out, last, kept = scan_forward(
-                *tensors, delta_softplus, checkpoint_every=chunk_size(A.shape[1])
-            )
+            out, last, kept = scan_forward(*tensors, delta_softplus, checkpoint_every=every)
+        ctx.backward_config = config
         ctx.save_for_backward(*tensors, kept)
         ctx.delta_softplus = delta_softplus
         ctx.set_materialize_grads(False)
@@ -88,4 +90,7 @@ class _SelectiveScan(torch.autograd.Function):
             dout = torch.zeros_like(inputs.u)
         elif dout.stride(-1) != 1:
             dout = dout.contiguous()
-        return (*scan_backward(inputs, kept, dout, dlast), None)
+        config = ctx.backward_config
+        if config is None:
+            return (*scan_backward(inputs, kept, dout, dlast), None)
+        return (*hopper_backward.scan_backward(inputs, kept, dout, dlast, config=config), None)
