@@ -10,7 +10,8 @@
 
 A case that fails is a record, not an exception: see `harness.spec.Outcome`.
 Exit code 0: every case ended `ok`, `unsupported`, `unavailable` or `skipped`. Exit code 1: at least
-one case ended otherwise. 130: interrupted by Ctrl-C, the run can be resumed.
+one case ended otherwise, or a check of `selftest` failed. 130: interrupted by Ctrl-C, the run can
+be resumed.
 """
 
 import difflib

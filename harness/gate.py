@@ -95,8 +95,8 @@ def check_again(workload: Workload, case: Case, report: GateReport, *, seed: int
     """Call the operation once more, after it was timed; returns what is wrong now, or None.
 
     What answers from memory once it has been proven right is asked about other inputs here, and
-    must answer as it did to the gate. One execution, and no reference. A state that timing has moved
-    on is put back first.
+    must answer as it did to the gate. One execution, and no reference. A state that timing has
+    moved on is put back first.
     """
     workload.family.reset(workload.problem, workload.inputs, seed=seed)
     sample = workload.family.sample(workload.problem, seed=seed)

@@ -102,8 +102,11 @@ class Result:
 
     def text(self) -> str:
         """Return the table, the failures at the end again, and one line that sums up."""
-        rows = [(c.verdict, c.part, c.what, c.expected, c.got, _short(c)) for c in self.checks]
-        header = ("", "part", "what", "expected", "got", "")
+        rows = [
+            (c.verdict, c.part, c.what, c.expected, (c.passed is None and c.reason) or c.got)
+            for c in self.checks
+        ]
+        header = ("", "part", "what", "expected", "got")
         counts = ", ".join(f"{count} {verdict}" for verdict, count in self.counts.items())
         lines = [
             f"Selftest on {self.device.torch_name} ({self.device.name}), code {self.code}",
@@ -256,10 +259,6 @@ def _guarded(part: Part, device: Device) -> list[Check]:
             )
         )
     return made
-
-
-def _short(check: Check) -> str:
-    return check.reason or "" if check.passed is None else ""
 
 
 def _no_gpu(device: Device) -> str | None:

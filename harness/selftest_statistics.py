@@ -16,7 +16,7 @@ from statistics import NormalDist
 from mambench.harness import selftest, timing
 from mambench.harness.spec import Settings
 
-DRAWS = 2000
+DRAWS = 4000
 FIXED_SAMPLES = 30
 LOW, HIGH = 0.93, 0.97
 SAMPLE_S = 1e-3
