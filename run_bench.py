@@ -23,6 +23,7 @@ if (HERE / "pyproject.toml").is_file():  # a checkout, not an installation
     load_package(Path(sys.path.pop(0)))
 
 from mambench import __version__
+from mambench.harness import cli_check
 from mambench.harness import cli_options as options
 from mambench.harness.errors import DeviceBusyError, MambenchError, UsageError
 
@@ -299,6 +300,11 @@ def show(case: str, run_dir: Path | None) -> None:
     found = [o for o in folder.observations() if o.case.case_id == planned.case.case_id]
     command = reproduce.command(planned.case, made, program=_program())
     click.echo(cli_views.case(folder.path, number, planned, found, command))
+
+
+cli.add_command(cli_check.check)
+cli.add_command(cli_check.compare)
+cli.add_command(cli_check.calibrate)
 
 
 @cli.command()

@@ -137,7 +137,9 @@ def _passes() -> list[str]:
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def _all_of(*decorators: Decorator) -> Decorator:
+def all_of(*decorators: Decorator) -> Decorator:
+    """Return one decorator that applies all of them, the first one outermost."""
+
     def apply(function: Callable[..., Any]) -> Callable[..., Any]:
         for decorator in reversed(decorators):
             function = decorator(function)
@@ -159,7 +161,7 @@ device_option = click.option(
     help="auto (default: the first GPU, else the CPU), cpu, cuda or cuda:INDEX.",
 )
 
-question_options = _all_of(
+question_options = all_of(
     click.option(
         *("-s", "--suite"),
         type=Completed("suite", _suites),
@@ -220,7 +222,7 @@ class _Names(Completed):
         ]
 
 
-settings_options = _all_of(
+settings_options = all_of(
     click.option(
         *("-m", "--measure"),
         type=_Names("measurement", _profilers),

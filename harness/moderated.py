@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
+from scipy import special as _special  # pyright: ignore[reportMissingTypeStubs]
 
+special: Any = _special  # has no types
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
@@ -57,7 +58,7 @@ def centre(values: Array, trim_frac: float = TRIM_FRAC) -> Array:
     """Return the trimmed mean over the last axis; NaN where there is no value."""
     n = count(values)[..., None]
     ordered = np.sort(values, axis=-1)  # NaN last
-    rank = np.arange(values.shape[-1])
+    rank: Array = np.arange(values.shape[-1], dtype=np.float64)
     cut = np.floor(trim_frac * n)
     kept = (rank >= cut) & (rank < n - cut)
     return _mean(ordered, kept)
@@ -88,7 +89,8 @@ def spread(deviations: Array) -> Spread:
     n = count(deviations)[..., None]
     ordered = np.sort(np.abs(deviations), axis=-1)
     kept_count = n - np.ceil(DROP_FRAC * n)
-    kept = np.arange(deviations.shape[-1]) < kept_count
+    rank: Array = np.arange(deviations.shape[-1], dtype=np.float64)
+    kept = rank < kept_count
     with np.errstate(invalid="ignore", divide="ignore"):
         share = (kept_count / n)[..., 0]
         cut = special.ndtri((1 + share) / 2)

@@ -60,11 +60,13 @@ class RunSummary:
 class Session:
     """Which round of a plan is run, and what is known already when it begins."""
 
-    round: int = 0  # later rounds may be of some of the plan's cases only
+    round: int = 0
+    subset: bool = False  # the folder was made for more cases than this round has
     proven: bool = (
         False  # an earlier round of the same code compiled everything and passed the gate
     )
     holds_device: bool = False  # the caller has locked it
+    plugins: tuple[str, ...] = ()  # further ones, that only workers import
 
 
 class SilentListener:
@@ -114,7 +116,7 @@ def run(
     the folder belongs to another plan, MeasurementError if workers cannot be started.
     """
     session = session or Session()
-    if folder.manifest["plan_hash"] != plan.plan_hash and session.round == 0:
+    if folder.manifest["plan_hash"] != plan.plan_hash and not session.subset:
         raise RunFolderError(f"{folder.path} was made for other cases than this plan's.")
     listener = listener or SilentListener()
     begin = time.monotonic()
@@ -430,7 +432,7 @@ class _Runner:
             device=self._plan.device,
             settings=self._plan.settings,
             threads=self._threads,
-            plugins=self._plan.plugins,
+            plugins=(*self._plan.plugins, *self._session.plugins),
             tuned_malloc=process is Process.TUNED_MALLOC,
             traced=process is Process.TRACED,
             shares_device=len(self._processes) > 1,

@@ -1,0 +1,131 @@
+"""Rounds of one side of a check as a table of values. Imports no torch.
+
+A round is one fresh process that ran all cases; round 0 is the one that compiled, proved the
+answers right and measured what hardly varies.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mambench.harness.records import Observation
+from mambench.harness.spec import Case, Outcome
+
+MEASUREMENT = {"time_s": "time", "call_time_s": "call_time"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """All observations of one side, by case and round."""
+
+    cases: Mapping[str, Case]  # by case_id
+    found: Mapping[str, Sequence[Observation]]  # by case_id
+
+    @classmethod
+    def of(cls, observations: Iterable[Observation], planned: Iterable[Case] = ()) -> "Rounds":
+        """Collect observations; of two for the same measurement and round the last one counts.
+
+        A planned case without any observation is there, and has no outcome.
+        """
+        newest = {(o.case.case_id, o.measurement, o.round): o for o in observations}
+        found: dict[str, list[Observation]] = defaultdict(list)
+        cases = {case.case_id: case for case in planned}
+        for (case_id, _, _), observation in newest.items():
+            found[case_id].append(observation)
+            cases[case_id] = observation.case
+        return cls(cases=cases, found=dict(found))
+
+    def outcome(self, case: Case) -> Outcome | None:
+        """Return how a case ended over all rounds: ok only if it never failed; None: not there."""
+        worst = self._worst(case)
+        return worst.outcome if worst else None
+
+    def reason(self, case: Case) -> str | None:
+        """Return why it did not end as ok."""
+        worst = self._worst(case)
+        return worst.reason if worst else None
+
+    def value(self, case: Case, metric: str, round: int) -> float:
+        """Return a metric of a round, NaN if there is none or it is no number above 0."""
+        value = self._values(case, metric).get(round)
+        return value if value is not None and math.isfinite(value) and value > 0 else math.nan
+
+    def values(self, case: Case, metric: str) -> list[float]:
+        """Return the numbers of all rounds."""
+        found = self._values(case, metric).values()
+        return [v for v in found if v is not None and math.isfinite(v)]
+
+    def has(self, case: Case, metric: str) -> bool:
+        """Whether any round tried to measure it."""
+        return bool(self._values(case, metric))
+
+    def broken(self, case: Case, metric: str, round: int) -> bool:
+        """Whether a round that ended as ok gave no number, or one that no time can be."""
+        values = self._values(case, metric)
+        return round in values and math.isnan(self.value(case, metric, round))
+
+    def methods(self, case: Case, metric: str) -> set[str]:
+        """Return the ways in which the metric was measured."""
+        wanted = MEASUREMENT[metric]
+        return {
+            o.method
+            for o in self.found.get(case.case_id, ())
+            if o.measurement == wanted and o.method and o.round > 0
+        }
+
+    def observations(self, case: Case) -> Sequence[Observation]:
+        """Return everything known of a case."""
+        return self.found.get(case.case_id, ())
+
+    def _values(self, case: Case, metric: str) -> dict[int, Any]:
+        """Return the metric's raw value by round, of rounds that ended as ok."""
+        wanted = MEASUREMENT.get(metric)
+        return {
+            o.round: o.values[metric]
+            for o in self.found.get(case.case_id, ())
+            if metric in o.values
+            and o.outcome is Outcome.OK
+            and (wanted is None or (o.measurement == wanted and o.round > 0))
+            and not (wanted is None and o.values[metric] is None)
+        }
+
+    def _worst(self, case: Case) -> Observation | None:
+        """Return the observation that decides: of the time, or of the gate before it."""
+        found = [o for o in self.found.get(case.case_id, ()) if decides(o)]
+        bad = [o for o in found if o.outcome is not Outcome.OK]
+        failed = [o for o in bad if o.outcome.failed]
+        return next(iter(failed or bad or found), None)
+
+
+def decides(observation: Observation) -> bool:
+    """Whether a failure of this measurement is a failure of the case."""
+    phase = observation.details.get("phase")
+    alone = observation.measurement not in ("time", "call_time")
+    return not (alone and phase == observation.measurement)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AA:
+    """A machine's own noise: pairs of rounds of the same code, case by case."""
+
+    # case_id -> metric -> [[log time, log time of the other], ...]
+    pairs: Mapping[str, Mapping[str, Sequence[Sequence[float]]]] = field(
+        default_factory=dict[str, Mapping[str, Sequence[Sequence[float]]]]
+    )
+
+    def differences(self, cases: Sequence[Case], metric: str) -> NDArray[np.float64] | None:
+        """Return (cases, pairs) differences, NaN where a case is not known; None if none is."""
+        rows = [self.pairs.get(c.case_id, {}).get(metric, ()) for c in cases]
+        width = max(map(len, rows), default=0)
+        if width == 0:
+            return None
+        table = np.full((len(rows), width), np.nan)
+        for i, row in enumerate(rows):
+            for j, (first, second) in enumerate(row):
+                table[i, j] = second - first
+        return table
