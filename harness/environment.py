@@ -1,8 +1,8 @@
 """`env`: everything that explains a difference between two runs, side by side. No torch.
 
 Compared are the environments that two manifests hold, their code and their settings, flattened to
-dotted keys. A key that only one of them knows (an older version recorded less) is *missing* on the
-other side, which is not the same as having another value.
+dotted keys. A key for which only one of them has a value is *missing* on the other side, which is
+not the same as having another value.
 """
 
 import json
@@ -22,6 +22,7 @@ MOMENTARY = (
 )
 _GROUPS = ("code", "gpu", "libraries", "variables", "cpu", "memory", "system", "settings")
 OTHER = "other"
+WIDTH = 48  # of a value in a comparison
 
 
 class State(StrEnum):
@@ -105,11 +106,10 @@ def to_json(entries: Sequence[Entry], names: tuple[str, str]) -> str:
 
 
 def _entry(key: str, left: Mapping[str, Any], right: Mapping[str, Any]) -> Entry:
-    if key not in left or key not in right:
-        state = State.MISSING
-    elif left[key] == right[key]:
+    a, b = left.get(key), right.get(key)
+    if a == b:  # also where one has recorded that there is none, and the other nothing
         state = State.SAME
-    elif left[key] is None or right[key] is None:
+    elif a is None or b is None:
         state = State.MISSING
     else:
         state = State.MOMENTARY if key in MOMENTARY else State.DIFFERENT
@@ -117,16 +117,15 @@ def _entry(key: str, left: Mapping[str, Any], right: Mapping[str, Any]) -> Entry
     return Entry(
         group=group,
         key=_short(key, group),
-        left=_text(left.get(key)),
-        right=_text(right.get(key)),
+        left=_text(a),
+        right=_text(b),
         state=state,
     )
 
 
 def _coloured_rows(entries: Sequence[Entry], colour: bool) -> str:
     rows = [
-        (f"  {entry.key}", entry.left or "(missing)", entry.right or "(missing)", entry.state)
-        for entry in entries
+        (f"  {entry.key}", _cell(entry.left), _cell(entry.right), entry.state) for entry in entries
     ]
     lines = table(rows).splitlines()
     if colour:
@@ -154,8 +153,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _reasons(environment: Mapping[str, Any]) -> dict[str, str]:
     """Return why values are missing, by dotted key."""
     gpu: Mapping[str, Any] = environment.get("gpu") or {}
-    reasons: dict[str, str] = dict(environment.get("missing") or {})
-    return reasons | {f"gpu.{key}": why for key, why in (gpu.get("missing") or {}).items()}
+    of_host: Mapping[str, str] = environment.get("missing") or {}
+    of_gpu: Mapping[str, str] = gpu.get("missing") or {}
+    return {**of_host, **{f"gpu.{key}": why for key, why in of_gpu.items()}}
 
 
 def _group(key: str) -> str:
@@ -170,7 +170,16 @@ def _short(key: str, group: str) -> str:
 def _text(value: Any) -> str | None:
     if value is None:
         return None
+    if isinstance(value, list):
+        return ", ".join(_text(item) or "none" for item in cast("list[Any]", value)) or "(empty)"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _cell(text: str | None) -> str:
+    """Return a value for a table's column, the end of a long one cut off."""
+    if text is None:
+        return "(missing)"
+    return text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"
 
 
 def _told(value: Any, reason: str | None) -> str:

@@ -86,6 +86,20 @@ def test_the_text_shows_only_what_differs():
     assert "\x1b" not in text
 
 
+def test_nothing_recorded_is_no_other_than_nothing_there():
+    entries = environment.compare({"libraries": {"x": None}}, {"libraries": {}})
+    assert [entry.state for entry in entries] == [State.SAME]
+
+
+def test_a_long_value_does_not_push_the_columns_apart():
+    left = {"code": {"changed_files": [f"folder/file{i}.py" for i in range(40)]}}
+    (entry,) = environment.compare(left, {"code": {"changed_files": []}})
+    assert (entry.state, entry.right) == (State.DIFFERENT, "(empty)")
+    text = environment.comparison([entry], ("a", "b"))
+    assert "folder/file0.py, folder/file1.py" in text
+    assert max(map(len, text.splitlines())) < 100
+
+
 def test_a_terminal_gets_colours():
     text = environment.comparison(environment.compare(A, B), ("a", "b"), colour=True)
     coloured = [line for line in text.splitlines() if "\x1b[" in line]
