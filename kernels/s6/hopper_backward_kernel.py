@@ -276,6 +276,7 @@ def segment_adjoint_kernel(
 
 @gluon.jit(
     do_not_specialize=[
+        "batches",
         "seqlen_units", "d_inner", "ngroups", "blocks_per_group",
         "n_chunks", "segment_chunks", "segments",
     ]
