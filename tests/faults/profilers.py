@@ -1,4 +1,4 @@
-"""A plugin of profilers: one sound, each of the others with one fault, one that measures a batch."""
+"""A plugin of profilers: a sound one, some with one fault each, one that measures a batch."""
 
 import os
 from collections.abc import Iterator

@@ -24,6 +24,16 @@ def test_unequal_executions_give_their_mean_only() -> None:
     assert cuda_timing.per_execution([1.0, 2.0, 3.0], 2) == [3.0]
 
 
+def test_other_kernels_between_executions_are_not_counted() -> None:
+    durations = [9.0, 1.0, 2.0, 9.0, 3.0, 4.0]
+    assert cuda_timing.per_execution(durations, 2, skip=1) == [3.0, 7.0]
+
+
+def test_what_cannot_be_told_from_other_kernels_has_no_time() -> None:
+    assert cuda_timing.per_execution([9.0, 1.0, 9.0], 2, skip=1) == []
+    assert cuda_timing.per_execution([9.0, 9.0], 2, skip=1) == []
+
+
 @pytest.fixture
 def side_stream():
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -131,3 +141,57 @@ def test_backward_is_captured() -> None:
     execute()  # loads libraries, as a worker's first call does
     timing, reusable = cuda_timing.time_gpu(execute, RULE)
     assert (timing.method, reusable) == ("cuda-graph", True)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("side_stream")
+def test_a_set_that_fits_in_l2_is_slower_when_cold() -> None:
+    from mambench.harness import cuda_cold
+
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    x = torch.randn(l2_bytes // 4 // 4, device="cuda")  # a quarter of L2
+    hot, _ = cuda_timing.time_gpu(lambda: x.sum(), RULE)
+    cold, reusable = cuda_cold.time_cold(lambda: x.sum(), RULE)
+    assert reusable
+    assert cold.method == "cuda-graph-after-eviction"
+    assert cold.median_s > 1.2 * hot.median_s
+    assert "cold" in cold.details["l2"]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("side_stream")
+def test_what_never_fits_in_l2_is_as_fast_when_cold() -> None:
+    from mambench.harness import cuda_cold
+
+    x = torch.randn(8 * torch.cuda.get_device_properties(0).L2_cache_size // 4, device="cuda")
+    hot, _ = cuda_timing.time_gpu(lambda: x.sum(), RULE)
+    cold, _ = cuda_cold.time_cold(lambda: x.sum(), RULE)
+    assert cold.median_s == pytest.approx(hot.median_s, rel=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("side_stream")
+def test_host_time_does_not_hold_the_device_s_time() -> None:
+    execute = product(8192)  # a millisecond and more for the GPU, microseconds to launch
+    host = cuda_timing.time_host(execute, RULE)
+    assert host.median_s < 0.2 * cuda_timing.time_calls(execute, RULE).median_s
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("side_stream")
+def test_energy_of_a_load_is_its_power_times_its_time() -> None:
+    from mambench.harness import energy, machine, telemetry
+    from mambench.harness.cuda_load import Load
+
+    sensors = telemetry.Telemetry(machine.detect("cuda")).sensors
+    if sensors is None or sensors.energy_j() is None:
+        pytest.skip("this GPU's energy is not counted")
+    execute = product(4096)
+    timing, _ = cuda_timing.time_gpu(execute, RULE)
+    load = Load(execute, timing.median_s, not_capturable=None)
+    meter = energy.Meter(sensors.energy_j, sensors.snapshot)
+    reading = energy.measure(load.burst, meter, region_s=1.0)
+    load.close()
+    assert reading.missing is None
+    assert reading.energy_j == pytest.approx(reading.power_w * timing.median_s, rel=0.1)
+    assert reading.details["resolution_frac"] <= energy.RESOLUTION_FRAC

@@ -348,3 +348,30 @@ def test_the_hash_is_of_the_questions():
     assert replace(made, settings=Settings(seed=3), notes=("n",)).plan_hash == made.plan_hash
     assert make(axes={"seqlen": (128,)}).plan_hash != made.plan_hash
     assert planning.PlannedCase(case=made.cases[0].case).case.case_id == made.cases[0].case.case_id
+
+
+def test_measurements_are_the_suite_s_unless_asked_for():
+    text = "title: T\nmeasure: {cpu: [time], cuda: [time, energy]}\nsweeps:" + SWEEP
+    read = suite.parse(text, Path("t.yaml"))
+    assert make_plan(read, CPU).settings.measurements == ("time",)
+    assert make_plan(read, GPU).settings.measurements == ("time", "energy")
+    assert make_plan(read, GPU, measure=["memory"]).settings.measurements == ("memory",)
+    assert make(device=GPU).settings.measurements == ("time", "call_time", "memory")
+    with pytest.raises(UsageError, match=r"unknown measurement 'tme'.* Did you mean 'time'"):
+        make(measure=["tme"])
+
+
+def test_a_plan_says_what_each_measurement_takes_and_what_will_be_missing():
+    made = make(measure=["time", "cold_time", "launches"])
+    assert made.measure_s["time"] > 0
+    assert made.measure_s["launches"] == 0
+    assert any(note.startswith("launches will be missing: ") for note in made.notes)
+    alone = make(measure=["time"])
+    added = made.measure_s["cold_time"]
+    assert made.estimate_s == pytest.approx(alone.estimate_s + added, abs=0.01)
+
+
+def test_what_is_measured_in_batches_needs_the_time():
+    # Only a case that was proven right and timed is handed to a batch profiler.
+    made = make(device=GPU, measure=["traffic"])
+    assert made.settings.measurements == ("time", "traffic")

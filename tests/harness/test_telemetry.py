@@ -29,6 +29,8 @@ def fake_nvml(*, throttle: int = 0x4, power: bool = True) -> Any:
         nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
         nvmlDeviceGetCurrentClocksEventReasons=lambda handle: throttle,
         nvmlDeviceGetPowerUsage=power_mw,
+        nvmlDeviceGetMaxClockInfo=lambda handle, domain: 1980,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: 123_456,
         nvmlDeviceGetClockInfo=lambda handle, domain: {1: 1980, 2: 2619}[domain],
         nvmlDeviceGetTemperature=lambda handle, sensor: 54,
     )
@@ -90,3 +92,40 @@ def test_cpu_state_is_plain_json() -> None:
     state = telemetry.Telemetry(machine.cpu()).snapshot()
     assert json.loads(json.dumps(state)) == state
     assert set(state) == {"load_average_1min", "cpu_clock_hz", "temperature_c"}
+
+
+@pytest.mark.parametrize(
+    ("clock_hz", "reasons", "found"),
+    [
+        (1.98e9, [], []),
+        (1.98e9, ["power_cap"], []),  # it belongs to the load
+        (1.40e9, ["power_cap"], ["power_cap", telemetry.LOW_CLOCK]),
+        (1.98e9, ["hardware_thermal"], ["hardware_thermal"]),
+        (1.40e9, [], [telemetry.LOW_CLOCK]),
+        (0.35e9, ["gpu_idle"], []),
+        (1.40e9, ["application_clocks"], []),  # asked for
+        (None, None, []),
+    ],
+)
+def test_only_accidents_and_low_clocks_spoil_samples(
+    clock_hz: float | None, reasons: list[str] | None, found: list[str]
+) -> None:
+    assert telemetry.slowed(clock_hz, 1.98e9, reasons) == found
+
+
+def test_a_watch_sees_through_nvml_and_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(throttle=0x40))
+    monkeypatch.setattr(machine, "gpu_environment", lambda device: {"uuid": "GPU-1"})
+    sensors = telemetry.Telemetry(GPU).sensors
+    assert sensors is not None
+    assert sensors.energy_j() == pytest.approx(123.456)
+    watch = telemetry.ThrottleWatch(sensors)
+    watch.look()
+    assert watch.reasons() == ["hardware_thermal"]
+    assert watch.reasons() == []
+
+
+def test_without_sensors_nothing_is_slow() -> None:
+    watch = telemetry.ThrottleWatch(None)
+    watch.look()
+    assert watch.reasons() == []

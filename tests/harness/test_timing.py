@@ -2,12 +2,16 @@ import gc
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from mambench.harness.timing import (
+    RETAKES,
     Criterion,
     StopRule,
+    collect,
     median_interval,
     repetitions,
     time_cpu,
@@ -221,3 +225,73 @@ def test_interval_narrows_with_samples_and_holds_the_median() -> None:
         assert low <= sorted(samples[:n])[n // 2] <= high
         widths.append(high - low)
     assert widths == sorted(widths, reverse=True)
+
+
+class Throttled:
+    """A device that is slowed down during some of the batches taken from it."""
+
+    def __init__(self, slow_batches: set[int]) -> None:
+        self.batches = 0
+        self.pauses: list[float] = []
+        self._slow = slow_batches
+
+    def take(self, count: int) -> list[tuple[float, float]]:
+        self.batches += 1
+        each = 3e-3 if self.batches in self._slow else 1e-3
+        return [(each, each)] * count
+
+    def slowed(self) -> list[str]:
+        return ["hardware_thermal"] if self.batches in self._slow else []
+
+    def collect(self, rule: StopRule) -> tuple[list[float], dict[str, Any]]:
+        return collect(Criterion(rule), self.take, slowed=self.slowed, pause=self.pauses.append)
+
+
+STEADY = StopRule(target_s=8e-3, min_samples=8, max_samples=8, relative_error=1e-9)
+
+
+def test_throttled_samples_are_set_aside_and_taken_again() -> None:
+    device = Throttled({2, 3})
+    samples, details = device.collect(STEADY)
+    assert samples == [1e-3] * 8
+    aside = details["set_aside"]
+    assert [batch["reasons"] for batch in aside] == [["hardware_thermal"]] * 2
+    assert all(set(batch["samples_s"]) == {3e-3} for batch in aside)
+    assert details["kept"] == []
+    assert len(device.pauses) == 2
+
+
+def test_a_device_that_stays_throttled_is_timed_and_flagged() -> None:
+    device = Throttled(set(range(1, 1000)))
+    samples, details = device.collect(STEADY)
+    assert samples == [3e-3] * 8
+    assert len(details["set_aside"]) == RETAKES
+    assert sum(batch["count"] for batch in details["kept"]) == 8
+    assert details["kept"][0]["from"] == 0
+
+
+def test_samples_are_not_taken_again_beyond_the_time_limit() -> None:
+    device = Throttled(set(range(1, 1000)))
+    samples, details = device.collect(replace(STEADY, limit_s=5e-3))
+    assert not details["set_aside"]
+    assert details["kept"]
+    assert sum(samples) <= 6e-3
+
+
+def test_an_undisturbed_device_leaves_no_trace() -> None:
+    assert Throttled(set()).collect(STEADY) == ([1e-3] * 8, {})
+
+
+@pytest.mark.parametrize("target_s", [0.06, 0.5, 0.9])
+def test_a_case_slower_than_three_tenths_of_a_second_needs_three_samples(target_s: float) -> None:
+    machine = FakeMachine(lambda i: 0.31)
+    timing = time_on(machine, replace(RULE, target_s=target_s, min_samples=30))
+    assert len(timing.samples_s) == 3
+    assert machine.executions == 3  # the first warms up and is a sample
+    assert not timing.details["convergence"]["converged"]
+    assert timing.details["convergence"]["few_samples"]
+
+
+def test_a_slow_execution_warms_up_once() -> None:
+    assert len(warm_up(lambda: 0.35).executions_s) == 1
+    assert len(warm_up(lambda: 0.2).executions_s) == 4

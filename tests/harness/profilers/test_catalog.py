@@ -2,10 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from mambench.harness import machine, registry
+from mambench.harness import machine, registry, suite
 from mambench.harness.errors import PluginError, UsageError
+from mambench.harness.plan import make_plan
 from mambench.harness.profilers import catalog
-from mambench.harness.profilers.base import BatchProfiler
+from mambench.harness.profilers.base import BatchProfiler, CaseProfiler
 from mambench.harness.spec import METRICS, Device, DeviceKind
 
 GPU = Device(kind=DeviceKind.CUDA, name="GPU", memory_bytes=1)
@@ -63,7 +64,7 @@ def test_an_unsound_plugin_is_refused(tmp_path: Path, old: str, new: str, says: 
 
 
 def test_an_unknown_measurement_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UsageError, match="unknown measurement 'enrgy'. Did you mean 'energy'?"):
+    with pytest.raises(UsageError, match=r"unknown measurement 'enrgy'.* Did you mean 'energy'"):
         catalog.choose(["time", "enrgy"], catalog.load(), GPU)
 
 
@@ -81,3 +82,14 @@ def test_every_absence_has_a_reason_a_person_can_read() -> None:
     reasons = [p.missing(machine.cpu()) for p in catalog.load().values()]
     assert sum(reason is not None for reason in reasons) >= 3
     assert all(reason is None or len(reason) > 20 for reason in reasons)
+
+
+@pytest.mark.parametrize("name", ["quick", "scan-vs-attention", "training"])
+def test_everything_that_workers_measure_at_most_triples_the_time(name: str) -> None:
+    # What the estimates promise: the samples' shares and the energy's region are chosen for it.
+    asked = [n for n, profiler in catalog.load().items() if isinstance(profiler, CaseProfiler)]
+    gpu = Device(kind=DeviceKind.CUDA, name="G", compute_capability=(9, 0), memory_bytes=80 << 30)
+    alone = make_plan(suite.find(name), gpu, measure=["time"])
+    everything = make_plan(suite.find(name), gpu, measure=asked)
+    assert len(asked) >= 7
+    assert everything.estimate_s <= 3 * alone.estimate_s
