@@ -21,16 +21,16 @@ MOST_STATES = 1 << 26  # 512 MiB in float64
 
 def draw_shape(draw, *, small):
     """Return a random call: family, sizes, dtypes and options."""
-    groups = draw.choice((1, 1, 2, 3, 8))
-    per_group = draw.choice((1, 2, 3, 5)) if small else draw.choice((1, 3, 10, 64, 100))
+    groups = draw.choice((1, 2, 3) if small else (1, 1, 2, 3, 8))
+    per_group = draw.choice((1, 2, 3)) if small else draw.choice((1, 3, 10, 64, 100))
     ssd = draw.random() < 0.5
     if not ssd:
         per_group *= draw.choice((1, 7)) if small else draw.choice((1, 7, 16))
     # The interpreter truncates to bf16 where hardware rounds.
     dtypes = DTYPES[:2] if small else DTYPES
-    headdim = draw.choice((1, 8, 33, 64, 100)) if ssd else None
-    d_state = draw.choice((1, 5, 16, 64, 100, 128, 256))
-    batches = (1, 2, 3, 5) if small else (1, 2, 7, 33, 128, 300)
+    headdim = draw.choice((1, 8, 33) if small else (1, 8, 33, 64, 100)) if ssd else None
+    d_state = draw.choice((1, 5, 16, 40) if small else (1, 5, 16, 64, 100, 128, 256))
+    batches = (1, 2, 3) if small else (1, 2, 7, 33, 128, 300)
     room = max(1, MOST_STATES // (groups * per_group * (headdim or 1) * d_state))
     return {
         "batch": min(draw.choice(batches), room),
