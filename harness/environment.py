@@ -47,11 +47,12 @@ class Entry:
 
 def of_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a manifest that can explain a difference between two runs."""
+    device: Mapping[str, Any] = manifest["device"]
     return {
         **manifest["environment"],
         "code": manifest["code"],
-        "settings": manifest.get("settings", {}),
-        "device": (manifest.get("device") or {}).get("name"),
+        "settings": manifest["settings"],
+        "device": device.get("name"),
     }
 
 
