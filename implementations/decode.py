@@ -6,6 +6,7 @@ from typing import Any
 
 from mambench.harness.spec import Case, Device, DeviceKind, DType
 from mambench.implementations.base import Variant
+from mambench.kernels.s6.numba_config import LANES
 from mambench.kernels.state_update.config import MAX_D_STATE
 
 _FP32_BYTES = 4
@@ -49,6 +50,8 @@ def unsupported(case: Case) -> str | None:
         return "the Triton kernels compute in fp32; use fp32, fp16 or bf16"
     if case.variant == "numba" and case.dtype in (DType.FP16, DType.BF16):
         return f"the Numba kernels update fp32 and fp64 states in place, got {case.dtype}"
+    if case.variant == "numba" and d_state % LANES:
+        return f"the Numba kernels take a d_state that is a multiple of {LANES}, got {d_state}"
     return None
 
 
