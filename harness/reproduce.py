@@ -31,6 +31,8 @@ def command(case: Case, plan: Plan, *, program: Sequence[str]) -> str:
     words += ["-i", f"{case.implementation}:{case.variant}"]
     for name in APPLICABLE[problem.level, problem.family]:
         value = getattr(problem, name)
+        if value is None:  # a state update has no length, whatever lengths the suite has
+            continue
         words += ["-a", f"{name}={str(value).lower()}"]
     words += ["--pass", case.pass_, "--dtype", case.dtype, "--device", plan.device.torch_name]
     words += ["--filter", f"family={problem.family}", "--filter", f"level={problem.level}"]
