@@ -10,6 +10,7 @@ many executions in one graph, and taken off each sample: so cold and hot differ 
 """
 
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -84,8 +85,8 @@ def time_cold(
 
 def evictor() -> Execute:
     """Return what empties the current device's L2 by reading; it holds a buffer until dropped."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    size = EVICT_L2_SIZES * properties.L2_cache_size
+    cuda: Any = torch.cuda
+    size: int = EVICT_L2_SIZES * cuda.get_device_properties(cuda.current_device()).L2_cache_size
     return torch.zeros(size // 4, dtype=torch.float32, device="cuda").sum
 
 

@@ -5,6 +5,7 @@ behind, so this belongs in a process that times nothing.
 """
 
 import gc
+import importlib
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -143,11 +144,11 @@ def _hooked(runtime: Any, enter: Callable[[Any], None]) -> Generator[None]:
 
 
 def _described(launched: Mapping[int, int]) -> list[dict[str, Any]]:
-    from triton.compiler.compiler import CompiledKernel
-
+    compiled: Any = importlib.import_module("triton.compiler.compiler").CompiledKernel
     found: dict[int, dict[str, Any]] = {}
-    for kernel in gc.get_objects():
-        if type(kernel) is CompiledKernel and getattr(kernel, "function", None) in launched:
+    everything: list[Any] = gc.get_objects()
+    for kernel in everything:
+        if type(kernel) is compiled and kernel.function in launched:
             found.setdefault(kernel.function, _facts(kernel, launched[kernel.function]))
     return sorted(found.values(), key=lambda facts: str(facts["name"]))
 
@@ -172,7 +173,8 @@ def _constants(kernel: Any) -> dict[str, Any]:
     source = getattr(kernel, "src", None)
     names = getattr(getattr(source, "fn", None), "arg_names", ())
     found: dict[str, Any] = {}
-    for path, value in (getattr(source, "constants", None) or {}).items():
+    constants: dict[tuple[int, ...], Any] = getattr(source, "constants", None) or {}
+    for path, value in constants.items():
         if len(path) == 1 and path[0] < len(names):  # longer paths lead into tuples
             plain = value if isinstance(value, int | float | str | None) else str(value)
             found[names[path[0]]] = plain

@@ -290,8 +290,8 @@ class _Runner:
 
         A measurement that fails, other than of the time, fails alone: a new worker goes on.
         """
-        pending = [m for m in missing if m not in self._absent]
-        proven = len(missing) < len(self._wanted)
+        pending: list[str] = [m for m in missing if m not in self._absent]
+        proven = len(missing) < len(self._wanted) - len(self._batched)
         gate = not self._session.proven
         while next_work := self._next_work(case, pending, proven=proven, gate=gate):
             work, process = next_work

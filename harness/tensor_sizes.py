@@ -1,7 +1,7 @@
 """Which tensors hold the memory of a pass: inputs, results, what autograd keeps. Torch lazily."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,8 @@ def numbered(prefix: str, values: object) -> Iterator[tuple[str, "Tensor"]]:
     """Yield the tensors in what a pass returned: one, or a sequence of them."""
     from torch import Tensor
 
-    parts: Sequence[object] = values if isinstance(values, list | tuple) else (values,)
+    several = isinstance(values, list | tuple)
+    parts = cast("Sequence[object]", values) if several else (values,)
     for index, value in enumerate(parts):
         if isinstance(value, Tensor):
             yield f"{prefix}_{index}", value
