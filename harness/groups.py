@@ -49,18 +49,18 @@ def groups(kind: Kind, cases: Sequence[Case], complete: Mask) -> list[Group]:
     return curves
 
 
-def ratio_at_longest(curves: Sequence[Group], change: Array) -> Array:
-    """Return the fitted change of each curve at its longest length, as a difference of logarithms.
+def change_where_longest(curves: Sequence[Group], change: Array) -> Array:
+    """Return the mean change of each curve over the longest third of its lengths.
 
     Args:
         curves: what `groups` gave.
-        change: of each case, (cases,).
+        change: of each case, as a difference of logarithms, (cases,).
     """
     found: list[float] = []
     for curve in curves:
-        d, x = change[list(curve.members)], curve.lengths
-        slope = float(curve.weights @ d) / float(np.ptp(x))
-        found.append(float(d.mean()) + slope * float(x.max() - x.mean()))
+        kept = max(1, len(curve.members) // 3)
+        longest = np.argsort(curve.lengths)[-kept:]
+        found.append(float(change[np.array(curve.members)[longest]].mean()))
     return np.array(found)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mambench.harness import rule as rules
-from mambench.harness.groups import Group, groups, ratio_at_longest
+from mambench.harness.groups import Group, change_where_longest, groups
 from mambench.harness.moderated import Array, Mask, median
 from mambench.harness.rounds import AA, Rounds
 from mambench.harness.rule import Limits, Rule
@@ -180,7 +180,7 @@ def _times(
         summed = table.over_cases(members, [group.weights for group in gathered])
         together = _judge(summed, evidence.stages, rule, limits)
         if kind is Kind.EXPONENT:
-            together = _unless_faster(together, gathered, table)
+            together = _unless_faster(together, gathered, table, limits)
         for i, group in enumerate(gathered):
             points.append(_point(i, kind, group.name, metric, together))
             if together.pending[i]:
@@ -304,10 +304,12 @@ def _said(i: int, judged: _Judgement, low: float, high: float) -> tuple[Verdict,
     return Verdict.INCONCLUSIVE, "a change beyond the margin can neither be shown nor ruled out"
 
 
-def _unless_faster(judged: _Judgement, curves: Sequence[Group], table: _Table) -> _Judgement:
-    """Spare curves that grow faster only because they got quicker where they are short."""
-    worse = ratio_at_longest(curves, median(table.d)) > 0
-    return replace(judged, regressed=judged.regressed & worse, pending=judged.pending & worse)
+def _unless_faster(
+    judged: _Judgement, curves: Sequence[Group], table: _Table, limits: Limits
+) -> _Judgement:
+    """Spare curves that are steeper only because they got quicker where they are short."""
+    slower = change_where_longest(curves, median(table.d)) > limits.margin / 2
+    return replace(judged, regressed=judged.regressed & slower, pending=judged.pending & slower)
 
 
 # --- what hardly varies --------------------------------------------------------------------------

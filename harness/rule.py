@@ -7,7 +7,7 @@ are (..., cases, rounds), NaN where a round is missing; leading dimensions are s
 1. Screen: the median of d is over the case's margin, max(3 %, 1.5 x the noise of one round), and
    its trimmed mean is positive at p < 0.05. The noise comes from A/A rounds and from how the
    rounds of d differ, outliers left out, drawn towards the other cases' noise.
-2. Confirm, twice: only what passed is measured again, in fresh rounds, and still fails at p < 0.01
+2. Confirm, twice: only what passed is measured again, in fresh rounds, and still fails at p < 0.005
    divided by the number of cases under suspicion, with the median of all rounds over the margin.
 
 The first step decides nothing, so it may be generous; the rounds of the others are independent of
@@ -63,7 +63,7 @@ class Rule:
     confirmations: int = 2
     min_rounds: int = 3  # fewer say nothing
     screen_p: float = 0.05
-    confirm_p: float = 0.01
+    confirm_p: float = 0.005
     case: Limits = field(default_factory=lambda: Limits(margin_frac=0.03))
     # A mean over many cases, and a slope over them, are known better than one case: their margins
     # are narrower, and must be exceeded beyond doubt.
