@@ -277,22 +277,22 @@ def add_partial_sums(
             at += width
         tl.store(sums_ptr + i, total, mask=i < size)
     else:
-        pid -= sum_programs
-        t = pid % step_blocks * STEPS + tl.arange(0, STEPS)
-        block = (pid // step_blocks).to(tl.int64)  # (batch, group, block of states)
+        index = pid - sum_programs
+        t = index % step_blocks * STEPS + tl.arange(0, STEPS)
+        block = (index // step_blocks).to(tl.int64)  # (batch, group, block of states)
         place = tl.arange(0, 32)
         column = tl.arange(0, COLUMNS)
         stride = tl.cast(batch_groups, tl.int64) * STATE_BLOCKS * seqlen * 32
-        at = parts_ptr + tl.cast(size, tl.int64) * rows + block * seqlen * 32
-        at = at + column.to(tl.int64)[:, None, None] * stride
-        at = at + (t[:, None] * 32 + place[None, :])[None, :, :]
-        total = tl.zeros([STEPS, 32], tl.float32)
+        from_ptr = parts_ptr + tl.cast(size, tl.int64) * rows + block * seqlen * 32
+        from_ptr = from_ptr + column.to(tl.int64)[:, None, None] * stride
+        from_ptr = from_ptr + (t[:, None] * 32 + place[None, :])[None, :, :]
+        summed = tl.zeros([STEPS, 32], tl.float32)
         for first in range(0, columns, COLUMNS):
             mask = (first + column < columns)[:, None, None] & (t < seqlen)[None, :, None]
-            total += tl.sum(tl.load(at, mask=mask, other=0.0), 0)
-            at += COLUMNS * stride
+            summed += tl.sum(tl.load(from_ptr, mask=mask, other=0.0), 0)
+            from_ptr += COLUMNS * stride
         state = block % STATE_BLOCKS * 16 + place % 16
         row = (place // 16) * tl.cast(batch_groups, tl.int64) + block // STATE_BLOCKS
         out = dBC_ptr + ((row * D_STATE + state) * seqlen)[None, :] + t[:, None]
         mask = (t < seqlen)[:, None] & (state < D_STATE)[None, :]
-        tl.store(out, total.to(dBC_ptr.dtype.element_ty), mask=mask)
+        tl.store(out, summed.to(dBC_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,343 @@
+"""The Hopper scan's backward: its PTX run on the CPU against float64, its launcher, and the GPU."""
+
+import importlib.util
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton.experimental.gluon")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from mambench.kernels.s6 import hopper_backward, hopper_backward_kernel, hopper_scan, triton_scan
+
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+LIMIT = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 2e-6}  # one rounding
+SUM_LIMIT = 5e-6  # of what stays in fp32
+NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+TARGET = GPUTarget("cuda", 90, 32)
+Config = hopper_backward.BackwardConfig
+
+
+def load(path: Path, name: str) -> ModuleType:
+    """Import a file as a module of its own."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+machine = load(Path(__file__).parents[1] / "ptx_machine.py", "ptx_machine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Sizes and switches of a backward, and the segments that time is divided into."""
+
+    batch: int = 1
+    d_inner: int = 16
+    seqlen: int = 40
+    ngroups: int = 1
+    d_state: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    gated: bool = False
+    has_D: bool = True
+    has_bias: bool = True
+    softplus: bool = True
+    has_last: bool = True
+    segments: int = 2
+
+
+def tensors(p: Problem, device: str = "cpu") -> tuple[dict[str, Any], Any, Any]:
+    """Draw the inputs and the gradients of out and of the last state."""
+    gen = torch.Generator().manual_seed(p.seqlen + p.d_state)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=gen)
+
+    A = -torch.rand(p.d_inner, p.d_state, generator=gen) - 0.1
+    A[: p.d_inner // 4] *= 1e-3  # channels that remember longer than the sequence
+    shape = (p.batch, p.d_inner, p.seqlen)
+    rows = (p.batch, p.ngroups, p.d_state, p.seqlen)
+    delta = draw(*shape) * 0.5
+    made = {
+        "u": draw(*shape).to(p.dtype),
+        "delta": (delta if p.softplus else delta.abs() * 0.2).to(p.dtype),
+        "A": A,
+        "B": draw(*rows).to(p.dtype),
+        "C": draw(*rows).to(p.dtype),
+        "D": draw(p.d_inner) if p.has_D else None,
+        "z": draw(*shape).to(p.dtype) if p.gated else None,
+        "delta_bias": draw(p.d_inner).abs() * 0.1 if p.has_bias else None,
+    }
+    dout = draw(*shape).to(p.dtype).to(device)
+    dlast = draw(p.batch, p.d_inner, p.d_state).to(device) if p.has_last else None
+    return {k: None if v is None else v.to(device) for k, v in made.items()}, dout, dlast
+
+
+def reference(
+    p: Problem, t: dict[str, Any], dout: torch.Tensor, dlast: Any, every: int
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Differentiate the recurrence in float64; returns gradients and the kept states."""
+    d = {k: None if v is None else v.double().requires_grad_() for k, v in t.items()}
+    dt = d["delta"] if d["delta_bias"] is None else d["delta"] + d["delta_bias"][:, None]
+    dt = F.softplus(dt, threshold=1e9) if p.softplus else dt
+    B, C = (d[k].repeat_interleave(p.d_inner // p.ngroups, 1) for k in "BC")
+    h = torch.zeros(p.batch, p.d_inner, p.d_state, dtype=torch.float64, device=dt.device)
+    ys, kept = [], []
+    for i in range(p.seqlen):
+        if i % every == 0:
+            kept.append(h.detach())
+        h = torch.exp(dt[..., i, None] * d["A"]) * h + (dt * d["u"])[..., i, None] * B[..., i]
+        ys.append((h * C[..., i]).sum(-1))
+    y = torch.stack(ys, -1)
+    y = y if d["D"] is None else y + d["u"] * d["D"][:, None]
+    y = y if d["z"] is None else y * F.silu(d["z"])
+    outputs, gradients = [y], [dout.double()]
+    if dlast is not None:
+        outputs, gradients = [y, h], [dout.double(), dlast.double()]
+    torch.autograd.backward(outputs, gradients)
+    return {k: None if v is None else v.grad for k, v in d.items()}, torch.stack(kept, 1)
+
+
+class Emulated:
+    """Stands for a kernel: compiles it for sm_90 and runs its PTX on the CPU."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def launch(*values: Any, num_warps: int, maxnreg: int | None = None, **constants: Any):
+            names = self.kernel.arg_names
+            given = dict(zip(names, values, strict=False)) | constants
+            compiled = compile_kernel(self.kernel, given, num_warps)
+            arguments = [
+                given[name]
+                for name in names
+                if not is_constant(self.kernel, name) and given[name] is not None
+            ]
+            ptx = compiled.asm["ptx"]
+            missing = ptx[: ptx.index(".reqntid")].count(".param") - len(arguments)
+            machine.launch(
+                ptx, grid[0], [*arguments, *[0] * missing],
+                threads=32 * num_warps, shared_bytes=compiled.metadata.shared,
+            )  # fmt: skip
+
+        return launch
+
+
+def is_constant(kernel: Any, name: str) -> bool:
+    return kernel.params[kernel.arg_names.index(name)].is_constexpr
+
+
+def compile_kernel(kernel: Any, given: dict[str, Any], num_warps: int) -> Any:
+    """Compile for sm_90 with the types of the arguments given; absent pointers are constants."""
+    signature: dict[str, str] = {}
+    for name in kernel.arg_names:
+        value = given[name]
+        if is_constant(kernel, name) or value is None:
+            signature[name] = "constexpr"
+        else:
+            tensor = isinstance(value, torch.Tensor)
+            signature[name] = "*" + TYPES[value.dtype] if tensor else "i32"
+    index = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    constants = {index[n]: given[n] for n in signature if signature[n] == "constexpr"}
+    aligned = {
+        index[n]: [["tt.divisibility", 16]]
+        for n in signature
+        if signature[n][0] == "*" and given[n].data_ptr() % 16 == 0
+    }
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    made = source(kernel, signature, constants, aligned)
+    return triton.compile(made, target=TARGET, options={"num_warps": num_warps})
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
+    """Run the launcher's kernels on the CPU."""
+    for name in ("segment_adjoint_kernel", "scan_backward_kernel", "add_partial_sums"):
+        monkeypatch.setattr(hopper_backward, name, Emulated(getattr(hopper_backward, name)))
+
+
+def gradients(
+    p: Problem, config: Config, t: dict[str, Any], dout: Any, dlast: Any, kept: Any
+) -> dict[str, Any]:
+    inputs = triton_scan._Inputs(*(t[name] for name in NAMES), p.softplus)
+    got = hopper_backward.scan_backward(
+        inputs, kept, dout, dlast, config=config, segments=p.segments
+    )
+    return dict(zip(NAMES, got, strict=True))
+
+
+def assert_right(got: dict[str, Any], want: dict[str, Any], dtype: torch.dtype) -> None:
+    for name in NAMES:
+        if want[name] is None:
+            assert got[name] is None
+            continue
+        error = (got[name].double() - want[name]).norm() / want[name].norm()
+        limit = SUM_LIMIT if name in ("A", "D", "delta_bias") else LIMIT[dtype]
+        assert error < limit, f"{name}: {error:.1e}"
+
+
+def run(p: Problem, config: Config) -> None:
+    t, dout, dlast = tensors(p)
+    want, kept = reference(p, t, dout, dlast, config.chunk)
+    got = gradients(p, config, t, dout, dlast, kept.float().contiguous())
+    assert_right(got, want, p.dtype)
+
+
+SMALL = Config(channels=2, tile=4, warps=1, chunk=32)
+EMULATED = {
+    "two warps, tiles of 8": (
+        Problem(d_inner=32, seqlen=72),
+        Config(channels=2, tile=8, warps=2, chunk=32),
+    ),
+    "odd, gated, groups": (
+        Problem(batch=2, d_inner=14, ngroups=2, seqlen=67, gated=True, segments=3),
+        SMALL,
+    ),
+    "blocks of states, even length": (Problem(d_inner=5, seqlen=66, d_state=40, gated=True), SMALL),
+    "blocks of states, one segment": (
+        Problem(seqlen=34, d_state=20, segments=1, has_last=False),
+        SMALL,
+    ),
+    "four channels, fp16, bare": (
+        Problem(
+            d_inner=20,
+            seqlen=40,
+            dtype=torch.float16,
+            has_D=False,
+            has_bias=False,
+            softplus=False,
+            has_last=False,
+        ),
+        Config(channels=4, tile=4, warps=1, chunk=32),
+    ),
+    "four channels, fp32, gated": (
+        Problem(d_inner=32, seqlen=33, dtype=torch.float32, gated=True, d_state=9),
+        Config(channels=4, tile=4, warps=1, chunk=32),
+    ),
+}
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("name", EMULATED)
+def test_its_ptx_gives_the_gradients(name: str) -> None:
+    run(*EMULATED[name])
+
+
+FAULTS = {
+    "a later segment forgotten": ("range(0, segments - 1 - segment)", "range(0, 0)"),
+    "a tile from its end": ("h = opening.index(tile).load(FULL)", "h = zero"),
+    "steps past the end that decay": ("dt = gl.where(io_mask, dt, 0.0)  # steps", "# steps"),
+    "a warp's partial sum": (
+        "part = gl.sum(part_smem.load(PARTIAL), 1)",
+        "part = gl.reduce(part_smem.load(PARTIAL), 1, first)",
+    ),
+    "steps in the wrong order": ("gl.join(parts[0], parts[2])", "gl.join(parts[2], parts[0])"),
+}
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(str(hopper_backward_kernel.__file__)).read_text()
+    old, new = FAULTS[name]
+    assert old in source
+    stem = name.replace(" ", "_").replace("'", "")
+    path = tmp_path / f"{stem}.py"
+    path.write_text(source.replace(old, new))
+    wrong = load(path, stem)
+    monkeypatch.setattr(
+        hopper_backward, "scan_backward_kernel", Emulated(wrong.scan_backward_kernel)
+    )
+    with pytest.raises(AssertionError):
+        run(Problem(d_inner=32, seqlen=40), Config(channels=2, tile=4, warps=2, chunk=32))
+
+
+def test_it_compiles_for_sm_90_without_spills(tmp_path: Path) -> None:
+    config = Config()
+    constants = hopper_backward.specialisation(
+        d_state=16, unit=8, has_D=True, has_z=False, has_bias=True, softplus=True, has_last=False,
+        config=config,
+    )  # fmt: skip
+    kernel = hopper_backward_kernel.scan_backward_kernel
+    given: dict[str, Any] = dict.fromkeys(kernel.arg_names, 1) | constants
+    narrow = ("u", "delta", "B", "C", "dout", "du", "ddelta")
+    for name in kernel.arg_names:
+        if name.endswith("_ptr"):
+            dtype = torch.bfloat16 if name[:-4] in narrow else torch.float32
+            given[name] = torch.empty(16, dtype=dtype)
+    given |= {"z_ptr": None, "dz_ptr": None, "dlast_ptr": None}
+    compiled = compile_kernel(kernel, given, config.warps)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
+    assert "STACK:0" in usage.stdout
+    assert "LOCAL:0" in usage.stdout
+    assert config.resident * compiled.metadata.shared <= 232448
+
+
+def test_time_is_divided_until_the_gpu_is_full() -> None:
+    def divided(batch: int, seqlen: int) -> int:
+        return hopper_backward.divide(
+            batch=batch, seqlen=seqlen, ngroups=1, d_inner=2048, config=Config(), processors=132
+        )
+
+    assert divided(1, 2048) == 8
+    assert divided(1, 100) == 2
+    assert divided(8, 2048) == 1
+    assert divided(64, 2048) == 1
+
+
+def test_what_is_not_chosen_runs_the_portable_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = Config(warps=2), Config(warps=8)
+    monkeypatch.setattr(hopper_backward, "CHOSEN", {(16, False): few, (128, True): many})
+    chosen = [
+        hopper_backward.choose(batch=b, d_inner=2048, d_state=n, multiprocessors=132)
+        for b, n in ((1, 9), (8, 16), (8, 100), (1, 128))
+    ]
+    assert chosen == [few, None, many, None]
+
+
+def test_what_it_refuses() -> None:
+    assert hopper_backward.supported(d_state=16, dtype=torch.bfloat16) is None
+    assert hopper_backward.supported(d_state=257, dtype=torch.bfloat16) is not None
+    assert hopper_backward.supported(d_state=16, dtype=torch.float64) is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "p",
+    [
+        Problem(d_inner=128, seqlen=512, segments=4),
+        Problem(batch=2, d_inner=40, seqlen=301, ngroups=2, gated=True, segments=3),
+        Problem(d_inner=64, seqlen=256, d_state=128),
+        Problem(d_inner=33, seqlen=67, d_state=20, dtype=torch.float32, gated=True),
+    ],
+)
+def test_gradients_on_the_gpu_are_right_and_the_same_bits_again(p: Problem) -> None:
+    config = Config(chunk=32)
+    t, dout, dlast = tensors(p, "cuda")
+    want, _ = reference(p, t, dout, dlast, config.chunk)
+    kept = hopper_scan.scan_forward(**t, delta_softplus=p.softplus, checkpoint_every=config.chunk)[
+        2
+    ]
+    got = gradients(p, config, t, dout, dlast, kept)
+    assert_right(got, want, p.dtype)
+    again = gradients(p, config, t, dout, dlast, kept)
+    assert all(a is None or torch.equal(a, again[name]) for name, a in got.items())
