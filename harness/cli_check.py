@@ -216,7 +216,7 @@ def _show(report: "CheckReport", form: str | None, *, everything: bool = False) 
     elif form == "markdown":
         click.echo(formats.markdown(report), nl=False)
     else:
-        click.echo(_coloured(formats.text(report, everything=everything)))
+        click.echo(coloured(formats.text(report, everything=everything)))
         if form == "github":
             for line in formats.annotations(report):
                 click.echo(line)
@@ -231,7 +231,7 @@ _COLOURS = {
 }
 
 
-def _coloured(text: str) -> str:
+def coloured(text: str) -> str:
     """Colour the verdicts at the beginning of lines; click drops it where there is no terminal."""
     lines: list[str] = []
     for line in text.splitlines():
