@@ -207,7 +207,14 @@ def _against_stored(
     assert request.baseline is not None
     folder = open_baseline(request.baseline)
     refuse_other_machine(folder, plan.device)
-    stored = _numbered(folder)
+    stored = _numbered(folder, repeated=True)
+    timed = {o.round for o in folder.observations() if o.measurement == "time"}
+    if len(timed) < request.rule.min_rounds:
+        raise RunFolderError(
+            f"the baseline {folder.path} has {len(timed)} rounds, and fewer than "
+            f"{request.rule.min_rounds} say nothing of how rounds differ: take a folder that "
+            f"`check` or `calibrate` has made."
+        )
     known = noise.load(plan.device, request.store)
     terms = _terms(request, stored=known.pairs if known else None, baseline=stored)
     job = Check([Arm(name=HEAD, side=head, plan=plan)], path, terms, progress)
@@ -254,12 +261,13 @@ def refuse_other_machine(folder: RunFolder, device: Device) -> None:
         )
 
 
-def _numbered(folder: RunFolder) -> Rounds:
+def _numbered(folder: RunFolder, *, repeated: bool = False) -> Rounds:
     """Return a stored run's rounds, numbered from 1 as those of a check are."""
     observations = folder.observations()
     timed = {o.round for o in observations if o.measurement == "time"}
     shift = 1 if 0 in timed else 0
-    return Rounds.of(replace(o, round=o.round + shift) for o in observations)
+    numbered = (replace(o, round=o.round + shift) for o in observations)
+    return Rounds.of(numbered, repeated=repeated)
 
 
 # --- compare and calibrate -----------------------------------------------------------------------

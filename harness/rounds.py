@@ -25,9 +25,16 @@ class Rounds:
 
     cases: Mapping[str, Case]  # by case_id
     found: Mapping[str, Sequence[Observation]]  # by case_id
+    repeated: bool = False  # a stored run: its rounds stand for later ones too, from the first on
 
     @classmethod
-    def of(cls, observations: Iterable[Observation], planned: Iterable[Case] = ()) -> "Rounds":
+    def of(
+        cls,
+        observations: Iterable[Observation],
+        planned: Iterable[Case] = (),
+        *,
+        repeated: bool = False,
+    ) -> "Rounds":
         """Collect observations; of two for the same measurement and round the last one counts.
 
         A planned case without any observation is there, and has no outcome.
@@ -38,7 +45,7 @@ class Rounds:
         for (case_id, _, _), observation in newest.items():
             found[case_id].append(observation)
             cases[case_id] = observation.case
-        return cls(cases=cases, found=dict(found))
+        return cls(cases=cases, found=dict(found), repeated=repeated)
 
     def outcome(self, case: Case) -> Outcome | None:
         """Return how a case ended over all rounds: ok only if it never failed; None: not there."""
@@ -52,7 +59,11 @@ class Rounds:
 
     def value(self, case: Case, metric: str, round: int) -> float:
         """Return a metric of a round, NaN if there is none or it is no number above 0."""
-        value = self._values(case, metric).get(round)
+        values = self._values(case, metric)
+        if self.repeated and values and round not in values:
+            known = sorted(values)
+            round = known[(round - known[0]) % len(known)]
+        value = values.get(round)
         return value if value is not None and math.isfinite(value) and value > 0 else math.nan
 
     def values(self, case: Case, metric: str) -> list[float]:
