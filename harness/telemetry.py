@@ -6,6 +6,7 @@ all of it is missing.
 
 import importlib
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ HARMLESS = frozenset({"gpu_idle", "application_clocks", "display_clocks"})
 # returns with it. It counts where it holds the clock down by as much as LOW_CLOCK_FRAC says.
 ACCIDENTAL = frozenset({"hardware_slowdown", "software_thermal", "hardware_thermal", "power_brake"})
 LOW_CLOCK_FRAC = 0.75  # of the largest SM clock; nvbench discards below this too
+LOOK_S = 0.02  # between two looks at what slows a device down
 LOW_CLOCK = "sm_clock_below_75_percent"
 
 
@@ -72,14 +74,25 @@ class Telemetry:
 class ThrottleWatch:
     """Looks at a device while it works, and tells at the end of a batch what slowed it down."""
 
-    def __init__(self, sensors: Sensors | None) -> None:
-        self._sensors = sensors
+    def __init__(
+        self, sensors: Sensors | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._sensors, self._clock = sensors, clock
+        self._looked_s: float | None = None
+        self._latest: list[str] = []
         self._seen: set[str] = set()
 
     def look(self) -> None:
-        """Look now; the device should be busy."""
-        if self._sensors is not None:
-            self._seen.update(self._sensors.slowed())
+        """Look now, while the device is busy; what was seen a moment ago is not looked at again.
+
+        NVML takes longer to answer than many an execution takes.
+        """
+        if self._sensors is None:
+            return
+        if self._looked_s is None or self._clock() - self._looked_s >= LOOK_S:
+            self._latest = self._sensors.slowed()
+            self._looked_s = self._clock()
+        self._seen.update(self._latest)
 
     def reasons(self) -> Sequence[str]:
         """Return what was seen since the last call."""

@@ -33,9 +33,7 @@ class Memory(CaseProfiler):
         def inspect(outcome: object) -> None:
             census.add("output", tensor_sizes.numbered("output", outcome))
             if context.case.pass_.needs_grad:
-                saved, result = tensor_sizes.saved_by(context.workload().forward)
-                census.add("saved", tensor_sizes.numbered("saved", saved))
-                del saved, result
+                why.update(_count_saved(context, census))
 
         reading = memory.measure(meter, context.execute, context.release, inspect=inspect)
         if reading.reserved_bytes is None:
@@ -55,6 +53,19 @@ class Memory(CaseProfiler):
             method=reading.method,
             details=details | ({"missing_values": why} if why else {}),
         )
+
+
+def _count_saved(context: Context, census: tensor_sizes.Census) -> dict[str, str]:
+    """Count what a further forward saves; returns the reason if that did not fit."""
+    try:
+        saved, result = tensor_sizes.saved_by(context.workload().forward)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        return {"saved_bytes": "the memory did not suffice for a second forward beside the first"}
+    census.add("saved", tensor_sizes.numbered("saved", saved))
+    del saved, result
+    return {}
 
 
 def _meter(device: Device, *, tuned: bool) -> memory.Meter | str:

@@ -129,3 +129,28 @@ def test_without_sensors_nothing_is_slow() -> None:
     watch = telemetry.ThrottleWatch(None)
     watch.look()
     assert watch.reasons() == []
+
+
+def test_a_watch_looks_seldom_and_means_every_batch() -> None:
+    now, asked = [0.0], [0]
+
+    class Hot:
+        def snapshot(self) -> dict[str, Any]:
+            return {}
+
+        def energy_j(self) -> None:
+            return None
+
+        def slowed(self) -> list[str]:
+            asked[0] += 1
+            return ["hardware_thermal"] if now[0] < 1.0 else []
+
+    watch = telemetry.ThrottleWatch(Hot(), clock=lambda: now[0])
+    for _ in range(100):
+        watch.look()
+    assert (asked[0], watch.reasons()) == (1, ["hardware_thermal"])
+    watch.look()
+    assert (asked[0], watch.reasons()) == (1, ["hardware_thermal"])
+    now[0] = 1.0
+    watch.look()
+    assert (asked[0], watch.reasons()) == (2, [])
