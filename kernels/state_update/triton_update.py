@@ -55,13 +55,13 @@ def selective_state_update(
     tensors = (state, x, dt, A, B, C, D, z, dt_bias)
     # What a launch depends on. A decoding model calls with the same shapes for every token: what
     # they were checked and compiled for the first time holds for the next.
-    key = (
-        *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors],
-        *[t is None or t.data_ptr() % 16 == 0 for t in tensors],
-        dt_softplus,
-        config,
-        state.device,
-    )
+    parts: list[Any] = [dt_softplus, config, state.device]
+    for tensor in tensors:
+        if tensor is None:
+            parts.append(None)
+        else:
+            parts += (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16)
+    key = tuple(parts)
     launch = _launches.get(key)
     if launch is None:
         if len(_launches) >= _KEPT:
@@ -94,21 +94,25 @@ class _Launch:
         outer = batch * entries if headdim else -(-batch // sequences) * groups
         self.grid = (outer * tiles, 1, 1)
         self.copied = tuple(
-            t is not None and (not rows_contiguous(t) or (i in _PARAMETERS and t.dtype != _FP32))
+            t is not None and not (_ready(t) if i in _PARAMETERS else rows_contiguous(t))
             for i, t in enumerate(tensors)
         )
+        self.copies = any(self.copied)
         self.warps = config.warps
-        self.constants = (
+        constants = (
             entries, headdim or 1, d_state, groups, rows, padded(d_state), sequences, softplus,
             "evict_first" if config.stream else "",
         )  # fmt: skip
         self.device = state.device.index if state.is_cuda else None
-        self.strides = tuple(0 if t is None else t.stride(0) for t in self.prepared(tensors)[:8])
+        strides = [0 if t is None else t.stride(0) for t in self.prepared(tensors)]
+        numbers = (batch, *(strides[i] for i in _BATCHED))
+        self.numbers = (*numbers, *constants)
+        self.dense = x.is_contiguous()
         self.compiled: Any = None
 
     def prepared(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """Return the tensors with a sequence's values contiguous and the parameters in fp32."""
-        if not any(self.copied):
+        if not self.copies:
             return tensors
         return tuple(
             (t.to(_FP32) if i in _PARAMETERS else t).contiguous() if t is not None and copy else t
@@ -125,22 +129,23 @@ class _Launch:
     def _launched(self, tensors: tuple[Tensor | None, ...]) -> Tensor:
         state, x, dt, A, B, C, D, z, bias = self.prepared(tensors)
         assert x is not None
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        at_state, at_x, at_dt, _, at_B, at_C, _, at_z = self.strides
-        arguments = (
-            state, x, dt, A, B, C, D, z, bias, out, x.shape[0], at_state, at_x, at_dt, at_B, at_C,
-            at_z, *self.constants,
-        )  # fmt: skip
+        out = torch.empty_like(x) if self.dense else x.new_empty(x.shape)
+        arguments = (state, x, dt, A, B, C, D, z, bias, out, *self.numbers)
         if self.compiled is not None:
             self.compiled[self.grid](*arguments)
             return out
         launched = self.kernel[self.grid](*arguments, num_warps=self.warps)
         # Copies are not known to be aligned every time; in Triton's interpreter there is no kernel.
-        if launched is not None and not any(self.copied):
+        if launched is not None and not self.copies:
             self.compiled = launched
         return out
 
 
+def _ready(parameter: Tensor) -> bool:
+    return parameter.dtype == _FP32 and parameter.is_contiguous()
+
+
 _FP32 = torch.float32
 _PARAMETERS = (3, 6, 8)  # A, D and dt_bias among the tensors
+_BATCHED = (0, 1, 2, 4, 5, 7)  # state, x, dt, B, C and z
 _launches: dict[tuple[Any, ...], _Launch] = {}
