@@ -116,8 +116,10 @@ def sigmoid(x):
 
 @gluon.jit
 def stack_steps(parts):
-    """Join 4 or 8 (lane, channel lane) tensors to one with the steps as last dimension."""
-    if len(parts) == 4:
+    """Join 2, 4 or 8 (lane, channel lane) tensors to one with the steps as last dimension."""
+    if len(parts) == 2:
+        joined = gl.join(parts[0], parts[1])
+    elif len(parts) == 4:
         joined = gl.join(gl.join(parts[0], parts[2]), gl.join(parts[1], parts[3]))
     else:
         gl.static_assert(len(parts) == 8)
@@ -389,9 +391,8 @@ def scan_backward_kernel(
         sums = xy_rows._reinterpret(gl.float32, [TILES, TILE, 2 * BLOCK], PLAIN)
     sums_io = sums._reinterpret(gl.float32, [PIECES, RUNS, RUN, 2 * BLOCK], PLAIN3)
     if HAS_Z:
-        Y_COPIES: gl.constexpr = 4 // CHANNELS
-        y_smem = gl.allocate_shared_memory(gl.float32, [TILES, TILE, Y_COPIES * BLOCK], PLAIN)
-        y_io = y_smem._reinterpret(gl.float32, [PIECES, RUNS, RUN, Y_COPIES * BLOCK], PLAIN3)
+        y_smem = gl.allocate_shared_memory(gl.float32, [TILES, TILE, BLOCK], PLAIN)
+        y_io = y_smem._reinterpret(gl.float32, [PIECES, RUNS, RUN, BLOCK], PLAIN3)
 
     zero = gl.full([LANES, STATES, PLACES, CHANNELS], 0.0, gl.float32, layout=FULL)
     dA = zero
@@ -500,17 +501,20 @@ def scan_backward_kernel(
                         of_y = gl.sum(after * C, 1)
                     if CHANNELS == 2:
                         of_x = gl.reduce(sum_states_over_lanes(of_x, of_log), 2, first)
-                        if HAS_Z:
-                            of_y = gl.reduce(sum_states_over_lanes(of_y, of_y), 2, first)
+                        if HAS_Z:  # of two steps at once
+                            if s % 2 == 1:
+                                later_y = of_y
+                            else:
+                                of_y = gl.reduce(sum_states_over_lanes(of_y, later_y), 2, first)
+                                sums_y = (of_y,) + sums_y  # noqa: RUF005
                     else:
                         of_x = gl.reduce(sum_steps_over_lanes(of_x, 4), 2, first)
                         of_log = gl.reduce(sum_steps_over_lanes(of_log, 4), 2, first)
                         sums_log = (of_log,) + sums_log  # noqa: RUF005
                         if HAS_Z:
                             of_y = gl.reduce(sum_steps_over_lanes(of_y, 4), 2, first)
+                            sums_y = (of_y,) + sums_y  # noqa: RUF005
                     sums_x = (of_x,) + sums_x  # noqa: RUF005
-                    if HAS_Z:
-                        sums_y = (of_y,) + sums_y  # noqa: RUF005
 
                 of_BC = gl.reshape(stack_steps(sums_BC), [LANES, WARPS, 2, STATES, TILE])
                 of_BC = gl.permute(of_BC, [4, 1, 2, 0, 3])
@@ -529,10 +533,11 @@ def scan_backward_kernel(
                 if HAS_Z:
                     of_y = stack_steps(sums_y)
                     if CHANNELS == 2:
-                        of_y = gl.permute(gl.reshape(of_y, [2, 2, PLACES, TILE]), [3, 0, 2, 1])
+                        of_y = gl.reshape(of_y, [2, 2, PLACES, TILE // 2])
+                        of_y = gl.permute(of_y, [3, 0, 2, 1])
                     else:
                         of_y = gl.permute(of_y, [2, 1, 0])
-                    of_y = gl.reshape(of_y, [TILE, Y_COPIES * BLOCK])
+                    of_y = gl.reshape(of_y, [TILE, BLOCK])
                     if STATE_BLOCKS > 1:
                         SUMS_Y: gl.constexpr = of_y.type.layout
                         so_far = y_smem.index(tile).load(SUMS_Y)
@@ -558,7 +563,7 @@ def scan_backward_kernel(
             if HAS_Z:
                 z = to_fp32(gl.load(z_ptr + now + io_offset, mask=io_mask, other=0.0))
                 gate = sigmoid(z)
-                y = y_io.index(piece).slice(0, BLOCK, 2).load(IO)
+                y = y_io.index(piece).load(IO)
                 if HAS_D:
                     y += skip * u
                 dz = dy * y * (gate * (1.0 + z * (1.0 - gate)))
