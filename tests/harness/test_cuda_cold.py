@@ -1,0 +1,149 @@
+"""The bookkeeping of cold times, on a fake device; real ones are timed in test_cuda_timing."""
+
+from collections.abc import Callable
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from mambench.harness import cuda_cold, cuda_timing  # noqa: E402
+from mambench.harness.timing import StopRule  # noqa: E402
+
+RULE = StopRule(target_s=0.3, min_samples=10, max_samples=50, relative_error=0.002)
+GAP_S = 3e-6  # what the launch of a graph adds between two events
+
+
+class Device:
+    """Time passes as it works; an execution is slower when the cache was emptied before it."""
+
+    def __init__(self, hot_s: float, cold_s: float) -> None:
+        self.now_s = 0.0
+        self.cold = True
+        self.evictions = 0
+        self._times_s = {False: hot_s, True: cold_s}
+
+    def execute(self) -> None:
+        self.now_s += self._times_s[self.cold]
+        self.cold = False
+
+    def evict(self) -> None:
+        self.now_s += 40e-6
+        self.cold = True
+        self.evictions += 1
+
+
+class Event:
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.at_s = 0.0
+
+    def record(self) -> None:
+        self.at_s = self._device.now_s
+
+    def synchronize(self) -> None:
+        """Wait for nothing."""
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1e3 * (end.at_s - self.at_s)
+
+
+class Graph:
+    def __init__(self, device: Device, execute: Callable[[], None], executions: int) -> None:
+        self._device, self._execute, self._executions = device, execute, executions
+
+    def replay(self) -> None:
+        self._device.now_s += GAP_S
+        for _ in range(self._executions):
+            self._execute()
+
+    def reset(self) -> None:
+        """Hold nothing."""
+
+
+def on(monkeypatch: pytest.MonkeyPatch, device: Device, *, capturable: bool = True) -> None:
+    def capture(execute: Callable[[], None], executions: int) -> Graph:
+        if not capturable:
+            raise cuda_timing.NotCapturableError("planted: cannot be captured")
+        return Graph(device, execute, executions)
+
+    for module in (cuda_timing, cuda_cold):
+        monkeypatch.setattr(module, "capture", capture)
+        monkeypatch.setattr(module, "event", lambda: Event(device))
+        monkeypatch.setattr(module, "hold_queue", lambda: None)
+    monkeypatch.setattr(cuda_cold, "evictor", lambda: device.evict)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+
+
+@pytest.mark.parametrize("hot_s", [5e-6, 60e-6, 190e-6])
+def test_cold_and_hot_differ_by_the_cache_alone(
+    monkeypatch: pytest.MonkeyPatch, hot_s: float
+) -> None:
+    device = Device(hot_s, 2 * hot_s)
+    on(monkeypatch, device)
+    timing, reusable = cuda_cold.time_cold(device.execute, RULE)
+    assert reusable
+    # The gap of one launch is spread over the executions of a 200 us graph when it is estimated.
+    assert timing.median_s == pytest.approx(2 * hot_s, abs=GAP_S * (hot_s + GAP_S) / 200e-6 + 1e-9)
+    assert timing.details["bracket_s"] == pytest.approx(GAP_S, rel=1.0)
+    assert device.evictions == len(timing.samples_s) + 1
+    assert "cold" in timing.details["l2"]
+
+
+def test_what_the_cache_cannot_hold_is_as_fast_cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(1e-3, 1e-3)
+    on(monkeypatch, device)
+    cold, _ = cuda_cold.time_cold(device.execute, RULE)
+    hot, _ = cuda_timing.time_gpu(device.execute, RULE)
+    assert cold.median_s == pytest.approx(hot.median_s, rel=1e-6)
+
+
+def test_what_cannot_be_captured_is_profiled_without_the_eviction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = Device(1e-3, 2e-3)
+    on(monkeypatch, device, capturable=False)
+
+    def durations(
+        execute: Callable[[], None], count: int, *, before: Callable[[], None] | None = None
+    ) -> list[float]:
+        found: list[float] = []
+        for _ in range(count):
+            for run in (before, execute):
+                if run is not None:
+                    begin_s = device.now_s
+                    run()
+                    found.append(device.now_s - begin_s)
+        return found
+
+    monkeypatch.setattr(cuda_timing, "kernel_durations_s", durations)
+    timing, reusable = cuda_cold.time_cold(device.execute, RULE)
+    assert not reusable
+    assert timing.method == "profiler-kernel-sum"
+    assert timing.median_s == pytest.approx(2e-3)
+    assert "planted" in timing.details["not_captured"]
+    assert timing.details["kernels_per_execution"] == 1
+
+
+def test_what_is_known_not_to_be_capturable_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(1.5, 1.6)
+    on(monkeypatch, device)
+    timing, reusable = cuda_cold.time_cold(device.execute, RULE, not_capturable="known")
+    assert (timing.method, reusable) == ("events", True)
+    assert timing.median_s == pytest.approx(1.6)
+
+
+def test_a_slow_execution_is_not_replayed_to_learn_how_long_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = Device(0.4, 0.4)
+    on(monkeypatch, device)
+    executions = [0]
+
+    def execute() -> None:
+        executions[0] += 1
+        device.execute()
+
+    timing, _ = cuda_timing.time_gpu(execute, RULE)
+    assert timing.method == "cuda-graph"
+    assert len(timing.samples_s) == 3
+    assert executions[0] == 4  # one warms up; capturing executes nothing
