@@ -42,6 +42,7 @@ class Request:
     baseline: Path | None = None
     store: Path | None = None
     rounds: int | None = None
+    confirm_rounds: int | None = None
     time_budget_s: float | None = None
     promise_frac: float = 0.05
     fail_on: Sequence[str] = DEFAULT_FAIL_ON
@@ -52,7 +53,12 @@ class Request:
     @property
     def rule(self) -> Rule:
         """The rule with as many rounds as were asked for."""
-        return replace(Rule(), **({"rounds": self.rounds} if self.rounds else {}))
+        rule = Rule()
+        return replace(
+            rule,
+            rounds=self.rounds or rule.rounds,
+            confirm_rounds=self.confirm_rounds or rule.confirm_rounds,
+        )
 
 
 def check(request: Request, progress: Progress) -> tuple[CheckReport, Path]:
@@ -177,12 +183,12 @@ def _explained(
         if point.case is None or point.verdict not in (Verdict.REGRESSED, Verdict.FAILED):
             return point
         notes = explain.differences(point.case, evidence.base, evidence.head)
-        return replace(point, notes=notes, command=_command(point, plan, request, base_ref))
+        return replace(point, notes=notes, command=command(point, plan, request, base_ref))
 
     return with_points(assessment, tell)
 
 
-def _command(point: Point, plan: Plan, request: Request, base_ref: str) -> str:
+def command(point: Point, plan: Plan, request: Request, base_ref: str) -> str:
     """Return the command that checks one case alone."""
     assert point.case is not None
     plan = replace(plan, plugins=request.wanted.plugins)

@@ -66,6 +66,12 @@ _side_options = options.all_of(
 @options.settings_options
 @click.option("--rounds", type=click.IntRange(min=3), metavar="N", help="[default: 5]")
 @click.option(
+    "--confirm-rounds",
+    type=click.IntRange(min=3),
+    metavar="N",
+    help="Fresh rounds of each of the two confirmations.  [default: 8]",
+)
+@click.option(
     "--promise",
     type=click.FloatRange(min=0.1),
     default=5.0,
@@ -165,6 +171,7 @@ def _request(asked: dict[str, Any]) -> "Request":
         baseline=asked.get("baseline"),
         store=asked["store"],
         rounds=asked["rounds"],
+        confirm_rounds=asked.get("confirm_rounds"),
         time_budget_s=asked["time_budget"],
         promise_frac=asked.get("promise", 5.0) / 100,
         fail_on=_fail_on(asked.get("fail_on")),
