@@ -164,6 +164,15 @@ def _flat(details: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
     for name, value in details.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            for number, entry in enumerate(cast("list[Mapping[str, Any]]", value), start=1):
+                yield (
+                    f"{prefix}{name}.{number}",
+                    ", ".join(
+                        f"{key} {inner:.6g}" if isinstance(inner, float) else f"{key} {inner}"
+                        for key, inner in entry.items()
+                    ),
+                )
         else:
             text = f"{value:.6g}" if isinstance(value, float) else str(value)
             yield f"{prefix}{name}", text.replace("\n", "\n      ")

@@ -405,6 +405,30 @@ def test_completion_offers_names():
     assert "bf16" in completed("run_bench.py run --dtype b", 3)
 
 
+def test_measurements_are_named_on_the_command_line(call: Any):
+    done = call("plan", "--json", "-m", "time,memory", "--measure", "energy")
+    settings = json.loads(done.out)["settings"]
+    assert settings["measurements"] == ["time", "memory", "energy"]
+    assert "of which to measure: time " in call("plan", "-m", "time").out
+    wrong = call("plan", "-m", "time,enrgy")
+    assert wrong.code == 2
+    assert "unknown measurement 'enrgy'. Did you mean 'energy'?" in wrong.err
+    listed = call("list")
+    assert "cold_time  " in listed.out
+    assert "[unavailable: launches is measured on cuda only]" in listed.out
+
+
+def test_completion_offers_measurements_after_a_comma():
+    import click
+
+    from mambench.harness.cli_options import settings_options
+
+    command = click.command()(settings_options(lambda **_: None))
+    option = next(p for p in command.params if p.name == "measure")
+    offered = option.type.shell_complete(click.Context(command), option, "time,en")
+    assert [item.value for item in offered] == ["time,energy"]
+
+
 def test_a_closed_pipe_is_no_traceback():
     command = [sys.executable, str(ROOT / "run_bench.py"), "list"]
     script = f"{shlex.join(command)} | true"
