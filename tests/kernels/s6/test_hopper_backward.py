@@ -124,11 +124,8 @@ class Emulated:
             names = self.kernel.arg_names
             given = dict(zip(names, values, strict=False)) | constants
             compiled = compile_kernel(self.kernel, given, num_warps)
-            arguments = [
-                given[name]
-                for name in names
-                if not is_constant(self.kernel, name) and given[name] is not None
-            ]
+            signature = compiled.src.signature
+            arguments = [given[name] for name in names if signature[name] != "constexpr"]
             ptx = compiled.asm["ptx"]
             missing = ptx[: ptx.index(".reqntid")].count(".param") - len(arguments)
             machine.launch(
@@ -148,7 +145,9 @@ def compile_kernel(kernel: Any, given: dict[str, Any], num_warps: int) -> Any:
     signature: dict[str, str] = {}
     for name in kernel.arg_names:
         value = given[name]
-        if is_constant(kernel, name) or value is None:
+        one = value == 1 if isinstance(value, int) else False  # which Triton makes a constant
+        free = kernel.params[kernel.arg_names.index(name)].do_not_specialize
+        if is_constant(kernel, name) or value is None or (one and not free):
             signature[name] = "constexpr"
         else:
             tensor = isinstance(value, torch.Tensor)
