@@ -247,10 +247,10 @@ def _against_stored(
 
 
 def open_baseline(path: Path) -> RunFolder:
-    """Open a run, or the candidate of an earlier check; raises RunFolderError otherwise."""
-    inside = path / HEAD
-    if not (path / MANIFEST).is_file() and (inside / MANIFEST).is_file():
-        path = inside
+    """Open a run, or that in an earlier check or calibration; raises RunFolderError otherwise."""
+    if not (path / MANIFEST).is_file():
+        inside = [path / name for name in (HEAD, BASE) if (path / name / MANIFEST).is_file()]
+        path = inside[0] if inside else path
     if not path.exists():
         raise RunFolderError(f"there is no baseline {path}: nothing to compare with.")
     return RunFolder.open(path)

@@ -53,13 +53,15 @@ _side_options = options.all_of(
 
 
 @click.command()
-@click.option("--base", metavar="REF", help="The commit to compare with.")
+@click.option(
+    "--base", metavar="REF", help="The commit to compare with, or a folder (./PATH) that holds it."
+)
 @click.option("--baseline", type=Path, metavar="RUN_DIR", help="Compare with a stored run instead.")
 @click.option(
     "--head",
     metavar="REF",
     default="worktree",
-    help="The commit to judge; worktree: the files as they are.  [default: worktree]",
+    help="The commit or folder to judge; worktree: the files as they are.  [default: worktree]",
 )
 @_side_options
 @options.question_options
@@ -151,9 +153,10 @@ def calibrate(**asked: Any) -> None:
 def _request(asked: dict[str, Any]) -> "Request":
     from mambench.harness import accept, checking, sides
 
+    base = asked["base"] or sides.WORKTREE
     wanted = sides.Wanted(
-        repository=sides.find_repository(Path.cwd()),
-        base=asked["base"] or sides.WORKTREE,
+        repository=sides.find_repository(Path.cwd(), base, asked["head"]),
+        base=base,
         head=asked["head"],
         build=asked["build"],
         build_base=asked["build_base"],

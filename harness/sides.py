@@ -55,9 +55,23 @@ class Wanted:
     plugins: tuple[str, ...] = ()
 
 
-def find_repository(start: Path) -> Path:
-    """Return the root of the checkout that a folder is in; raises UsageError if it is in none."""
-    return Path(_git(start, "rev-parse", "--show-toplevel").strip())
+def find_repository(start: Path, *references: str) -> Path:
+    """Return the root of the checkout that a folder is in.
+
+    Where all references are folders no git is needed, and without it the folder itself is the root.
+    Raises UsageError if there is none and it is needed.
+    """
+    try:
+        return Path(_git(start, "rev-parse", "--show-toplevel").strip())
+    except UsageError:
+        if references and all(ref == WORKTREE or is_folder(ref) for ref in references):
+            return start.resolve()
+        raise
+
+
+def is_folder(ref: str) -> bool:
+    """Whether a reference is a tree that someone has checked out already."""
+    return "/" in ref and Path(ref).is_dir()
 
 
 @contextmanager
@@ -74,6 +88,8 @@ def prepared(
         for name, ref in (("base", wanted.base), ("head", wanted.head)):
             if ref == WORKTREE:
                 root = wanted.repository
+            elif is_folder(ref):
+                root = Path(ref).resolve()
             else:
                 root = folder / name
                 _check_out(wanted.repository, ref, root)
@@ -87,7 +103,8 @@ def prepared(
     finally:
         for root in made:
             _quietly(wanted.repository, "worktree", "remove", "--force", str(root))
-        _quietly(wanted.repository, "worktree", "prune")
+        if made:
+            _quietly(wanted.repository, "worktree", "prune")
 
 
 def is_mambench(root: Path) -> bool:
@@ -123,8 +140,12 @@ def _plugin(text: str, root: Path, repository: Path) -> str:
 
 
 def version(root: Path) -> dict[str, Any]:
-    """Return what code a tree holds, in the form of a run's manifest."""
-    commit = _git(root, "rev-parse", "HEAD").strip()
+    """Return what code a tree holds, in the form of a run's manifest; without git nobody knows."""
+    try:
+        commit = _git(root, "rev-parse", "HEAD").strip()
+    except UsageError:
+        unknown = dict.fromkeys(("commit", "dirty", "diff_digest"))
+        return {"id": f"{__version__}+{root.name}", "version": __version__, **unknown}
     changes = _git(root, "status", "--porcelain=v1", "--untracked-files=normal")
     digest = None
     if changes.strip():

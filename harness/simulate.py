@@ -1,10 +1,11 @@
 """What the rule does to noise: simulated checks of nothing, and of planted changes. No torch.
 
-    python -P mambench/_start.py harness.simulate [RUNS]
+    python -P mambench/_start.py harness.simulate [RUNS [DOCUMENT]]
 
-prints the table that docs/methodology.md shows. Each simulated check is of 300 cases in 20 families
-of 15 lengths, with the screening and both confirmations as `harness.rule` has them. Noise is of
-processes: the value of a round is what one process would have found.
+prints the table that docs/methodology.md shows, or writes it there between its two marks. Each
+simulated check is of 300 cases in 20 families of 15 lengths, with the screening and both
+confirmations as `harness.rule` has them. Noise is of processes: the value of a round is what one
+process would have found.
 """
 
 import math
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,7 @@ from mambench.harness.rule import Limits, Rule
 Array = NDArray[np.float64]
 Process = Callable[[int], Array]  # how many processes -> their log times (runs, cases, processes)
 
+BEGIN, END = "<!-- simulation:begin -->", "<!-- simulation:end -->"
 CASES, FAMILIES = 300, 20
 SPREAD = 0.007  # of processes, as a fraction: the middle case
 UNEVEN = 0.4  # of the logarithms of the cases' spreads
@@ -264,12 +267,26 @@ def table(rows: Sequence[Figures]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the table."""
+    """Print or write the table."""
     runs = int(arguments[0]) if arguments else 1000
     rows = [
         figures(noise, Rule(), runs=runs, again=again) for noise in Noise for again in (False, True)
     ]
-    print(table(rows))
+    if len(arguments) > 1:
+        document = Path(arguments[1])
+        text = document.read_text(encoding="utf-8")
+        document.write_text(with_table(text, table(rows)), encoding="utf-8")
+    else:
+        print(table(rows))
+
+
+def with_table(text: str, rows: str) -> str:
+    """Return a document with the table between its marks; raises ValueError if it has none."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the document lacks {BEGIN} or {END}")
+    return f"{before}{begin}\n{rows}\n{end}{after}"
 
 
 if __name__ == "__main__":

@@ -87,6 +87,20 @@ def test_a_commit_that_is_not_there(repository: Path, tmp_path: Path):
         pass
 
 
+def test_folders_need_no_git(tmp_path: Path):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "bench.py").write_text(name)
+    base = str(tmp_path / "old")
+    repository = sides.find_repository(tmp_path / "new", base, sides.WORKTREE)
+    plugin = str(tmp_path / "new/bench.py")
+    wanted = Wanted(repository=repository, base=base, plugins=(plugin,))
+    with prepared(wanted, tmp_path / "t") as both:
+        assert [Path(side.plugins[0]).read_text() for side in both] == ["old", "new"]
+        assert [side.version["commit"] for side in both] == [None, None]
+    assert (tmp_path / "old/bench.py").is_file()
+
+
 def test_outside_of_a_repository(tmp_path: Path):
     with pytest.raises(UsageError, match="not a git repository"):
         sides.find_repository(tmp_path)
