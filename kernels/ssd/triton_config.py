@@ -25,6 +25,7 @@ class Tiling:
     block_p: int  # columns of the state held by one program of the scan and state kernels
     grad_chunk: int  # tokens per chunk of the backward pass; divides `chunk`
     grad_block_p: int  # columns that the gradient kernels take at a time
+    grad_c_block_p: int  # ... in grad_c where there is no gate, whose gradient needs registers
     precision: str  # of products of fp32 inputs
     state_warps: int = 4
     state_stages: int = 2
@@ -32,7 +33,7 @@ class Tiling:
     scan_stages: int = 2
     scan_programs_per_sm: int = 2
     grad_c_warps: int = 4
-    grad_c_stages: int = 1
+    grad_c_stages: int = 1  # where there is no gate; else 1
     grad_b_warps: int = 4
     grad_b_stages: int = 1
     grad_programs_per_sm: int = 2
@@ -68,14 +69,20 @@ def tiling(itemsize: int, headdim: int, d_state: int, *, wgmma: bool) -> Tiling:
         chunk, grad_chunk, state_elements, grad_block_p = 32, 32, 4096, 64
     if block_n == 256:
         grad_chunk = min(grad_chunk, 32 if wgmma else 16)
+    # On an H100 at P = 64, N = 128: all columns at once and a stage more take a quarter off grad_c
+    # and a stage more a tenth off the states; in grad_b the same spills or costs a third.
+    deep = wgmma and itemsize == 2 and block_n <= 128
     return Tiling(
         chunk=chunk,
         grad_chunk=grad_chunk,
         block_n=block_n,
         block_p=min(full_p, 64, max(16, state_elements // block_n)),
         grad_block_p=min(full_p, grad_block_p),
+        grad_c_block_p=min(full_p, 64 if deep else grad_block_p),
         precision="tf32x3" if itemsize == 4 else "tf32",
         scan_programs_per_sm=1 if wgmma and block_n == 256 else 2,
+        state_stages=3 if deep else 2,
+        grad_c_stages=2 if deep else 1,
     )
 
 

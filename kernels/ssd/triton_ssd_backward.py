@@ -426,17 +426,21 @@ def _run_gradients(
         launch.ngroups,
     )  # fmt: skip
     strides = (*strides3(x), *strides3(z), *strides3(B), *strides3(C))
+    columns = {"BLOCK_P": tiles.grad_block_p, "P_BLOCKS": -(-launch.headdim // tiles.grad_block_p)}
+    columns_c = columns
+    if z is None:
+        blocks_c = -(-launch.headdim // tiles.grad_c_block_p)
+        columns_c = {"BLOCK_P": tiles.grad_c_block_p, "P_BLOCKS": blocks_c}
     options: dict[str, Any] = {
-        "P": launch.headdim, "N": launch.d_state, "Q": launch.chunk, "BLOCK_P": tiles.grad_block_p,
-        "P_BLOCKS": -(-launch.headdim // tiles.grad_block_p), "BLOCK_N": tiles.block_n,
+        "P": launch.headdim, "N": launch.d_state, "Q": launch.chunk, "BLOCK_N": tiles.block_n,
         "D_DIMS": 0 if D is None else D.dim(), "HAS_Z": z is not None,
         "PRECISION": tiles.precision,
     }  # fmt: skip
     grid = (launch.nchunks, launch.ngroups * blocks, launch.batch)
     grad_c_kernel[grid](
         x, z, B, C, D, dout, cum, cumj, states, grad_states, partial_C, v, gradients.get("z"),
-        *sizes, *strides, *strides3(dout), **options, STAGES=tiles.grad_c_stages,
-        num_warps=tiles.grad_c_warps,
+        *sizes, *strides, *strides3(dout), **options, **columns_c,
+        STAGES=tiles.grad_c_stages if z is None else 1, num_warps=tiles.grad_c_warps,
     )  # fmt: skip
     grad_b_kernel[grid](
         x, z, B, C, D, operands.A, operands.dt, operands.dt_bias,
@@ -445,7 +449,7 @@ def _run_gradients(
         gradients["B"] if partial_B is None else partial_B,
         gradients["C"] if partial_B is None else partial_C,
         partial_heads, partial_D, *sizes, *launch.dt_limit,
-        *strides, *operands.dt.stride(), *strides3(dout), **options,
+        *strides, *operands.dt.stride(), *strides3(dout), **options, **columns,
         HAS_BIAS=operands.dt_bias is not None, SOFTPLUS=launch.dt_softplus,
         STAGES=tiles.grad_b_stages, num_warps=tiles.grad_b_warps,
     )  # fmt: skip

@@ -46,8 +46,11 @@ def usages(dtype, headdim, d_state, arch, *, gated):
         "SOFTPLUS": True, "STORE_FINAL": True, "HAS_ENTRY": True, "STORE_END": True,
     }  # fmt: skip
     walk = {"BLOCK_P": tiles.block_p}
-    blocks = -(-headdim // tiles.grad_block_p)
-    grad = {"Q": tiles.grad_chunk, "BLOCK_P": tiles.grad_block_p, "P_BLOCKS": blocks}
+    block_p = tiles.grad_block_p
+    grad = {"Q": tiles.grad_chunk, "BLOCK_P": block_p, "P_BLOCKS": -(-headdim // block_p)}
+    block_c = block_p if gated else tiles.grad_c_block_p
+    grad_c = {"BLOCK_P": block_c, "P_BLOCKS": -(-headdim // block_c)}
+    grad_c["STAGES"] = 1 if gated else tiles.grad_c_stages
     scan = {**walk, "Q": tiles.chunk, "STAGES": tiles.scan_stages}
     states = {**walk, "STAGES": tiles.state_stages}
     build = functools.partial(compiled, dtype=dtype, arch=arch)
@@ -55,7 +58,7 @@ def usages(dtype, headdim, d_state, arch, *, gated):
         "scan": build(triton_ssd.scan_kernel, shared | scan, tiles.scan_warps),
         "grad_c": build(
             triton_ssd_backward.grad_c_kernel,
-            shared | grad | {"STAGES": tiles.grad_c_stages},
+            shared | grad | grad_c,
             tiles.grad_c_warps,
         ),
         "grad_b": build(
