@@ -226,6 +226,7 @@ class Check:
             proven=number > 0,
             holds_device=True,
             plugins=arm.side.plugins,
+            code=arm.side.code,
             subset=True,
         )
         folder = self._folders[name]

@@ -20,7 +20,8 @@ import psutil
 import mambench
 from mambench.harness import ncu
 from mambench.harness.guard import Limits, Stopwatch
-from mambench.harness.pool import START_LIMIT_S, thread_environment
+from mambench.harness.pool import START_LIMIT_S, Code
+from mambench.harness.pool import environment as code_environment
 from mambench.harness.protocol import COMPILE
 from mambench.harness.spec import Device, Outcome
 
@@ -48,6 +49,7 @@ class Request:
     threads: int = 1
     plugins: tuple[str, ...] = ()
     sys_path: tuple[str, ...] = ()
+    code: Code = field(default_factory=Code)  # what the child imports
     compile_limit_s: float = 300.0
     time_limit_s: float = 60.0  # per case; ncu makes an execution slower than it is
     keep: Path | None = None  # a folder for what ncu and the child wrote, to look into
@@ -110,11 +112,12 @@ class Batch:
         path = self._folder / "request.json"
         path.write_text(json.dumps(values))
         start = Path(mambench.__file__).with_name("_start.py")
-        program = [sys.executable, "-P", str(start), "harness.counters_child"]
+        program = [sys.executable, "-P", str(start), *request.code.arguments]
+        program += ["harness.counters_child"]
         names = [item["id"] for item in self._items]
         command = ncu.command("ncu", self._log, names, [*program, str(path), str(self._report)])
         # ncu's lock file would otherwise be another user's in /tmp, and not ours to write.
-        environment = thread_environment(request.threads) | {
+        environment = code_environment(request.threads, request.code) | {
             "TMPDIR": str(self._folder),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else a pool of processes, each under ncu
         }

@@ -10,7 +10,7 @@ import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from mambench.harness import machine, precompile
@@ -19,7 +19,7 @@ from mambench.harness.guard import Limits, supervise
 from mambench.harness.limits import memory_limit, thread_count
 from mambench.harness.lock import device_lock
 from mambench.harness.plan import Plan, PlannedCase
-from mambench.harness.pool import Pool, Worker, make_pool
+from mambench.harness.pool import Code, Pool, Worker, make_pool
 from mambench.harness.profilers import catalog
 from mambench.harness.profilers.base import (
     DECIDING,
@@ -67,6 +67,7 @@ class Session:
     )
     holds_device: bool = False  # the caller has locked it
     plugins: tuple[str, ...] = ()  # further ones, that only workers import
+    code: Code = field(default_factory=Code)  # what the pool's processes import
 
 
 class SilentListener:
@@ -401,8 +402,9 @@ class _Runner:
             device=self._plan.device,
             settings=self._plan.settings,
             threads=self._threads,
-            plugins=self._plan.plugins,
+            plugins=(*self._plan.plugins, *self._session.plugins),
             sys_path=tuple(sys.path),
+            code=self._session.code,
             note=self._listener.on_note,
             on_case=lambda case: self._listener.on_phase(case, name),
         )

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from mambench.harness.pool import Code
 from mambench.harness.spec import Case, Device, DeviceKind, Metric, Outcome, Settings
 
 if TYPE_CHECKING:
@@ -211,3 +212,4 @@ class Batch:
     sys_path: tuple[str, ...]
     note: Callable[[str], None]  # tells the person something
     on_case: Callable[[Case], None]  # tells which case is being measured
+    code: Code = field(default_factory=Code)  # what a child process imports

@@ -42,6 +42,7 @@ class Traffic(BatchProfiler):
             threads=batch.threads,
             plugins=batch.plugins,
             sys_path=batch.sys_path,
+            code=batch.code,
             compile_limit_s=batch.settings.compile_limit_s,
             time_limit_s=batch.settings.time_limit_s,
         )
