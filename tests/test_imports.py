@@ -37,6 +37,8 @@ TORCH_FREE = (
     *("harness.registry", "harness.machine", "harness.store", "harness.analysis"),
     *("harness.runner", "harness.doctor", "harness.progress", "harness.cli_views"),
     *("harness.cli_options", "harness.reproduce"),
+    *("harness.cli_check", "harness.checking", "harness.check_report", "harness.verdict"),
+    *("harness.side_plan", "harness.simulate"),
     *("harness.ceilings", "harness.counters", "harness.ncu", "harness.environment"),
     *("harness.selftest", "harness.selftest_statistics", "harness.selftest_cpu"),
     *("harness.machine_cache", "harness.selftest_energy", "harness.selftest_cache"),
