@@ -56,6 +56,7 @@ class CheckReport:
     problem: str | None = None  # why there is nothing to judge
     judged: bool = True  # False: shown without judging
     wall_s: float | None = None
+    closing: Sequence[str] | None = None  # last sentences, instead of `seen` and `alarms`
 
     @property
     def exit_code(self) -> int:
@@ -201,7 +202,12 @@ def text(report: CheckReport, *, everything: bool = False) -> str:
 def _closing(report: CheckReport) -> list[str]:
     if not report.judged or report.problem is not None:
         return [report.conclusion]
-    return [report.seen, report.alarms, report.conclusion]
+    return [*_sentences(report), report.conclusion]
+
+
+def _sentences(report: CheckReport) -> Sequence[str]:
+    """Return what is said of the check as a whole, before its conclusion."""
+    return (report.seen, report.alarms) if report.closing is None else report.closing
 
 
 def _explanation(point: Point) -> list[str]:
@@ -215,7 +221,7 @@ def markdown(report: CheckReport) -> str:
     passed = report.exit_code == 0
     lines = [f"## {'✅' if passed else '❌'} {report.title}", "", f"**{report.conclusion}**", ""]
     if report.judged and report.problem is None:
-        lines += [report.seen, report.alarms, ""]
+        lines += [*_sentences(report), ""]
     lines += [f"- {name}: {_escaped(value)}" for name, value in report.facts.items()]
     lines += [f"- note: {_escaped(note)}" for note in report.assessment.notes]
     head = [

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mambench.harness import cli_gate
 from mambench.harness import cli_options as options
 from mambench.harness.errors import UsageError
 
@@ -94,6 +95,7 @@ _side_options = options.all_of(
     help="text, markdown, json or github on standard output; files of all go to the output "
     "folder.  [default: github in GitHub Actions, else text]",
 )
+@cli_gate.gate_options
 @click.pass_context
 def check(context: click.Context, **asked: Any) -> None:
     """Did anything get slower, bigger or hungrier? Compare two commits on this machine.
@@ -105,9 +107,13 @@ def check(context: click.Context, **asked: Any) -> None:
 
     if (asked["base"] is None) == (asked["baseline"] is None):
         raise UsageError("name what to compare with: either --base REF or --baseline RUN_DIR.")
-    request = _request(asked)
-    with check_progress.make(quiet=asked["quiet"], environment=os.environ) as progress:
-        report, folder = checking.check(request, progress)
+    if asked["static"]:
+        report, folder = cli_gate.static_check(asked, _fail_on)
+    else:
+        cli_gate.refuse_without_static(asked)
+        request = _request(asked)
+        with check_progress.make(quiet=asked["quiet"], environment=os.environ) as progress:
+            report, folder = checking.check(request, progress)
     _write(report, folder)
     _show(report, asked["form"])
     click.echo(f"results: {folder.resolve()}", err=True)

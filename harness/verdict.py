@@ -120,7 +120,10 @@ class Assessment:
     def blind(self) -> bool:
         """Whether the run could not have seen the slowdown it promises to see."""
         seen = self.smallest_seen_frac
-        compared = any(p.verdict not in _NOT_COMPARED for p in self.points)
+        # Where no time was asked for, nothing was promised of times.
+        compared = any(
+            p.metric == "time_s" and p.verdict not in _NOT_COMPARED for p in self.points
+        )
         return compared and (seen is None or seen > self.promise_frac)
 
 

@@ -1,0 +1,90 @@
+"""What `check` does besides timing two sides: `--static`. Imports only click at module level."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mambench.harness import cli_options as options
+from mambench.harness.errors import UsageError
+
+if TYPE_CHECKING:
+    from mambench.harness.check_report import CheckReport
+
+OWN = ("static", "inventory", "static_cache", "architectures", "entries")
+
+gate_options = options.all_of(
+    click.option(
+        "--static",
+        is_flag=True,
+        help="Compile the kernels of both sides without a GPU and judge registers, spills, shared "
+        "memory and instructions. --baseline then names a static.json.",
+    ),
+    click.option(
+        "--inventory",
+        type=Path,
+        metavar="FILE",
+        help="With --static: what to compile, in each side.  [default: kernels/inventory.py]",
+    ),
+    click.option(
+        "--static-cache",
+        type=Path,
+        metavar="DIR",
+        help="With --static: where figures of compiled kernels are kept.  [default: the user's "
+        "cache]",
+    ),
+    click.option(
+        "--arch",
+        "architectures",
+        type=int,
+        multiple=True,
+        metavar="SM",
+        help="With --static: only this architecture, e.g. 90. Repeatable.",
+    ),
+    click.option(
+        "--entries", metavar="TEXT", help="With --static: only entries whose name holds this."
+    ),
+)
+
+
+def static_check(
+    asked: dict[str, Any], fail_on: Callable[[str | None], Any]
+) -> "tuple[CheckReport, Path]":
+    """Run `check --static`; returns the report and the folder, where static.json is."""
+    from mambench.harness import accept, sides, static_check
+    from mambench.harness.store import new_run
+
+    given = asked["fail_on"]
+    request = static_check.Request(
+        wanted=sides.Wanted(
+            repository=sides.find_repository(Path.cwd()),
+            base=asked["base"] or sides.WORKTREE,
+            head=asked["head"],
+            build=asked["build"],
+            build_base=asked["build_base"],
+            path=asked["path"],
+        ),
+        inventory=asked["inventory"],
+        baseline=asked["baseline"] and asked["baseline"].resolve(),
+        cache=asked["static_cache"],
+        architectures=asked["architectures"],
+        entries=asked["entries"],
+        accepted=accept.read(asked["accept_file"]) if asked["accept_file"] else (),
+        fail_on=static_check.FAIL_ON if given is None else fail_on(given),
+    )
+    folder = asked["output"] or new_run(Path("runs"), "static")[0]
+    report, figures = static_check.check(request, lambda text: click.echo(text, err=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    if figures:
+        (folder / "static.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return report, folder
+
+
+def refuse_without_static(asked: dict[str, Any]) -> None:
+    """Raise UsageError for an option that goes with --static only."""
+    for name in OWN[1:]:
+        if asked[name]:
+            flag = {"architectures": "arch"}.get(name, name.replace("_", "-"))
+            raise UsageError(f"--{flag} goes with --static.")
