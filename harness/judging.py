@@ -72,7 +72,7 @@ def _presence(evidence: Evidence) -> tuple[list[Case], list[Point]]:
     points: list[Point] = []
     base, head = evidence.base, evidence.head
     for case in {**base.cases, **head.cases}.values():
-        before, after = base.outcome(case), head.outcome(case)
+        before, after = base.proof(case), head.outcome(case)
         if after is Outcome.OK and before is Outcome.OK:
             shared.append(case)
             continue

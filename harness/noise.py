@@ -20,6 +20,7 @@ from mambench.harness.spec import Case, Device, DeviceKind, digest
 VERSION = 1
 KEPT_PAIRS = 30  # the newest; older ones may be of a driver or a neighbour that is gone
 ENOUGH_PAIRS = 8  # a case with fewer is not known
+ALARM_PAIRS = 4  # of which the rate of false alarms can be said, if roughly
 SIMULATED_RUNS = 400
 
 
@@ -113,7 +114,7 @@ def alarm_rate(found: AA, cases: Sequence[Case], rule: Rule) -> dict[str, Any] |
     from mambench.harness import simulate
 
     rows = [found.pairs.get(c.case_id, {}).get("time_s", ()) for c in cases]
-    rows = [row for row in rows if len(row) >= ENOUGH_PAIRS]
+    rows = [row for row in rows if len(row) >= ALARM_PAIRS]
     if not rows:
         return None
     width = min(map(len, rows))

@@ -57,6 +57,17 @@ class Rounds:
         worst = self._worst(case)
         return worst.reason if worst else None
 
+    def proof(self, case: Case) -> Outcome | None:
+        """Return how a case ended in round 0, or in a run without one at its best.
+
+        What ended badly only later has fewer rounds, and can still be compared with.
+        """
+        found = [o for o in self.found.get(case.case_id, ()) if decides(o)]
+        proofs = [o for o in found if o.round == 0]
+        if proofs:
+            return next((o.outcome for o in proofs if o.outcome is not Outcome.OK), Outcome.OK)
+        return Outcome.OK if any(o.outcome is Outcome.OK for o in found) else self.outcome(case)
+
     def value(self, case: Case, metric: str, round: int) -> float:
         """Return a metric of a round, NaN if there is none or it is no number above 0."""
         values = self._values(case, metric)

@@ -148,6 +148,14 @@ def test_a_case_that_fails_in_any_round_has_failed(round: int):
     assert failed.reason == "crashed: killed"
 
 
+def test_a_round_that_the_base_lost_leaves_the_others_to_compare_with():
+    bad = observation(CASES[0], {}, round=3, outcome=Outcome.TIMEOUT, reason="late")
+    base = [o for o in side(ALL) if o.case != CASES[0] or o.round != 3]
+    found = assess(evidence([*base, bad], side(ALL, seed=1), confirmed=0), RULE)
+    assert point(found, CASES[0].label).verdict in (Verdict.SAME, Verdict.INCONCLUSIVE)
+    assert point(found, CASES[0].label).rounds == 4
+
+
 def test_a_case_that_the_base_got_wrong_is_new():
     bad = observation(CASES[0], {}, round=0, outcome=Outcome.WRONG, reason="y is off")
     base = [o for o in side(ALL) if o.case != CASES[0]]
