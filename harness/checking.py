@@ -26,7 +26,7 @@ from mambench.harness.sides import Side, Wanted
 from mambench.harness.spec import Device
 from mambench.harness.store import MANIFEST, RunFolder, new_run
 from mambench.harness.text import duration
-from mambench.harness.verdict import Assessment, Point, Verdict, with_points
+from mambench.harness.verdict import TIMES, Assessment, Point, Verdict, with_points
 
 CHECK_FILE = "check.json"
 _NOTHING = Assessment(points=())
@@ -283,7 +283,8 @@ def compare(first: Path, second: Path) -> CheckReport:
     """Show two runs side by side; raises RunFolderError for what is no run."""
     old, new = open_baseline(first), open_baseline(second)
     base, head = _numbered(old), _numbered(new)
-    numbers = sorted({o.round for side in (base, head) for f in side.found.values() for o in f})
+    timed = [o for side in (base, head) for found in side.found.values() for o in found]
+    numbers = sorted({o.round for o in timed if o.measurement in TIMES.values()})
     evidence = Evidence(base=base, head=head, stages=Stages(screening=tuple(numbers)))
     notes = [f"changed: {line}" for line in explain.environments(old.manifest, new.manifest)]
     there, here = noise.of_manifest(old.manifest), noise.of_manifest(new.manifest)

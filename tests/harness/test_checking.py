@@ -24,6 +24,7 @@ from mambench.harness.rule import Rule
 from mambench.harness.sides import Side, Wanted
 from mambench.harness.spec import Settings
 from mambench.harness.store import RunFolder
+from mambench.harness.verdict import Kind
 
 CPU = machine.cpu()
 PLAN = Plan(
@@ -150,6 +151,7 @@ def test_two_runs_are_shown_without_a_verdict(tmp_path: Path):
     assert not report.judged
     changes = [p.change_frac for p in report.assessment.points if p.metric == "time_s"]
     assert changes[0] == pytest.approx(0.5, abs=0.05)
+    assert {p.kind for p in report.assessment.points} == set(Kind)
 
 
 def test_runs_of_one_round_can_be_shown(tmp_path: Path):
