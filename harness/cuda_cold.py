@@ -5,30 +5,27 @@ its own). Reading leaves clean lines; after writing, the execution would pay for
 the lines that emptied the cache. What the execution before it left dirty is written back meanwhile.
 
 One execution is captured in a graph, and emptying lies outside the two events around its replay.
-What such a pair of events adds to a replay is measured on the same graph with a warm L2, against
-many executions in one graph, and taken off each sample: so cold and hot differ by the cache alone.
+What such a pair of events adds to a replay (`cuda_timing.bracket_s`) is taken off each sample as it
+is off hot ones: so cold and hot differ by the cache alone.
 """
 
-from statistics import median
 from typing import Any
 
 import torch
 
 from mambench.harness.cuda_timing import (
-    GRAPH_SAMPLE_S,
     MAX_CAPTURED_S,
-    MAX_EXECUTIONS_PER_GRAPH,
     MAX_QUEUED_S,
     NotCapturableError,
     Run,
     as_timing,
-    capture,
+    bracket_s,
     captured_once,
     event,
     hold_queue,
     profiled,
-    replay_s,
     time_eager,
+    without_bracket_s,
 )
 from mambench.harness.telemetry import ThrottleWatch
 from mambench.harness.timing import (
@@ -38,12 +35,10 @@ from mambench.harness.timing import (
     Timing,
     collect,
     collector_paused,
-    repetitions,
 )
 
 EVICT_L2_SIZES = 2
 MAX_QUEUED = 32  # evictions and replays: the waiting kernel hides the launch of so many
-BRACKET_REPLAYS = 10
 
 
 def time_cold(
@@ -91,15 +86,15 @@ def evictor() -> Execute:
 
 
 def _time_graph(run: Run, evict: Execute) -> Timing:
+    bracket = bracket_s()
     graph, once_s = captured_once(run)
-    bracket_s = _bracket_s(run, graph, once_s)
     queued = max(1, min(MAX_QUEUED, int(MAX_QUEUED_S / once_s)))
 
     def take(count: int) -> list[tuple[float, float]]:
         spent: list[float] = []
         while len(spent) < count:
             spent += _replay_s(graph, evict, min(queued, count - len(spent)), run.watch)
-        return [(spent_s - bracket_s, spent_s) for spent_s in spent]
+        return [(without_bracket_s(s, bracket), s) for s in spent]
 
     evict()
     criterion = Criterion(run.rule)
@@ -113,20 +108,8 @@ def _time_graph(run: Run, evict: Execute) -> Timing:
         executions_per_sample=1,
         throttling=throttling,
     )
-    timing.details["bracket_s"] = bracket_s  # taken off each sample
+    timing.details["bracket_s"] = bracket  # taken off each sample
     return timing
-
-
-def _bracket_s(run: Run, graph: torch.cuda.CUDAGraph, once_s: float) -> float:
-    """Return what the launch of a graph of one execution adds between two events, L2 warm."""
-    executions = min(repetitions(once_s, GRAPH_SAMPLE_S), MAX_EXECUTIONS_PER_GRAPH)
-    if executions == 1:
-        return 0.0  # longer than 200 us: a hundredth of it at most
-    many = capture(run.execute, executions)
-    many.replay()
-    each_s = median(replay_s(many, BRACKET_REPLAYS, run.watch)) / executions
-    many.reset()
-    return max(0.0, median(replay_s(graph, BRACKET_REPLAYS, run.watch)) - each_s)
 
 
 def _replay_s(

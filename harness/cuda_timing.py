@@ -9,12 +9,16 @@ and `time_host` how long the CPU is busy with it.
 
 The L2 cache is warm in all of these: an execution finds what the one before it left. The time with
 a cold one is in `harness.cuda_cold`.
+
+Launching a graph between two events takes some microseconds of the device's time, whatever the
+graph holds: up to 2 % of a sample. `bracket_s` measures them, and they are taken off each sample.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
@@ -33,13 +37,19 @@ from mambench.harness.timing import (
     warm_up_for,
 )
 
-GRAPH_SAMPLE_S = 200e-6  # an event resolves about half a microsecond
+EVENT_STEP_S = 0.5e-6
+GRAPH_SAMPLE_S = 200e-6  # a few hundred times what an event resolves
 MAX_EXECUTIONS_PER_GRAPH = 100
 MAX_QUEUED_S = 0.1  # replays put into the queue before looking at their times
 BLOCKING_CYCLES = 400_000  # some 200 us in which the CPU fills the queue
 MAX_CAPTURED_S = 1.0  # longer is one long kernel, or so many that a graph of them is too large
 SHORT_S = 0.01  # shorter replays are tried several times to learn how long they take
 MAX_PROFILED = 50
+BRACKET_CYCLES = 10_000  # some 5 us: a kernel that hides nothing of a graph's launch
+BRACKET_EXECUTIONS = 20
+BRACKET_REPLAYS, BRACKET_ROUNDS = 10, 5
+
+_brackets: dict[int, float] = {}  # by device: what a graph's launch takes does not change
 
 
 class NotCapturableError(Exception):
@@ -164,6 +174,7 @@ def time_eager(run: Run, before: Execute | None = None) -> Timing:
 
 
 def _time_graph(run: Run) -> Timing:
+    bracket = bracket_s()
     graph, once_s = captured_once(run)
     executions = min(repetitions(once_s, GRAPH_SAMPLE_S), MAX_EXECUTIONS_PER_GRAPH)
     if executions > 1:
@@ -176,12 +187,12 @@ def _time_graph(run: Run) -> Timing:
         spent: list[float] = []
         while len(spent) < count:
             spent += replay_s(graph, min(queued, count - len(spent)), run.watch)
-        return [(spent_s / executions, spent_s) for spent_s in spent]
+        return [(without_bracket_s(s, bracket) / executions, s) for s in spent]
 
     criterion = Criterion(run.rule)
     samples, throttling = collect(criterion, take, slowed=run.watch.reasons)
     graph.reset()
-    return as_timing(
+    timing = as_timing(
         samples,
         "cuda-graph",
         criterion,
@@ -189,6 +200,41 @@ def _time_graph(run: Run) -> Timing:
         executions_per_sample=executions,
         throttling=throttling,
     )
+    timing.details["bracket_s"] = bracket  # taken off each sample
+    return timing
+
+
+def bracket_s() -> float:
+    """Return what launching a graph adds between two events, measured once in this process.
+
+    From graphs of one and of many short waits: the time that does not grow with their number. The
+    least of some rounds, because a CPU that is too slow to fill the queue makes it longer. Raises
+    NotCapturableError.
+    """
+    device = torch.cuda.current_device()
+    if device not in _brackets:
+        one, many = (capture(short_wait, count) for count in (1, BRACKET_EXECUTIONS))
+        found: dict[torch.cuda.CUDAGraph, float] = {}
+        for graph in (one, many):
+            graph.replay()  # uploads it
+            rounds = (replay_s(graph, BRACKET_REPLAYS) for _ in range(BRACKET_ROUNDS))
+            found[graph] = min(median(spent) for spent in rounds)
+        each_s = (found[many] - found[one]) / (BRACKET_EXECUTIONS - 1)
+        _brackets[device] = max(0.0, found[one] - each_s)
+        one.reset()
+        many.reset()
+    return _brackets[device]
+
+
+def without_bracket_s(spent_s: float, bracket: float) -> float:
+    """Return a sample without what its two events add; never less than they resolve."""
+    return max(spent_s - bracket, EVENT_STEP_S)
+
+
+def short_wait() -> None:
+    """Keep the device waiting for some microseconds."""
+    wait: Any = torch.cuda._sleep  # pyright: ignore
+    wait(BRACKET_CYCLES)
 
 
 def captured_once(run: Run) -> tuple[torch.cuda.CUDAGraph, float]:

@@ -26,6 +26,9 @@ class Device:
         self.now_s += self._times_s[self.cold]
         self.cold = False
 
+    def wait(self) -> None:
+        self.now_s += 5e-6
+
     def evict(self) -> None:
         self.now_s += 40e-6
         self.cold = True
@@ -66,8 +69,11 @@ def on(monkeypatch: pytest.MonkeyPatch, device: Device, *, capturable: bool = Tr
             raise cuda_timing.NotCapturableError("planted: cannot be captured")
         return Graph(device, execute, executions)
 
+    monkeypatch.setattr(cuda_timing, "capture", capture)
+    monkeypatch.setattr(cuda_timing, "_brackets", {})
+    monkeypatch.setattr(cuda_timing, "short_wait", device.wait)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for module in (cuda_timing, cuda_cold):
-        monkeypatch.setattr(module, "capture", capture)
         monkeypatch.setattr(module, "event", lambda: Event(device))
         monkeypatch.setattr(module, "hold_queue", lambda: None)
     monkeypatch.setattr(cuda_cold, "evictor", lambda: device.evict)
@@ -82,11 +88,43 @@ def test_cold_and_hot_differ_by_the_cache_alone(
     on(monkeypatch, device)
     timing, reusable = cuda_cold.time_cold(device.execute, RULE)
     assert reusable
-    # The gap of one launch is spread over the executions of a 200 us graph when it is estimated.
-    assert timing.median_s == pytest.approx(2 * hot_s, abs=GAP_S * (hot_s + GAP_S) / 200e-6 + 1e-9)
-    assert timing.details["bracket_s"] == pytest.approx(GAP_S, rel=1.0)
+    assert timing.median_s == pytest.approx(2 * hot_s, rel=1e-6)
+    assert timing.details["bracket_s"] == pytest.approx(GAP_S, rel=1e-6)
     assert device.evictions == len(timing.samples_s) + 1
     assert "cold" in timing.details["l2"]
+
+
+@pytest.mark.parametrize("hot_s", [2e-6, 5e-6, 50e-6, 100e-6, 500e-6, 5e-3])
+def test_a_graph_s_launch_is_in_no_time_however_few_executions_share_it(
+    monkeypatch: pytest.MonkeyPatch, hot_s: float
+) -> None:
+    device = Device(hot_s, hot_s)
+    on(monkeypatch, device)
+    timing, _ = cuda_timing.time_gpu(device.execute, RULE)
+    assert timing.median_s == pytest.approx(hot_s, rel=1e-6)
+    assert timing.details["bracket_s"] == pytest.approx(GAP_S, rel=1e-6)
+
+
+def test_a_sample_is_never_less_than_an_event_resolves() -> None:
+    assert cuda_timing.without_bracket_s(5e-6, 3.8e-6) == pytest.approx(1.2e-6)
+    assert cuda_timing.without_bracket_s(3e-6, 3.8e-6) == cuda_timing.EVENT_STEP_S
+
+
+def test_what_a_graph_s_launch_takes_is_measured_once_per_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device, waits = Device(1e-4, 1e-4), [0]
+    on(monkeypatch, device)
+
+    def wait() -> None:
+        waits[0] += 1
+        device.wait()
+
+    monkeypatch.setattr(cuda_timing, "short_wait", wait)
+    cuda_timing.bracket_s()
+    once = waits[0]
+    assert cuda_timing.bracket_s() == pytest.approx(GAP_S, rel=1e-6)
+    assert waits[0] == once
 
 
 def test_what_the_cache_cannot_hold_is_as_fast_cold(monkeypatch: pytest.MonkeyPatch) -> None:
