@@ -17,19 +17,21 @@ from mambench.harness.errors import MeasurementError, UsageError
 from mambench.harness.plan import Plan, make_plan
 from mambench.harness.pool import environment
 from mambench.harness.sides import Side
+from mambench.harness.spec import DeviceKind
 
 LIMIT_S = 300.0
 KEYS = (
     *("suite", "device", "implementations", "axes", "dtype", "pass_", "filters", "settings"),
     *("target_s", "time_limit_s", "seed", "threads", "measure"),
 )
-# A round's value is a median of at least 30 executions; slow ones get about a second.
+# A round's value is a median of at least 30 executions; of slow ones fewer, but at least three. On a
+# GPU executions differ little within a process, and more processes say more than longer ones.
 SAMPLING: Mapping[str, float | int] = {
-    "target_s": 0.2,
     "min_samples": 30,
     "max_samples": 300,
     "relative_error": 0.003,
 }
+TARGET_S = {DeviceKind.CPU: 0.2, DeviceKind.CUDA: 0.05}
 
 
 def ask(side: Side, asked: Mapping[str, Any]) -> Plan:
@@ -67,13 +69,15 @@ def from_request(asked: Mapping[str, Any]) -> Plan:
             overrides[name] = (value,)
     own = {name: asked[name] for name in ("target_s", "time_limit_s", "seed", "threads")}
     given = {name: value for name, value in own.items() if value is not None}
+    device = machine.detect(asked["device"])
+    sampling = {"target_s": TARGET_S[device.kind], **SAMPLING}
     return make_plan(
         suite.find(asked["suite"] or "quick"),
-        machine.detect(asked["device"]),
+        device,
         implementations=asked["implementations"],
         axes=overrides,
         filters=asked["filters"],
-        settings={**SAMPLING, **reproduce.parse_settings(asked["settings"]), **given},
+        settings={**sampling, **reproduce.parse_settings(asked["settings"]), **given},
         measure=reproduce.parse_names(asked.get("measure") or ()),
         plugins=asked["plugins"],
     )
