@@ -16,6 +16,7 @@ import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -121,6 +122,9 @@ class Result:
     flags: tuple[str, ...] = ()  # what a reader should distrust
     telemetry: Mapping[str, Any] = field(default_factory=dict[str, Any])
     details: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    found: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict[str, Mapping[str, Any]], repr=False
+    )  # newest details by measurement: kernels, traces, configurations
     measured_at: str | None = None
 
     @property
@@ -299,7 +303,7 @@ def record(result: Result, labels: Mapping[str, str] | None = None) -> dict[str,
         "case_id": result.case.case_id,
         "implementation": result.case.implementation,
         "variant": result.case.variant,
-        **{f.name: _plain(getattr(problem, f.name)) for f in fields(problem)},
+        **{name: _plain(value) for name, value in problem.to_dict().items()},
         "pass": result.case.pass_.value,
         "dtype": result.case.dtype.value,
         "outcome": result.outcome.value,
@@ -336,6 +340,7 @@ def _fold_case(source: str, entries: Sequence[tuple[str, Observation]]) -> Resul
         reason=reason,
         measured_at=newest.started_at,
         details=_merged(by_measurement, lambda o: o.details),
+        found={name: observed[-1].details for name, observed in by_measurement.items()},
     )
     result = replace(result, **_modelled(by_measurement))
     if outcome is not Outcome.OK:
@@ -365,17 +370,17 @@ def _with_values(result: Result, by_measurement: Mapping[str, list[Observation]]
     values: dict[str, Any] = {}
     others: dict[str, float] = {}
     missing: dict[str, str] = {}
+    recorded = _recorded(by_measurement)
     for tag in _TAGS:
         if tag in _MODELLED or tag in ("time_s", "tokens_per_s"):
             continue
-        number, why = _aggregate(tag, by_measurement)
-        kept = None if number is None else int(number) if "bytes" in tag else number
-        if tag in _OWN_FIELDS:
-            values[tag] = kept
-        elif kept is not None:
-            others[tag] = kept
-        if number is None:
-            missing[tag] = why
+        rounds = recorded.get(tag)
+        if not rounds:
+            missing[tag] = _why_none(tag, by_measurement)
+            continue
+        number = max(rounds) if "memory" in tag else median(rounds)
+        own = values if tag in _OWN_FIELDS else others
+        own[tag] = int(number) if "bytes" in tag else number
     timed = by_measurement.get("time", [])
     medians = [m for m in (_round_median(o) for o in timed) if m is not None]
     flags = [flag for o in timed for flag in _suspicions(o)]
@@ -446,28 +451,26 @@ def _why_no_time(timed: Sequence[Observation]) -> str:
     return "the record holds no time that is finite and above zero"
 
 
-def _aggregate(
-    tag: str, by_measurement: Mapping[str, list[Observation]]
-) -> tuple[float | None, str]:
-    """Median over rounds of a tag, from whichever measurement holds it; memory: the largest."""
-    found: list[float] = []
-    failed: list[str] = []
-    for measurement, observations in by_measurement.items():
+def _recorded(by_measurement: Mapping[str, list[Observation]]) -> dict[str, list[float]]:
+    """Return the sound values of every round by tag, from whichever measurement holds them."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for observations in by_measurement.values():
         for o in observations:
-            value = o.values.get(tag)
-            if o.outcome is Outcome.OK and value is not None and math.isfinite(value):
-                found.append(float(value))
-            elif o.outcome is not Outcome.OK and _measures(measurement, tag):
-                failed.append(f"{measurement} ended as {o.outcome}: {o.reason}")
-            elif _measures(measurement, tag) and (why := _why_missing(o, tag)):
-                failed.append(why)
-    if found:
-        return (max(found) if "memory" in tag else median(found)), ""
-    return None, failed[0] if failed else "not measured"
+            if o.outcome is Outcome.OK:
+                for tag, value in o.values.items():
+                    if value is not None and math.isfinite(value):
+                        found[tag].append(float(value))
+    return found
 
 
-def _measures(measurement: str, tag: str) -> bool:
-    return _MEASURED_BY.get(tag) == measurement
+def _why_none(tag: str, by_measurement: Mapping[str, list[Observation]]) -> str:
+    measurement = _MEASURED_BY.get(tag, "")
+    for o in by_measurement.get(measurement, ()):
+        if o.outcome is not Outcome.OK:
+            return f"{measurement} ended as {o.outcome}: {o.reason}"
+        if why := _why_missing(o, tag):
+            return why
+    return "not measured"
 
 
 def _why_missing(observation: Observation, tag: str) -> str | None:
@@ -586,7 +589,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return value.value if hasattr(value, "value") else value
+    return value.value if isinstance(value, Enum) else value
 
 
 def _quantile(ordered: Sequence[float], at: float) -> float:

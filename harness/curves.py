@@ -85,7 +85,7 @@ def curve(results: Sequence[Result], metric: str = "time_s") -> tuple[Point, ...
     """Return one series' points by length; results without a value or a length are left out."""
     points: list[Point] = []
     for result in results:
-        value, seqlen = getattr(result, metric), result.case.problem.seqlen
+        value, seqlen = result.value(metric), result.case.problem.seqlen
         if value is not None and value > 0 and seqlen is not None:
             samples = resampled_from(result) if metric == "time_s" else ()
             points.append(Point(seqlen=seqlen, value=float(value), samples=samples))

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 SCHEMA_VERSION = 1
@@ -151,14 +152,16 @@ class Problem:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, one key per field."""
-        return asdict(self)
+        return dict(vars(self))  # flat, so asdict's deep copies would only cost time
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Problem":
         """Rebuild a problem from `to_dict`'s values."""
-        known = {f.name for f in fields(cls)}
-        kept = {k: v for k, v in values.items() if k in known}
+        kept = {k: v for k, v in values.items() if k in _SIZES}
         return cls(**{**kept, "family": Family(kept["family"]), "level": Level(kept["level"])})
+
+
+_SIZES = frozenset(f.name for f in fields(Problem))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +174,7 @@ class Case:
     pass_: Pass
     dtype: DType
 
-    @property
+    @cached_property
     def case_id(self) -> str:
         """Twelve hexadecimal digits that are the same on every machine and commit."""
         return digest(self.to_dict())

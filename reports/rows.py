@@ -184,7 +184,7 @@ class Report:
         """The machines."""
         return self.analysis.sources
 
-    @property
+    @cached_property
     def implementations(self) -> tuple[str, ...]:
         """Names in alphabetical order."""
         return tuple(sorted({row.series.implementation for row in self.rows}))
