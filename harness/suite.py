@@ -1,8 +1,6 @@
 """Reads a suite: the question a run answers, as a YAML file of sweeps over axes.
 
-The reader works on PyYAML's nodes and fills dataclasses, because a node knows its line and a
-loaded dictionary does not, and because benchmarking boxes run the checkout with nothing installed
-(so no pydantic). Every error names file, line, field, what was got and what is allowed.
+Every error names file, line, field, what was got and what is allowed.
 
     title: Mamba or attention at my length
     question: At which sequence length does a scan overtake attention?
@@ -24,21 +22,19 @@ attention), and these may be nested. The file's name without `.yaml` is the suit
 
 import math
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeVar, cast
-
-import yaml
+from typing import TypeVar
 
 from mambench.harness import axes
 from mambench.harness.errors import SuiteError, UsageError, unknown_name
 from mambench.harness.spec import DeviceKind, DType, Family, Level, Pass, Settings
+from mambench.harness.yaml_nodes import Reader, parse_yaml
 
 T = TypeVar("T")
-E = TypeVar("E", bound=StrEnum)
 K = TypeVar("K", bound=StrEnum)
 
 
@@ -120,17 +116,7 @@ def read(path: Path) -> Suite:
 
 def parse(text: str, path: Path) -> Suite:
     """Validate a suite's text; `path` names it in errors and gives the suite its name."""
-    try:
-        node = cast("yaml.Node | None", yaml.compose(text, Loader=yaml.SafeLoader))  # pyright: ignore[reportUnknownMemberType]
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f":{mark.line + 1}" if mark else ""
-        raise SuiteError(f"{path}{where}: not YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise SuiteError(f"{path}: not YAML: {error}") from error
-    if node is None:
-        raise SuiteError(f"{path}: empty; expected a mapping with title and sweeps.")
-    return _suite(_Reader(path, node, ""))
+    return _suite(parse_yaml(text, path, expected="a mapping with title and sweeps"))
 
 
 _SUITE_FIELDS = ("title", "question", "settings", "measure", "sweeps")
@@ -142,92 +128,7 @@ _SETTINGS_TYPES = {
 }
 
 
-class _Reader:
-    """A YAML node with its file and field, so that an error can say where it is."""
-
-    def __init__(self, path: Path, node: yaml.Node, where: str) -> None:
-        self.path, self.node, self.where = path, node, where
-
-    def fail(self, message: str) -> SuiteError:
-        line = self.node.start_mark.line + 1
-        return SuiteError(f"{self.path}:{line}: {self.where or 'the file'}: {message}")
-
-    def mapping(self) -> dict[str, "_Reader"]:
-        """Return a mapping's values by key; a repeated key is an error."""
-        if not isinstance(self.node, yaml.MappingNode):
-            raise self.fail(f"expected a mapping, got {self._kind()}.")
-        found: dict[str, _Reader] = {}
-        for key_node, value_node in self.node.value:
-            key = str(key_node.value)
-            reader = _Reader(self.path, value_node, f"{self.where}.{key}" if self.where else key)
-            if key in found:
-                raise _Reader(self.path, key_node, reader.where).fail("is given twice.")
-            found[key] = reader
-        return found
-
-    def fields(self, allowed: Sequence[str], required: Sequence[str]) -> dict[str, "_Reader"]:
-        """Return a mapping whose keys are checked."""
-        found = self.mapping()
-        for key, reader in found.items():
-            if key not in allowed:
-                raise reader.fail(unknown_name("field", key, allowed))
-        for key in required:
-            if key not in found:
-                raise self.fail(f"lacks the field '{key}'.")
-        return found
-
-    def items(self) -> list["_Reader"]:
-        """Return a list's items; a single value counts as a list of one."""
-        if not isinstance(self.node, yaml.SequenceNode):
-            return [self]
-        return [
-            _Reader(self.path, node, f"{self.where}[{index}]")
-            for index, node in enumerate(self.node.value)
-        ]
-
-    def value(self) -> object:
-        """Return a scalar as YAML's core types."""
-        if not isinstance(self.node, yaml.ScalarNode):
-            raise self.fail(f"expected a single value, got {self._kind()}.")
-        loader = yaml.SafeLoader("")
-        return loader.construct_object(self.node, deep=True)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-
-    def text(self) -> str:
-        """Return a non-empty string."""
-        value = self.value()
-        if not isinstance(value, str) or not value.strip():
-            raise self.fail(f"expected text, got {value!r}.")
-        return value.strip()
-
-    def enum(self, kind: str, members: type[E]) -> E:
-        """Return a member of a closed set."""
-        value = str(self.value())
-        if value not in list(members):
-            raise self.fail(unknown_name(kind, value, members))
-        return members(value)
-
-    def has_keys_of(self, *enums: type[StrEnum]) -> bool:
-        """Whether this is a mapping (whose keys then must be members of one of the sets)."""
-        if not isinstance(self.node, yaml.MappingNode):
-            return False
-        keys = set(self.mapping())
-        if not keys:
-            raise self.fail("is an empty mapping.")
-        if not any(keys <= set(members) for members in enums):
-            allowed = [" or ".join(members) for members in enums]
-            bad = next((key for key in keys if not any(key in set(m) for m in enums)), None)
-            if bad is None:
-                raise self.fail(f"mixes devices and families; nest them ({'; '.join(allowed)}).")
-            raise self.fail(unknown_name("key", bad, [name for m in enums for name in m]))
-        return True
-
-    def _kind(self) -> str:
-        return {"MappingNode": "a mapping", "SequenceNode": "a list"}.get(
-            type(self.node).__name__, f"'{self.node.value}'"
-        )
-
-
-def _suite(reader: _Reader) -> Suite:
+def _suite(reader: Reader) -> Suite:
     found = reader.fields(_SUITE_FIELDS, required=("title", "sweeps"))
     sweeps = tuple(_sweep(item) for item in found["sweeps"].items())
     if not sweeps:
@@ -244,7 +145,7 @@ def _suite(reader: _Reader) -> Suite:
     )
 
 
-def _sweep(reader: _Reader) -> Sweep:
+def _sweep(reader: Reader) -> Sweep:
     found = reader.fields(_SWEEP_FIELDS, ("implementations", "passes", "dtype", "axes"))
     level = found["level"].enum("level", Level) if "level" in found else Level.OP
     return Sweep(
@@ -259,7 +160,7 @@ def _sweep(reader: _Reader) -> Sweep:
     )
 
 
-def _list(reader: _Reader, parse_item: Callable[[_Reader], T]) -> tuple[T, ...]:
+def _list(reader: Reader, parse_item: Callable[[Reader], T]) -> tuple[T, ...]:
     values = tuple(dict.fromkeys(parse_item(item) for item in reader.items()))
     if not values:
         raise reader.fail("is an empty list.")
@@ -267,7 +168,7 @@ def _list(reader: _Reader, parse_item: Callable[[_Reader], T]) -> tuple[T, ...]:
 
 
 def _per_device(
-    reader: _Reader, parse_item: Callable[[_Reader], T]
+    reader: Reader, parse_item: Callable[[Reader], T]
 ) -> Mapping[DeviceKind, tuple[T, ...]]:
     if not reader.has_keys_of(DeviceKind):
         values = _list(reader, parse_item)
@@ -277,7 +178,7 @@ def _per_device(
     }
 
 
-def _axes(reader: _Reader, level: Level) -> Mapping[str, AxisValues]:
+def _axes(reader: Reader, level: Level) -> Mapping[str, AxisValues]:
     found = reader.fields(tuple(axes.AXES), required=("seqlen",))
     foreign = {Level.OP: ("d_model",), Level.BLOCK: ("d_inner", "gated")}[level]
     for name in foreign:
@@ -286,7 +187,7 @@ def _axes(reader: _Reader, level: Level) -> Mapping[str, AxisValues]:
     return {name: _axis(name, value) for name, value in found.items()}
 
 
-def _axis(name: str, reader: _Reader) -> AxisValues:
+def _axis(name: str, reader: Reader) -> AxisValues:
     if reader.has_keys_of(DeviceKind, Family):
         parts = {key: _axis(name, value) for key, value in reader.mapping().items()}
         if set(parts) <= set(DeviceKind):
@@ -303,12 +204,12 @@ def _axis(name: str, reader: _Reader) -> AxisValues:
     return AxisValues(tuple(dict.fromkeys(values)))
 
 
-def _settings(reader: _Reader) -> Mapping[str, object]:
+def _settings(reader: Reader) -> Mapping[str, object]:
     found = reader.fields(tuple(_SETTINGS_TYPES), required=())
     return {name: _setting(name, value) for name, value in found.items()}
 
 
-def _setting(name: str, reader: _Reader) -> object:
+def _setting(name: str, reader: Reader) -> object:
     try:
         return _check_setting(name, reader.value())
     except UsageError as error:
