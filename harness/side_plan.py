@@ -24,8 +24,8 @@ KEYS = (
     *("suite", "device", "implementations", "axes", "dtype", "pass_", "filters", "settings"),
     *("target_s", "time_limit_s", "seed", "threads", "measure"),
 )
-# A round's value is a median of at least 30 executions; of slow ones fewer, but at least three. On a
-# GPU executions differ little within a process, and more processes say more than longer ones.
+# A round's value is a median of at least 30 executions; of slow ones fewer, but at least three. On
+# a GPU executions differ little within a process, and more processes say more than longer ones.
 SAMPLING: Mapping[str, float | int] = {
     "min_samples": 30,
     "max_samples": 300,
