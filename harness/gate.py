@@ -122,12 +122,19 @@ def check_again(workload: Workload, case: Case, report: GateReport, *, seed: int
 def check_replay(workload: Workload, execute: Callable[[], object]) -> str | None:
     """Capture what was timed in a CUDA graph; returns what its replay does not do, or None.
 
-    Raises NotCapturableError.
+    What cannot be captured is checked for what it leaves to other streams. Raises
+    NotCapturableError if it is innocent of that.
     """
     from mambench.harness import cuda_timing
 
     results: list[object] = []
-    graph = cuda_timing.capture(lambda: results.append(execute()), 1)
+    try:
+        graph = cuda_timing.capture(lambda: results.append(execute()), 1)
+    except cuda_timing.NotCapturableError as error:
+        results.clear()
+        if reason := check_order(workload, execute, str(error)):
+            return reason
+        raise
     try:
         gate_cheats.require_written_by_replay(
             graph, list(_tensors(results)), workload.inputs.values()
@@ -137,6 +144,34 @@ def check_replay(workload: Workload, execute: Callable[[], object]) -> str | Non
     finally:
         results.clear()
         graph.reset()
+    return None
+
+
+def check_order(
+    workload: Workload, execute: Callable[[], object], not_captured: str | None = None
+) -> str | None:
+    """Say whether an execution on a GPU leaves work to a stream that does not wait for ours.
+
+    Args:
+        workload: whose inputs are altered for a moment.
+        execute: what was timed.
+        not_captured: what was raised when a graph of it was captured.
+    """
+    if reason := gate_cheats.unjoined(not_captured):
+        return reason
+    if next(iter(workload.inputs.values())).device.type != "cuda":
+        return None
+
+    def results() -> list[Tensor]:
+        with _state_restored(workload):
+            return list(_tensors(execute()))
+
+    try:
+        gate_cheats.require_stream_order(results, _altered(workload), workload.inputs.values())
+    except RejectedError as rejection:
+        return str(rejection)
+    except torch.OutOfMemoryError:  # two results at once are more than the timing needed
+        return None
     return None
 
 

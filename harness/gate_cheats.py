@@ -9,7 +9,8 @@
 | an input changed in place | inputs are hashed before and after |
 | a result computed only when it is read | its type must be a plain tensor on the inputs' device |
 | work left on a thread or another stream | what was NaN at once and is not after waiting; and on a
-  GPU, a replay of the captured call must write the result by itself |
+  GPU, a replay of the captured call must write the result by itself, or, where it cannot be
+  captured, the call must see what was written on its stream before it |
 | right while it is watched, cached while it is timed | the operation is called again after timing |
 
 Inputs are altered behind autograd's back, so that neither address nor version counter tells. What
@@ -17,9 +18,12 @@ is not found: a cache keyed by the contents of all inputs, which costs a read of
 a time that the memory's bandwidth does not allow.
 """
 
+import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +31,8 @@ from torch import Tensor
 SETTLE_S = 0.5  # waited for work that was left running, once a result was found incomplete
 SKETCH = 64
 CHUNK = 1 << 22  # elements sketched at once
+HOLD_CYCLES = 100_000_000  # some 50 ms; what takes longer to launch is not found
+UNJOINED = "unjoined work"  # CUDA, of a capture that ends while a forked stream has not come back
 SAME = 0.05  # of a result's norm; atomics change a result by far less, other inputs by far more
 
 
@@ -162,6 +168,56 @@ def require_written_by_replay(
                 f"result {index}: replaying the call leaves {count} of {tensor.numel()} values "
                 f"unwritten: work left on another stream, or a cached result"
             )
+
+
+def unjoined(not_captured: str | None) -> str | None:
+    """Say what it means that a capture failed, if it means that work was left on a stream."""
+    if UNJOINED not in (not_captured or ""):
+        return None
+    return (
+        f"the call returned before it had waited for its work left on another stream ({UNJOINED})"
+    )
+
+
+def require_stream_order(
+    execute: Callable[[], Sequence[Tensor]],
+    altered: AbstractContextManager[None],
+    inputs: Iterable[Tensor],
+) -> None:
+    """Reject a call that does not see what was written on its stream just before it.
+
+    The stream is held, the inputs are altered on it, and the call is made: work on another stream
+    that waits for nothing reads the inputs as they were. Streams that are forked from ours and
+    joined again wait as ours does. The call is then made again with the device idle.
+    """
+    owned = {_storage(tensor) for tensor in inputs}
+
+    def is_judged(tensor: Tensor) -> bool:
+        return tensor.is_floating_point() and tensor.numel() > 0 and _storage(tensor) not in owned
+
+    def sketches() -> list[Sketch]:
+        results = execute()
+        torch.cuda.synchronize()
+        return [Sketch.of(tensor) for tensor in results if is_judged(tensor)]
+
+    torch.cuda.synchronize()
+    hold_stream()
+    with altered:
+        held = sketches()
+        free = sketches()
+    torch.cuda.synchronize()
+    for index, (one, other) in enumerate(zip(held, free, strict=True)):
+        if math.isfinite(other.norm) and one.differs(other):
+            raise RejectedError(
+                f"result {index}: the call did not wait for what was queued before it: work left "
+                f"on another stream"
+            )
+
+
+def hold_stream() -> None:
+    """Keep the current stream waiting, and the other ones free."""
+    wait: Any = torch.cuda._sleep  # pyright: ignore
+    wait(HOLD_CYCLES)
 
 
 def _storage(tensor: Tensor) -> int:

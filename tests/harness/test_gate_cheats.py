@@ -1,6 +1,8 @@
 """The known ways to fool a benchmark, planted: each ends as `wrong`, and the reason names it."""
 
 import importlib.util
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +94,64 @@ def test_a_sketch_of_a_long_result_sees_every_part(monkeypatch: pytest.MonkeyPat
         assert sketch.differs(gate_cheats.Sketch.of(other)), part
 
 
+class Queue:
+    """A stream on the CPU: what is queued while it is held is done when it is waited for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.inputs = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+        self.waiting: list[Callable[[], object]] | None = None
+        monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
+        monkeypatch.setattr(gate_cheats, "hold_stream", self.hold)
+
+    def hold(self) -> None:
+        self.waiting = []
+
+    def wait(self) -> None:
+        waiting, self.waiting = self.waiting or [], None
+        for work in waiting:
+            work()
+
+    def put(self, work: Callable[[], object]) -> None:
+        if self.waiting is None:
+            work()
+        else:
+            self.waiting.append(work)
+
+    @contextmanager
+    def altered(self):
+        self.put(self.inputs.neg_)
+        yield
+        self.put(self.inputs.neg_)
+
+
+def test_work_that_waits_for_its_stream_is_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Queue(monkeypatch)
+    before = queue.inputs.clone()
+
+    def execute() -> list[torch.Tensor]:
+        out = torch.empty_like(queue.inputs)
+        queue.put(lambda: out.copy_(2 * queue.inputs + 1))
+        return [out, queue.inputs, torch.ones(3, dtype=torch.int32), torch.empty(0)]
+
+    gate_cheats.require_stream_order(execute, queue.altered(), [queue.inputs])
+    assert torch.equal(queue.inputs, before)
+
+
+def test_work_on_a_stream_that_does_not_wait_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Queue(monkeypatch)
+    with pytest.raises(gate_cheats.RejectedError, match="work left on another stream"):
+        gate_cheats.require_stream_order(
+            lambda: [2 * queue.inputs + 1], queue.altered(), [queue.inputs]
+        )
+
+
+def test_a_capture_that_ends_without_its_streams_tells_of_work_left() -> None:
+    said = "AcceleratorError: CUDA error: capturing stream has unjoined work"
+    assert "another stream" in (gate_cheats.unjoined(said) or "")
+    assert gate_cheats.unjoined("operation not permitted when stream is capturing") is None
+    assert gate_cheats.unjoined(None) is None
+
+
 @pytest.mark.gpu
 def test_work_left_on_another_stream_is_caught() -> None:
     workload, _ = gpu_workload("leaves_stream")
@@ -99,6 +159,23 @@ def test_work_left_on_another_stream_is_caught() -> None:
         reason = gate.check_replay(workload, workload.prepare(workload.case.pass_))
     assert reason is not None
     assert "another stream" in reason
+
+
+@pytest.mark.gpu
+def test_streams_that_are_forked_and_joined_again_are_in_order() -> None:
+    workload, _ = gpu_workload("good")
+    inner, side = workload.prepare(workload.case.pass_), torch.cuda.Stream()
+
+    def execute() -> object:
+        current = torch.cuda.current_stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            result = inner()
+        current.wait_stream(side)
+        return result
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert gate.check_order(workload, execute) is None
 
 
 @pytest.mark.gpu
