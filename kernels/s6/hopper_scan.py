@@ -66,6 +66,8 @@ class SerialConfig:
 
 
 DEFAULT = Config()
+_FEW_STATES = (SerialConfig(), SerialConfig(channels=1, warps_d=2))
+_MANY_STATES = SerialConfig(channels=1, warps_n=8, warps_d=2, tile=64)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -84,15 +86,28 @@ def supported(*, d_state: int, dtype: torch.dtype) -> str | None:
 def choose(
     *, batch: int, d_inner: int, d_state: int, checkpoint_every: int | None, multiprocessors: int
 ) -> Config | SerialConfig:
-    """Return the kernel and its configuration for a problem.
+    """Return the kernel and its configuration for a problem, by what an H100 measured.
 
-    The serial kernel where its channels alone give every scheduler two warps, up to 16 states.
+    The serial kernel wherever its channels alone keep the multiprocessors busy: two warps for every
+    scheduler up to 16 states, with as many channels a thread as that leaves, and a block for every
+    multiprocessor from 65 to 128 states. Otherwise time over lanes, one channel a warp where no
+    states are kept for a backward, with which only two were measured.
     """
-    serial = SerialConfig()
-    warps = batch * d_inner * serial.warps_d // serial.block
-    busy = 16 * warps >= 15 * 2 * 4 * multiprocessors
-    aligned = checkpoint_every is None or checkpoint_every % serial.tile == 0
-    return serial if busy and aligned and d_state <= STATES else DEFAULT
+    channels = batch * d_inner
+    for serial in _FEW_STATES if d_state <= STATES else ():
+        busy = 16 * serial.warps * channels >= 15 * 2 * 4 * multiprocessors * serial.block
+        if busy and _aligned(checkpoint_every, serial):
+            return serial
+    if 64 < d_state <= 128 and _aligned(checkpoint_every, _MANY_STATES):
+        if 16 * channels >= 15 * multiprocessors * _MANY_STATES.block:
+            return _MANY_STATES
+    if checkpoint_every is not None:
+        return DEFAULT
+    return Config(channels=1, warps=16, wide=d_state <= STATES)
+
+
+def _aligned(checkpoint_every: int | None, serial: SerialConfig) -> bool:
+    return checkpoint_every is None or checkpoint_every % serial.tile == 0
 
 
 def padded_states(d_state: int) -> int:

@@ -157,5 +157,6 @@ def test_on_a_gpu_it_equals_the_scan_in_torch(dtype, family, seqlen):
     got = cases.run(scan_triton, case, inputs, names)
     wanted = cases.run(scan_torch, case, wide, names)
     for name, value in got.items():
-        error = (value.double() - wanted[name]).norm() / wanted[name].norm()
+        size = wanted[name].norm()  # 0: one step from no state does not depend on A
+        error = (value.double() - wanted[name]).norm() / torch.where(size > 0, size, 1.0)
         assert error <= (1e-4 if dtype is torch.float32 else 1e-2), (name, float(error))

@@ -1,6 +1,7 @@
 """The Hopper scan: its PTX run on the CPU against float64, its compilation, and the GPU itself."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -299,7 +300,12 @@ def test_it_compiles_for_sm_90_without_spills_or_a_barrier_per_state(
 SERIAL_CONFIGS = {
     "many channels": (16, hopper_scan.SerialConfig()),
     "few channels": (16, hopper_scan.SerialConfig(lanes=8, channels=1, tile=64)),
+    "fewer channels": (16, hopper_scan.SerialConfig(channels=1, warps_d=2)),
     "many states": (128, hopper_scan.SerialConfig(channels=1, warps_n=8, warps_d=2)),
+    "many states, long tiles": (
+        128,
+        hopper_scan.SerialConfig(channels=1, warps_n=8, warps_d=2, tile=64),
+    ),
 }
 
 
@@ -323,11 +329,45 @@ def test_the_kernel_is_chosen_by_the_channels_there_are() -> None:
             multiprocessors=132,
         )  # fmt: skip
 
-    assert isinstance(chosen(8, 2048), hopper_scan.SerialConfig)
-    assert isinstance(chosen(8, 2048, every=64), hopper_scan.SerialConfig)
-    assert chosen(1, 2048) == WIDE
-    assert chosen(8, 2048, every=16) == WIDE
-    assert chosen(8, 2048, d_state=64) == WIDE
+    serial, one = hopper_scan.SerialConfig(), replace(WIDE, channels=1, warps=16)
+    assert chosen(8, 2048) == chosen(8, 2048, every=64) == serial
+    assert chosen(4, 2048) == replace(serial, channels=1, warps_d=2)  # half the channels a thread
+    assert chosen(1, 2048) == chosen(2, 2048) == chosen(3, 2048) == one
+    assert chosen(1, 2048, every=64) == chosen(8, 2048, every=16) == WIDE
+    for d_state in (32, 64, 256):
+        assert chosen(1, 2048, d_state) == replace(one, wide=False)
+    many = SERIAL_CONFIGS["many states, long tiles"][1]
+    assert chosen(1, 2048, 128) == chosen(1, 2048, 100) == chosen(1, 2048, 128, every=64) == many
+    # A block for every multiprocessor, or time takes longer than over lanes.
+    assert chosen(1, 1024, 128) == replace(one, wide=False)
+    assert chosen(1, 2048, 128, every=32) == WIDE
+
+
+def test_the_choice_is_within_four_per_cent_of_the_best_measured() -> None:
+    """Against the published times of every configuration on an H100, in two runs."""
+    names: dict[AnyConfig, str] = {
+        WIDE: "wide",
+        replace(WIDE, channels=1, warps=16): "1ch-wide",
+        replace(WIDE, channels=1, warps=16, wide=False): "1ch",
+        hopper_scan.SerialConfig(): "k4c2",
+        hopper_scan.SerialConfig(channels=1, warps_d=2): "k4c1w2",
+        SERIAL_CONFIGS["many states, long tiles"][1]: "k4c1",
+    }
+    root = Path(__file__).parents[3] / "published" / "experiments"
+    times: dict[str, dict[str, float]] = {}
+    for file in ("serial", "lanes"):
+        record = json.loads((root / f"h100-s6-forward-{file}.json").read_text())
+        for key, value in record["times_ms"].items():
+            config, _, shape = key.partition(" ")
+            times.setdefault(shape, {}).setdefault(config, value)
+    assert len(times) > 8
+    for shape, measured in times.items():
+        batch, d_inner, _, d_state = (int(part) for part in shape.strip("()").split(", "))
+        chosen = hopper_scan.choose(
+            batch=batch, d_inner=d_inner, d_state=d_state, checkpoint_every=None,
+            multiprocessors=132,
+        )  # fmt: skip
+        assert measured[names[chosen]] <= 1.04 * min(measured.values()), shape
 
 
 def inner_loop(ptx: str) -> str:
