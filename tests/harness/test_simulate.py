@@ -1,6 +1,7 @@
 """The rule's error rates by simulation. The full table is in docs/methodology.md."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,3 +109,29 @@ def test_the_bound_of_a_rate():
 def test_the_table_has_a_row_for_each_figure():
     rows = [simulate.figures(Noise.NORMAL, Rule(), runs=3)]
     assert simulate.table(rows).splitlines()[2].startswith("| normal | stored | 3 | ")
+
+
+def test_a_document_gets_its_table_between_the_marks():
+    text = f"before\n{simulate.BEGIN}\nold\n{simulate.END}\nafter\n"
+    made = simulate.with_table(text, "| new |")
+    assert made == f"before\n{simulate.BEGIN}\n| new |\n{simulate.END}\nafter\n"
+    assert simulate.with_table(made, "| new |") == made
+    with pytest.raises(ValueError, match="lacks"):
+        simulate.with_table("nothing", "| new |")
+
+
+def test_the_document_holds_the_figures_of_this_rule():
+    document = Path(__file__).resolve().parents[2] / "docs/methodology.md"
+    shown = document.read_text().partition(simulate.BEGIN)[2].partition(simulate.END)[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in shown.strip().splitlines()[2:]
+    ]
+    assert [(row[0], row[1]) for row in rows] == [
+        (noise.value, where) for noise in Noise for where in ("stored", "same job")
+    ]
+    for row in rows:
+        assert int(row[2]) >= 1000
+        assert float(row[3].rstrip("%")) <= 1.0, row
+        assert float(row[4].rstrip("%")) <= 1.0, row
+        assert float(row[7].rstrip("%")) <= 0.1, row
