@@ -155,7 +155,7 @@ def percent(value: float | None, *, sign: bool = True) -> str:
 
 def what(point: Point) -> str:
     """Return what a point is about: its name, and the metric where it is not the time."""
-    kinds = {Kind.CASE: "", Kind.FAMILY: "family ", Kind.EXPONENT: "scaling of "}
+    kinds = {Kind.CASE: "", Kind.FAMILY: "family ", Kind.EXPONENT: "scaling of ", Kind.BUDGET: ""}
     metric = "" if point.metric == "time_s" else f" [{point.metric}]"
     return f"{kinds[point.kind]}{point.name}{metric}"
 

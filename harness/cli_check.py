@@ -105,6 +105,12 @@ def check(context: click.Context, **asked: Any) -> None:
     """
     from mambench.harness import check_progress, checking
 
+    if asked["runs"]:
+        report = cli_gate.judge_stored(asked, _fail_on)
+        if asked["output"]:
+            _write(report, asked["output"])
+        _show(report, asked["form"])
+        context.exit(report.exit_code)
     if (asked["base"] is None) == (asked["baseline"] is None):
         raise UsageError("name what to compare with: either --base REF or --baseline RUN_DIR.")
     if asked["static"]:
@@ -114,6 +120,7 @@ def check(context: click.Context, **asked: Any) -> None:
         request = _request(asked)
         with check_progress.make(quiet=asked["quiet"], environment=os.environ) as progress:
             report, folder = checking.check(request, progress)
+        report = cli_gate.with_budgets(report, folder, asked["budgets"])
     _write(report, folder)
     _show(report, asked["form"])
     click.echo(f"results: {folder.resolve()}", err=True)

@@ -1,4 +1,4 @@
-"""What `check` does besides timing two sides: `--static`. Imports only click at module level."""
+"""What `check` does besides timing two sides: `--static` and `--budgets`. Imports only click."""
 
 import json
 from collections.abc import Callable
@@ -46,6 +46,21 @@ gate_options = options.all_of(
     click.option(
         "--entries", metavar="TEXT", help="With --static: only entries whose name holds this."
     ),
+    click.option(
+        "--budgets",
+        type=Path,
+        metavar="FILE",
+        help="Judge the head, or stored runs (--run), by absolute and relative limits too.",
+    ),
+    click.option(
+        "--run",
+        "runs",
+        type=Path,
+        multiple=True,
+        metavar="RUN_DIR",
+        help="With --budgets: judge this run, or a check's folder, and measure nothing. "
+        "Repeatable.",
+    ),
 )
 
 
@@ -80,6 +95,49 @@ def static_check(
     if figures:
         (folder / "static.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return report, folder
+
+
+def judge_stored(asked: dict[str, Any], fail_on: Callable[[str | None], Any]) -> "CheckReport":
+    """Run `check --budgets FILE --run RUN_DIR`: judge what is measured already."""
+    from mambench.harness import accept, budgets
+    from mambench.harness.check_report import BLIND, DEFAULT_FAIL_ON, CheckReport
+    from mambench.harness.verdict import Assessment
+
+    if asked["base"] or asked["baseline"] or asked["static"]:
+        raise UsageError("--run judges what is measured already: leave out --base and the like.")
+    if asked["budgets"] is None:
+        raise UsageError("--run goes with --budgets FILE; two runs are shown by `compare`.")
+    folders = [_head_of(path) for path in asked["runs"]]
+    points = budgets.judge_runs(budgets.read(asked["budgets"]), folders)
+    accepted = accept.read(asked["accept_file"]) if asked["accept_file"] else ()
+    given = asked["fail_on"]
+    default = [verdict for verdict in DEFAULT_FAIL_ON if verdict != BLIND]
+    return CheckReport(
+        title=f"Budgets of {asked['budgets'].name}",
+        assessment=accept.apply(Assessment(points=points), accepted),
+        facts={"runs": ", ".join(map(str, asked["runs"]))},
+        fail_on=default if given is None else fail_on(given),
+        closing=(),
+    )
+
+
+def with_budgets(report: "CheckReport", folder: Path, file: Path | None) -> "CheckReport":
+    """Add what the budgets say of the head that a check has just measured."""
+    from dataclasses import replace
+
+    from mambench.harness import budgets
+
+    if file is None or report.problem is not None:
+        return report
+    points = budgets.judge_runs(budgets.read(file), [_head_of(folder)])
+    found = report.assessment
+    return replace(report, assessment=replace(found, points=(*found.points, *points)))
+
+
+def _head_of(path: Path) -> Path:
+    """Return the run in a check's folder, or the folder itself."""
+    inside = path / "head"
+    return inside if (inside / "manifest.json").is_file() else path
 
 
 def refuse_without_static(asked: dict[str, Any]) -> None:

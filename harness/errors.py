@@ -2,7 +2,7 @@
 
     MambenchError                exit code 1
     +-- UsageError               2  the command line asks for something that does not exist
-    |   +-- SuiteError           2  a suite file is invalid (names file, line and field)
+    |   +-- SuiteError           2  a suite or budget file is invalid (names file, line and field)
     |   +-- PluginError          2  a plugin cannot be loaded or its names collide
     +-- RunFolderError           3  a run folder is broken, foreign or from another schema version
     +-- DeviceBusyError          4  another run holds this GPU
@@ -31,7 +31,7 @@ class UsageError(MambenchError):
 
 
 class SuiteError(UsageError):
-    """A suite file is invalid."""
+    """A suite or a budget file is invalid."""
 
 
 class PluginError(UsageError):

@@ -34,6 +34,7 @@ class Kind(StrEnum):
     CASE = "case"
     FAMILY = "family"
     EXPONENT = "exponent"
+    BUDGET = "budget"  # a limit of its own, see `harness.budgets`
 
 
 @dataclass(frozen=True, kw_only=True)
