@@ -1,7 +1,8 @@
 """Times of known kernels by NVIDIA's nvbench, in a process of its own: it owns its process' device.
 
-Run by the selftest as `_start.py harness.selftest_nvbench DEVICE_INDEX FILE`. Imports torch and
-cuda.bench only then.
+Run by the selftest as `_start.py harness.selftest_nvbench DEVICE_INDEX FILE SCALE`. Imports torch
+and cuda.bench only then. The kernels' lengths come from the selftest: found anew in this process,
+they would be other kernels.
 """
 
 import importlib.util
@@ -10,18 +11,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mambench
 from mambench.harness.spec import Device
 
+if TYPE_CHECKING:
+    from mambench.harness.selftest_gpu import Scale
+
 LIMIT_S = 90.0
+BENCHMARK_LIMIT_S = "4"  # else it samples a short wait for 15 s to see its noise settle
 INSTALL = "pip install 'cuda-bench[cu13]'"
 MEAN = "nv/cold/time/gpu/mean"
 
 
-def times_s(device: Device) -> tuple[dict[str, float], str | None]:
+def times_s(device: Device, scale: "Scale") -> tuple[dict[str, float], str | None]:
     """Return the mean times of `selftest_gpu.steady_kernels` by name, or why there are none."""
     if not _installed():
         return {}, f"cuda-bench is not installed: {INSTALL}"
@@ -31,7 +37,7 @@ def times_s(device: Device) -> tuple[dict[str, float], str | None]:
         command = [sys.executable, "-P", str(start), "harness.selftest_nvbench"]
         try:
             done = subprocess.run(
-                [*command, str(device.index), str(file)],
+                [*command, str(device.index), str(file), json.dumps(asdict(scale))],
                 capture_output=True,
                 text=True,
                 timeout=LIMIT_S,
@@ -61,14 +67,15 @@ def main(arguments: list[str]) -> None:
     import torch
 
     bench: Any = importlib.import_module("cuda.bench")
-    from mambench.harness.selftest_gpu import steady_kernels
+    from mambench.harness.selftest_gpu import Scale, steady_kernels
 
-    index, file = arguments
+    index, file, scale = arguments
     torch.cuda.set_device(int(index))
-    for name, execute in steady_kernels().items():
+    for name, execute in steady_kernels(Scale(**json.loads(scale))).items():
         bench.register(_benchmark(name, execute)).set_name(name)
     torch.cuda.synchronize()
-    bench.run_all_benchmarks([sys.argv[0], "--devices", index, "--json", file])
+    options = ["--devices", index, "--timeout", BENCHMARK_LIMIT_S, "--json", file]
+    bench.run_all_benchmarks([sys.argv[0], *options])
 
 
 def _benchmark(name: str, execute: Callable[[], None]) -> Callable[[Any], None]:

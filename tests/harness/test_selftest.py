@@ -226,9 +226,39 @@ def test_counters_that_are_not_permitted_are_skipped_with_the_reason() -> None:
 def test_timers_that_differ_or_say_nothing_fail() -> None:
     from mambench.harness import selftest_gpu
 
-    ours = {"a": 1e-3, "b": 1e-3, "c": 1e-3, "d": 1e-3}
-    found = selftest_gpu.agree("another", ours, {"a": 1.01e-3, "b": 1.03e-3, "c": math.nan})
-    assert [check.passed for check in found] == [True, False, False, False]
+    short = {selftest_gpu.SHORT_WAIT: 21e-6}
+    ours = short | {"a": 1e-3, "b": 1e-3, "c": 1e-3, "d": 1e-3}
+    others = short | {"a": 1.01e-3, "b": 1.03e-3, "c": math.nan}
+    found = selftest_gpu.agree("another", ours, others)
+    assert [check.passed for check in found] == [True, True, False, False, False]
+
+
+def test_what_another_timer_s_events_take_is_taken_off_and_bounded() -> None:
+    from mambench.harness import selftest_gpu
+
+    ours = {selftest_gpu.SHORT_WAIT: 21e-6, "a": 101e-6}
+    found = selftest_gpu.agree("another", ours, {name: s + 4e-6 for name, s in ours.items()})
+    assert [check.passed for check in found] == [True, True]
+    found = selftest_gpu.agree("another", ours, {name: s + 9e-6 for name, s in ours.items()})
+    assert [check.passed for check in found] == [False, True]
+    found = selftest_gpu.agree("another", ours, {name: 1.03 * s for name, s in ours.items()})
+    assert [check.passed for check in found] == [True, False]
+
+
+def test_a_call_of_a_wait_shorter_than_its_launch_is_shown_and_not_judged() -> None:
+    from mambench.harness import selftest_gpu
+
+    launch_s, start_s = 31e-6, 21e-6
+    made = [
+        replace(wait, measured_s=max(wait.own_s + start_s, launch_s))
+        for wait in waits(start_s=start_s)
+    ]
+    found = verdicts(selftest_gpu.judge_waits("call time", made, launch_s))
+    assert [what for what, passed in found.items() if passed is None] == [
+        f"call time: wait of {text}" for text in ("5 us", "10 us", "20 us")
+    ]
+    assert all(passed is not False for passed in found.values())
+    assert found["call time: wait of 50 us"] is True
 
 
 def test_nvbench_results_are_read() -> None:
