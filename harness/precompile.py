@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from mambench.harness.pool import Pool, Worker
 from mambench.harness.progress import Listener
 from mambench.harness.protocol import Done, Precompile, WorkerConfig
-from mambench.harness.spec import Case, digest
+from mambench.harness.spec import Case, DeviceKind, digest
 
 PHASE = "precompile"
 POLL_S = 0.02
@@ -27,7 +27,7 @@ def compile_ahead(
     What fails is told to the listener and forgotten: the case itself will fail where it is
     recorded. What takes longer than the limit of a first call for each case is stopped.
     """
-    waiting = _groups(cases)
+    waiting = _groups(cases, on_gpu=config.device.kind is DeviceKind.CUDA)
     active: dict[Worker, tuple[Sequence[Case], float]] = {}
     parallel = min(MAX_PARALLEL, os.cpu_count() or 1)
     try:
@@ -48,13 +48,22 @@ def compile_ahead(
             worker.kill()
 
 
-def _groups(cases: Iterable[Case]) -> list[list[Case]]:
-    """Group the cases by implementation, one for all batch sizes and sequence lengths."""
+def _groups(cases: Iterable[Case], *, on_gpu: bool) -> list[list[Case]]:
+    """Divide the cases among workers, one for each list.
+
+    On a CPU an implementation compiles once for all its cases of a dtype, and its widths tell them
+    apart. On a GPU compilers take most of a first run and work alone: every variant, pass and width
+    has a worker, and no case is left out, because kernels are specialised on lengths too.
+    """
     groups: dict[str, dict[str, Case]] = {}
     for case in cases:
         values = case.to_dict()
-        values["problem"] = {**values["problem"], "batch": None, "seqlen": None}
-        groups.setdefault(case.implementation, {}).setdefault(digest(values), case)
+        widths = {"problem": {**values["problem"], "batch": None, "seqlen": None}}
+        key = digest(values | widths)
+        if on_gpu:
+            groups.setdefault(key, {}).setdefault(digest(values), case)
+        else:
+            groups.setdefault(case.implementation, {}).setdefault(key, case)
     return [list(group.values()) for group in groups.values()]
 
 

@@ -70,7 +70,7 @@ def launches(case: Case) -> int:
 
 
 def precompile(case: Case) -> None:
-    """Compile what a CPU case needs; Triton compiles on the first call."""
+    """Compile what a CPU case needs."""
     if case.variant == "numba":
         from mambench.implementations.problems.base import TORCH_DTYPES
         from mambench.kernels.state_update import numba_update

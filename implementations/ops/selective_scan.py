@@ -97,7 +97,11 @@ class SelectiveScan(Implementation):
         return decode.launches(case) if case.pass_ is Pass.DECODE else super().launches(case)
 
     def precompile(self, case: Case) -> None:
-        """Compile what a CPU case needs; Triton compiles on the first call."""
+        """Compile what a case needs: Numba's code by dtype, Triton's and Gluon's by a call."""
+        if case.variant in ("triton", "hopper"):
+            from mambench.implementations.warm import call_once
+
+            return call_once(self, case)
         if case.pass_ is Pass.DECODE:
             return decode.precompile(case)
         if case.variant == "numba":

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INSTALL = "pip install flashinfer-python (it compiles with nvcc at the first call)"
+_MODULES = ("flashinfer", "tvm_ffi")  # the second loads what the first has compiled
 _HEADDIMS = (64, 128)  # the kernel's template arguments
 _STATES = (64, 128, 256)
 
@@ -40,7 +41,7 @@ class FlashinferUpdate(Implementation):
 
     def decode_variants(self, device: Device) -> tuple[Variant, ...]:
         """Return `cuda`."""
-        return (Variant(name="cuda", unavailable=unavailable(device, ("flashinfer",), INSTALL)),)
+        return (Variant(name="cuda", unavailable=unavailable(device, _MODULES, INSTALL)),)
 
     def decode_op(self, family: Family, variant: str) -> Callable[..., Any]:
         """Import and return the update with the arguments of whole heads."""

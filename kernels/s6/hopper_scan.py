@@ -98,9 +98,9 @@ def choose(
         busy = 16 * serial.warps * channels >= 15 * 2 * 4 * multiprocessors * serial.block
         if busy and _aligned(checkpoint_every, serial):
             return serial
-    if 64 < d_state <= 128 and _aligned(checkpoint_every, _MANY_STATES):
-        if 16 * channels >= 15 * multiprocessors * _MANY_STATES.block:
-            return _MANY_STATES
+    full = 16 * channels >= 15 * multiprocessors * _MANY_STATES.block
+    if 64 < d_state <= 128 and full and _aligned(checkpoint_every, _MANY_STATES):
+        return _MANY_STATES
     if checkpoint_every is not None:
         return DEFAULT
     return Config(channels=1, warps=16, wide=d_state <= STATES)

@@ -38,9 +38,9 @@ CONFIGS: tuple[Config, ...] = tuple(
 )
 
 
-# Bytes of a state. Between the first two it stays in an H100's L2 of 50 MB from token to token, and
-# does so only if it is not marked as the first to go. Smaller ones stay all the same, and larger ones
-# gain from the mark until they are so large that nothing stays.
+# Bytes of a state. Between the first two it stays in an H100's L2 of 50 MB from token to token, but
+# only if it is not marked as the first to go. Smaller ones stay all the same, and larger ones gain
+# from the mark until they are so large that nothing stays.
 _KEPT = (8 * _MIB, 24 * _MIB)
 _STREAMED = 320 * _MIB
 

@@ -245,6 +245,15 @@ def test_flashinfer_declines_sequences_and_sizes():
     assert "bf16" in peer.unsupported(replace(case, dtype=DType.FP32), H100)
 
 
+def test_a_flashinfer_that_cannot_load_what_it_compiles_is_unavailable(monkeypatch):
+    installed = {"flashinfer": object()}
+    monkeypatch.setattr(availability, "find_spec", installed.get)
+    (variant,) = registry.get("flashinfer_update").decode_variants(H100)
+    assert variant.unavailable.startswith("tvm_ffi is not installed: pip install flashinfer-python")
+
+
+# What a peer and the libraries it imports warn of is theirs.
+@pytest.mark.filterwarnings("default")
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", PEERS)
 @pytest.mark.parametrize("pass_", [Pass.FORWARD, Pass.TRAINING])

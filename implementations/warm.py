@@ -1,0 +1,63 @@
+"""Fills a compiler's cache on disk before anything is timed: one call of the case's pass."""
+
+from dataclasses import replace
+
+from mambench.harness.spec import Case, Device, DeviceKind
+from mambench.implementations.base import Implementation
+
+MOST_BYTES = 1 << 30  # several processes compile side by side, each with a case of its own
+LEAST_TOKENS = 512
+
+
+def call_once(
+    implementation: Implementation,
+    case: Case,
+    *,
+    batch: int | None = None,
+    tokens: int | None = None,
+) -> None:
+    """Run a case's pass once on the current GPU; without one do nothing.
+
+    What is compiled stays in the compiler's cache on disk. What autotuning measures here is thrown
+    away with the process: others compile beside it.
+
+    Args:
+        implementation: whose operation is called.
+        case: as it will be timed: kernels are often specialised on more of a shape than its widths.
+            It is shortened only where it may need more than `MOST_BYTES`.
+        batch: the batch to call it with instead.
+        tokens: the most tokens of a sequence.
+    """
+    import torch
+
+    from mambench.implementations.workload import build
+
+    if not torch.cuda.is_available():
+        return
+    device = Device(
+        kind=DeviceKind.CUDA, index=torch.cuda.current_device(), name="cuda", memory_bytes=0
+    )
+    workload = build(shortened(implementation, case, batch, tokens), implementation, device, seed=0)
+    workload.prepare(case.pass_)()
+    torch.cuda.synchronize()
+
+
+def shortened(
+    implementation: Implementation, case: Case, batch: int | None = None, tokens: int | None = None
+) -> Case:
+    """Return the case at a batch and at most `tokens`, its length halved until it fits."""
+    problem = case.problem if batch is None else replace(case.problem, batch=batch)
+    if tokens is not None and problem.seqlen is not None:
+        problem = replace(problem, seqlen=min(problem.seqlen, tokens))
+    short = replace(case, problem=problem)
+    while (problem.seqlen or 0) >= 2 * LEAST_TOKENS and _bytes(implementation, short) > MOST_BYTES:
+        problem = replace(problem, seqlen=(problem.seqlen or 0) // 2)
+        short = replace(case, problem=problem)
+    return short
+
+
+def _bytes(implementation: Implementation, case: Case) -> int:
+    """Estimate what a call holds: a few tensors as wide as the input, and the workspace."""
+    wide = case.problem.tokens * case.problem.d_inner * case.dtype.itemsize
+    tensors = 10 if case.pass_.needs_grad else 5
+    return tensors * wide + implementation.workspace_bytes(case)
