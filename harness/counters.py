@@ -7,11 +7,12 @@ another child. What the numbers mean, and in which condition L2 is, says `harnes
 
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mambench.harness.counters_batch import Batch, Counted, Item, Request
+from mambench.harness.counters_batch import OVER, Batch, Counted, Item, Request
 from mambench.harness.spec import Case, Device, DeviceKind, Outcome
 from mambench.implementations.cost import case_cost
 
@@ -20,7 +21,6 @@ METHOD = "ncu-kernel-replay"
 # instrumentation of one launch.
 START_S, CASE_S, LAUNCH_S = 20.0, 1.5, 0.01
 MAX_LAUNCHES = 5000  # some tens of seconds of instrumentation
-MAX_PER_CHILD = 500  # each names two ranges on the command line
 INSTALL = "install NVIDIA Nsight Compute and put ncu on PATH"
 
 
@@ -83,14 +83,18 @@ def count_copies(sizes_bytes: Sequence[int], request: Request) -> dict[int, Coun
     return {int(name[4:]): counted for name, counted in found.items()}
 
 
-def count_probes(items: Sequence[Item], request: Request) -> dict[str, Counted]:
+def count_probes(
+    items: Sequence[Item], request: Request, *, on_begin: Callable[[str], None] | None = None
+) -> dict[str, Counted]:
     """Count kernels that copy, read or write a known number of bytes, by their id.
 
     Args:
         items: each an `id` of lower-case letters and digits, and `copy_bytes`, `read_bytes` or
             `write_bytes`; a `case` is allowed too, and has no ratio.
+        request: device, seed and limits.
+        on_begin: told the id of what is about to be executed.
     """
-    return dict(_count(items, request, lambda _: None))
+    return dict(_count(items, request, on_begin or (lambda _: None)))
 
 
 def _with_ratio(case: Case, counted: Counted) -> Counted:
@@ -107,13 +111,18 @@ def _count(
     """Count items, with a new child after each one that ends its child."""
     lack = missing(request.device)
     left = list(items)
+    ends_at = time.monotonic() + request.total_limit_s
     while left and lack is None:
+        if time.monotonic() > ends_at:
+            lack = OVER
+            break
         with tempfile.TemporaryDirectory(prefix="mambench-ncu-") as folder:
-            ended, lack = Batch(left[:MAX_PER_CHILD], request, Path(folder), begin).run()
+            batch = Batch(left[: request.per_child], request, Path(folder), begin, ends_at)
+            ended, lack = batch.run()
             _keep(Path(folder), request.keep, len(left))
         yield from ended.items()
         left = [item for item in left if item["id"] not in ended]
-        if not ended and lack is None:
+        if not ended and lack is None and time.monotonic() < ends_at:
             lack = "Nsight Compute ended without a word about any case"
     for item in left:
         yield item["id"], Counted(outcome=Outcome.UNAVAILABLE, reason=lack)

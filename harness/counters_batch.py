@@ -4,11 +4,15 @@ Imports no torch. What is counted, and how, say `harness.counters` and `harness.
 """
 
 import contextlib
+import getpass
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +30,8 @@ from mambench.harness.protocol import COMPILE
 from mambench.harness.spec import Device, Outcome
 
 POLL_S = 0.1
+MAX_PER_CHILD = 500  # each names two ranges on the command line
+OVER = "the time for counting was over"
 EXIT_LIMIT_S = 60.0  # ncu prints its table after the child has ended
 
 
@@ -52,6 +58,8 @@ class Request:
     code: Code = field(default_factory=Code)  # what the child imports
     compile_limit_s: float = 300.0
     time_limit_s: float = 60.0  # per case; ncu makes an execution slower than it is
+    per_child: int = MAX_PER_CHILD  # ncu tells what it counted when its child has ended
+    total_limit_s: float = math.inf  # of all cases; what is counted by then is kept
     keep: Path | None = None  # a folder for what ncu and the child wrote, to look into
 
 
@@ -67,9 +75,10 @@ class Batch:
         request: Request,
         folder: Path,
         begin: Callable[[str], None],
+        ends_at: float = math.inf,
     ) -> None:
         self._items, self._request, self._folder = items, request, folder
-        self._begin = begin
+        self._begin, self._ends_at = begin, ends_at
         self._log, self._report = folder / "ncu.log", folder / "report.jsonl"
         self._output = folder / "output.txt"
         self._read_bytes = 0
@@ -119,6 +128,7 @@ class Batch:
         # ncu's lock file would otherwise be another user's in /tmp, and not ours to write.
         environment = code_environment(request.threads, request.code) | {
             "TMPDIR": str(self._folder),
+            "TORCHINDUCTOR_CACHE_DIR": _inductor_cache(),  # in TMPDIR it would always be empty
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else a pool of processes, each under ncu
         }
         with self._output.open("wb") as output:
@@ -149,6 +159,8 @@ class Batch:
     def _late(self) -> str | None:
         if ncu.PERMISSION in self._text():
             return "no permission"
+        if time.monotonic() > self._ends_at and len(self._ended) < len(self._items):
+            return OVER  # else ncu is about to print what it counted
         if self._current is not None:
             return self._watch.exceeded()
         if time.monotonic() < self._deadline:
@@ -225,7 +237,7 @@ class Batch:
             self._end(Outcome.TIMEOUT if late else Outcome.CRASHED, late or died)
         elif not self._ended and late is not None:
             return {}, f"Nsight Compute: {error or late}: {self._tail()}"
-        passes = ncu.passes(text)
+        passes = ncu.passes(text + _read(self._output))
         found: dict[str, Counted] = {}
         for name, told in self._ended.items():
             if told.outcome is not Outcome.OK:
@@ -301,6 +313,18 @@ def by_name(kernels: Sequence[ncu.Kernel]) -> list[dict[str, Any]]:
         }
         for name, group in groups.items()
     ]
+
+
+def _inductor_cache() -> str:
+    """Return where torch's compiler keeps what it compiled, as it chooses by itself."""
+    if chosen := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return chosen
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = str(os.getuid())
+    user = re.sub(r'[\\/:*?"<>|]', "_", user)
+    return os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")
 
 
 def _total(values: Sequence[int | None]) -> int | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 READ, WRITE, TIME = "dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum"
 METRICS = (READ, WRITE, TIME)
 RUN, DRAIN = "run", "drain"  # the two ranges of each case
+PRIME = "prime"  # instead of a case's id: ranges that are counted to be forgotten
 PERMISSION = "ERR_NVGPUCTRPERM"
 PERMISSION_FIX = (
     "on the host: options nvidia NVreg_RestrictProfilingToAdminUsers=0 in /etc/modprobe.d, then "
@@ -67,7 +68,7 @@ def command(ncu: str, log: Path, case_ids: Sequence[str], program: Sequence[str]
     Ranges are named one by one: in a pattern, ncu gives some signs a meaning of its own. A name
     without a slash is that of a start/end range.
     """
-    names = [range_name(case_id, part) for case_id in case_ids for part in (RUN, DRAIN)]
+    names = [range_name(case_id, part) for case_id in (PRIME, *case_ids) for part in (RUN, DRAIN)]
     return [
         ncu,
         *("--clock-control", "none", "--cache-control", "none"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mambench.harness import counters, ncu
+from mambench.harness import counters, counters_batch, ncu
 from mambench.harness.counters import Counted, Request
 from mambench.harness.spec import Case, Device, DeviceKind, DType, Family, Outcome, Pass, Problem
 from mambench.implementations.cost import case_cost
@@ -127,6 +127,23 @@ def test_a_case_that_hangs_is_cut_off(fake):
     assert "time_limit_s = 0.3" in (found[FIRST].reason or "")
 
 
+def test_what_was_counted_when_the_time_is_over_is_kept(fake):
+    fake(faults={SECOND: "hang"})
+    found = count(CASES, replace(REQUEST, total_limit_s=4.0))
+    assert outcomes(found) == [Outcome.OK, Outcome.TIMEOUT, Outcome.UNAVAILABLE]
+    assert found[FIRST].values["dram_read_bytes"] == 3500
+    assert "time for counting was over" in (found[SECOND].reason or "")
+    assert "time for counting was over" in (found[THIRD].reason or "")
+
+
+def test_what_is_compiled_is_found_again_by_the_next_child(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    cache = pytest.importorskip("torch._inductor.runtime.cache_dir_utils")
+    assert counters_batch._inductor_cache() == cache.default_cache_dir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/chosen")
+    assert counters_batch._inductor_cache() == "/chosen"
+
+
 def test_a_case_that_raises_keeps_its_reason(fake):
     fake(faults={FIRST: "raise", SECOND: "raise", THIRD: "raise"})
     found = count(CASES, REQUEST)
@@ -206,14 +223,14 @@ def test_the_command_leaves_clocks_and_caches_alone():
     assert ("--clock-control", "none") in pairs
     assert ("--cache-control", "none") in pairs
     included = [value for option, value in pairs if option == "--nvtx-include"]
-    assert included == ["mambench-abc-run", "mambench-abc-drain"]
+    names = [f"mambench-{name}-{part}" for name in ("prime", "abc") for part in ("run", "drain")]
+    assert included == names
     # A slash would mean the ranges of one thread, and autograd has threads of its own.
     assert not any(sign in name for name in included for sign in "/@,[]*+")
 
 
-def test_more_cases_than_a_command_line_holds_take_several_children(fake, monkeypatch):
-    monkeypatch.setattr(counters, "MAX_PER_CHILD", 2)
-    assert outcomes(count(CASES, REQUEST)) == [Outcome.OK] * 3
+def test_more_cases_than_a_command_line_holds_take_several_children(fake):
+    assert outcomes(count(CASES, replace(REQUEST, per_child=2))) == [Outcome.OK] * 3
 
 
 def test_a_field_may_span_lines_and_messages_may_stand_between_rows():
