@@ -6,7 +6,7 @@ from mambench.harness import ceilings, counters, machine
 from mambench.harness.counters import Request
 from mambench.harness.spec import Case, DType, Family, Outcome, Pass, Problem
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 CASE = Case(
     implementation="selective_scan",

@@ -46,6 +46,7 @@ def product(size: int) -> Callable[[], object]:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.usefixtures("side_stream")
 @pytest.mark.parametrize("size", [2048, 4096])
 def test_graph_replay_and_profiler_agree(size: int) -> None:
@@ -60,6 +61,7 @@ def test_graph_replay_and_profiler_agree(size: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.usefixtures("side_stream")
 def test_a_known_wait_is_measured() -> None:
     import triton
@@ -83,6 +85,7 @@ def test_a_known_wait_is_measured() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.usefixtures("side_stream")
 def test_launch_gaps_show_in_the_call_time_only() -> None:
     small = torch.randn(64, 64, device="cuda")
@@ -144,6 +147,7 @@ def test_backward_is_captured() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.usefixtures("side_stream")
 def test_a_set_that_fits_in_l2_is_slower_when_cold() -> None:
     from mambench.harness import cuda_cold
@@ -159,6 +163,7 @@ def test_a_set_that_fits_in_l2_is_slower_when_cold() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.usefixtures("side_stream")
 def test_what_never_fits_in_l2_is_as_fast_when_cold() -> None:
     from mambench.harness import cuda_cold
@@ -170,6 +175,7 @@ def test_what_never_fits_in_l2_is_as_fast_when_cold() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.usefixtures("side_stream")
 def test_host_time_does_not_hold_the_device_s_time() -> None:
     execute = product(8192)  # a millisecond and more for the GPU, microseconds to launch
@@ -178,15 +184,20 @@ def test_host_time_does_not_hold_the_device_s_time() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.usefixtures("side_stream")
 def test_energy_of_a_load_is_its_power_times_its_time() -> None:
     from mambench.harness import energy, machine, telemetry
     from mambench.harness.cuda_load import Load
+    from mambench.kernels import probes
 
     sensors = telemetry.Telemetry(machine.detect("cuda")).sensors
     if sensors is None or sensors.energy_j() is None:
         pytest.skip("this GPU's energy is not counted")
-    execute = product(4096)
+    # Drawn from the cores' units for exponentials alone: far from the power limit, at which a
+    # load that goes on is slower than the same work timed for a moment.
+    out = probes.chain_out()
+    execute = lambda: probes.chain(out, 20_000)  # noqa: E731 - some milliseconds
     timing, _ = cuda_timing.time_gpu(execute, RULE)
     load = Load(execute, timing.median_s, not_capturable=None)
     meter = energy.Meter(sensors.energy_j, sensors.snapshot)

@@ -474,6 +474,7 @@ def test_a_broken_or_forbidden_cache_stops_nothing(
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_on_a_gpu_every_part_ends_and_nothing_fails() -> None:
     result = selftest.run(machine.detect("cuda"))
     assert result.counts["failed"] == 0, result.text()

@@ -47,6 +47,7 @@ def test_every_exponential_is_taken() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_a_wait_is_as_long_as_its_cycles_and_is_recorded() -> None:
     record = probes.new_record()
     for _ in range(20):
