@@ -13,6 +13,8 @@ informative one is shown. Each block gets provenance, a chart, and the table of 
 With `table=ratios` a block is the table "ours / best peer" instead, of all questions that ours and
 a peer were asked; `metric=TAG` chooses another metric than time_s, `ours=` and `peers=` other
 implementations (names or globs, separated by commas), `pass=` and `dtype=` some of the questions.
+`table=traffic` shows counted beside modelled bytes, `table=repeat other=RUN` how well a second run
+of the same cases agrees, and `table=selftest` the file `selftest.json` in the named folder.
 """
 
 import os
@@ -26,13 +28,14 @@ import mambench
 from mambench.harness import analysis
 from mambench.harness.analysis import Analysis
 from mambench.harness.errors import UsageError, unknown_name
-from mambench.reports import markdown, ratios, rows, summary, svg
+from mambench.reports import markdown, ratios, rows, summary, svg, tables
 from mambench.reports.page import write_atomically
 from mambench.reports.rows import Report, Slice
 
 _BEGIN = re.compile(r"<!-- figures:begin (?P<spec>[^\n]*?) -->")
 _BLOCK = re.compile(_BEGIN.pattern + r".*?<!-- figures:end -->", re.DOTALL)
 _FILTERS: tuple[str, ...] = ("level", "pass", "dtype", "batch", "width")
+_TABLES: tuple[str, ...] = ("ratios", "traffic", "repeat", "selftest")
 _RATIO_WORDS: tuple[str, ...] = ("table", "metric", "ours", "peers", "pass", "dtype")
 
 
@@ -72,12 +75,25 @@ def render(document: Path, published: Path) -> Rendered:
 
 def _body(spec: str, document: Path, published: Path, charts: dict[Path, str]) -> str:
     name, *filters = spec.split()
+    if "table=selftest" in filters:
+        return tables.selftest(published / name / "selftest.json")
     known = sorted(path.parent.name for path in published.glob("*/manifest.json"))
     if name not in known:
         raise UsageError(f"{document}: {unknown_name('published run', name, known)}")
     made = analysis.load([published / name])
-    if any(word.startswith("table=") for word in filters):
-        return _ratios(made, filters, f"{document}, table of {name}")
+    where = f"{document}, table of {name}"
+    table = dict(word.split("=", 1) for word in filters if "=" in word).get("table")
+    if table == "traffic":
+        return "\n\n".join([tables.traffic(made), markdown.provenance(made.sources[0])])
+    if table == "repeat":
+        other = _words(filters, ("table", "other"), where).get("other", "")
+        if other not in known:
+            raise UsageError(f"{where}: {unknown_name('published run', other, known)}")
+        again = analysis.load([published / other])
+        stated = [markdown.provenance(each.sources[0]) for each in (made, again)]
+        return "\n\n".join([tables.repeat(made, again), *stated])
+    if table is not None:
+        return _ratios(made, filters, where)
     report = rows.make(made)
     part = _chosen(report, filters, f"{document}, figures of {name}")
     entry = summary.summarise_slice(part)
@@ -91,7 +107,7 @@ def _body(spec: str, document: Path, published: Path, charts: dict[Path, str]) -
 def _ratios(made: Analysis, words: Sequence[str], where: str) -> str:
     wanted = _words(words, _RATIO_WORDS, where)
     if wanted["table"] != "ratios":
-        raise UsageError(f"{where}: {unknown_name('table', wanted['table'], ['ratios'])}")
+        raise UsageError(f"{where}: {unknown_name('table', wanted['table'], _TABLES)}")
     chosen = ratios.make(
         made,
         ours=wanted["ours"].split(",") if "ours" in wanted else ratios.OURS,

@@ -1,0 +1,107 @@
+"""Tables about the measuring itself show what the records hold, and refuse what is none."""
+
+import json
+import math
+
+import pytest
+
+from mambench.harness.analysis import Analysis, Result, Source
+from mambench.harness.errors import RunFolderError, UsageError
+from mambench.harness.spec import Case, DeviceKind, DType, Family, Outcome, Pass, Problem
+from mambench.reports import readme, tables
+from mambench.reports.units import TIMES
+
+
+def result(name, time_s=1e-3, *, seqlen=1024, outcome=Outcome.OK, **fields):
+    implementation, _, variant = name.partition(":")
+    problem = Problem(family=Family.S6, batch=1, seqlen=seqlen, d_inner=2048, d_state=16, ngroups=1)
+    case = Case(
+        implementation=implementation,
+        variant=variant,
+        problem=problem,
+        pass_=Pass.FORWARD,
+        dtype=DType.BF16,
+    )
+    values = {"source": "a", "run_id": "r", "time_s": time_s} | fields
+    return Result(case=case, outcome=outcome, **values)
+
+
+def analysis(*results):
+    source = Source(key="a", label="a GPU", kind=DeviceKind.CUDA, device_name="a GPU", runs=())
+    return Analysis(sources=(source,), results=results)
+
+
+def test_traffic_is_shown_beside_the_model_and_a_missing_count_says_why():
+    counted = {"dram_bytes": 3.0 * 2**20, "traffic_ratio": 1.5}
+    text = tables.traffic(
+        analysis(
+            result("fused:x", compulsory_bytes=2 * 2**20, values=counted),
+            result("barred:x", compulsory_bytes=2**20, missing={"dram_bytes": "no permission"}),
+            result("unasked:x"),
+        )
+    )
+    assert f"| forward | s6 fused:x | 2.00 MiB | 3.00 MiB | 1.50{TIMES} |" in text
+    assert "no permission" in text
+    assert "unasked" not in text
+
+
+def test_a_run_without_counters_says_so():
+    assert tables.traffic(analysis(result("fused:x"))) == "No case was asked for its traffic."
+
+
+def test_two_runs_agree_as_far_as_their_times_do():
+    first = analysis(*(result("scan:x", 1e-3, seqlen=2**n) for n in range(4)))
+    second = analysis(
+        result("scan:x", 1.00e-3, seqlen=1),
+        result("scan:x", 1.01e-3, seqlen=2),
+        result("scan:x", 0.97e-3, seqlen=4),
+        result("scan:x", None, seqlen=8, outcome=Outcome.OOM),
+    )
+    text = tables.repeat(first, second)
+    mean = math.exp((math.log(1.01) + math.log(0.97)) / 3)
+    assert f"3 cases, each measured in both runs: geometric mean of the ratios {mean:.4f}" in text
+    assert "67% of the cases within 2%; from 0.970 to 1.010." in text
+    assert f"| s6 scan:x | 3 | {mean:.4f} | 0.970 |" in text
+
+
+def test_runs_that_share_nothing_are_refused():
+    with pytest.raises(RunFolderError, match="share no case"):
+        tables.repeat(analysis(result("scan:x")), analysis(result("other:x")))
+
+
+def test_a_selftest_is_shown_check_by_check(tmp_path):
+    check = {
+        "part": "L2",
+        "what": "cold | hot",
+        "expected": "at least 1",
+        "got": None,
+        "verdict": "skipped",
+        "reason": "no GPU",
+    }
+    made = {
+        "counts": {"passed": 0, "failed": 0, "skipped": 1},
+        "checks": [check],
+        "device": {"name": "a CPU"},
+        "ran_at": "2026-01-02T03:04:05",
+        "code": "abc",
+        "wall_s": 1.0,
+    }
+    (tmp_path / "selftest.json").write_text(json.dumps(made))
+    text = tables.selftest(tmp_path / "selftest.json")
+    assert "a CPU, 2026-01-02, code abc: 0 passed, 0 failed, 1 skipped" in text
+    assert r"| skipped | L2 | cold \| hot | at least 1 | no GPU |" in text
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"checks": []}'])
+def test_another_file_is_no_selftest(tmp_path, text):
+    (tmp_path / "selftest.json").write_text(text)
+    with pytest.raises(RunFolderError, match="not the result of a selftest"):
+        tables.selftest(tmp_path / "selftest.json")
+
+
+def test_a_misspelt_table_is_answered_with_the_names_there_are(tmp_path):
+    document = tmp_path / "a.md"
+    document.write_text("<!-- figures:begin h100-quick table=trafic -->\n<!-- figures:end -->\n")
+    published = readme.Path(readme.mambench.__file__).resolve().parents[1] / "published"
+    with pytest.raises(UsageError, match="traffic"):
+        readme.render(document, published)
