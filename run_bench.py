@@ -4,6 +4,7 @@
 Everything heavy is imported inside the command that needs it, so that `--help` answers at once.
 """
 
+import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ if (HERE / "pyproject.toml").is_file():  # a checkout, not an installation
     load_package(Path(sys.path.pop(0)))
 
 from mambench import __version__
-from mambench.harness import cli_check
+from mambench.harness import cli_check, cli_history
 from mambench.harness import cli_options as options
 from mambench.harness.errors import DeviceBusyError, MambenchError, UsageError
 
@@ -305,6 +306,7 @@ def show(case: str, run_dir: Path | None) -> None:
 cli.add_command(cli_check.check)
 cli.add_command(cli_check.compare)
 cli.add_command(cli_check.calibrate)
+cli.add_command(cli_history.make(lambda: importlib.import_module("mambench.reports.history")))
 
 
 @cli.command()

@@ -107,7 +107,7 @@ def judge_stored(asked: dict[str, Any], fail_on: Callable[[str | None], Any]) ->
         raise UsageError("--run judges what is measured already: leave out --base and the like.")
     if asked["budgets"] is None:
         raise UsageError("--run goes with --budgets FILE; two runs are shown by `compare`.")
-    folders = [_head_of(path) for path in asked["runs"]]
+    folders = [head_of(path) for path in asked["runs"]]
     points = budgets.judge_runs(budgets.read(asked["budgets"]), folders)
     accepted = accept.read(asked["accept_file"]) if asked["accept_file"] else ()
     given = asked["fail_on"]
@@ -129,12 +129,12 @@ def with_budgets(report: "CheckReport", folder: Path, file: Path | None) -> "Che
 
     if file is None or report.problem is not None:
         return report
-    points = budgets.judge_runs(budgets.read(file), [_head_of(folder)])
+    points = budgets.judge_runs(budgets.read(file), [head_of(folder)])
     found = report.assessment
     return replace(report, assessment=replace(found, points=(*found.points, *points)))
 
 
-def _head_of(path: Path) -> Path:
+def head_of(path: Path) -> Path:
     """Return the run in a check's folder, or the folder itself."""
     inside = path / "head"
     return inside if (inside / "manifest.json").is_file() else path

@@ -161,6 +161,14 @@ device_option = click.option(
     help="auto (default: the first GPU, else the CPU), cpu, cuda or cuda:INDEX.",
 )
 
+filter_option = click.option(
+    *("--filter", "filters"),
+    multiple=True,
+    metavar="EXPRESSION",
+    help="Keep only cases with e.g. seqlen>=4096, family=ssd, variant=sdpa-*, or this text in "
+    "their label. Repeatable; all must hold.",
+)
+
 question_options = all_of(
     click.option(
         *("-s", "--suite"),
@@ -197,13 +205,7 @@ question_options = all_of(
         metavar="forward|backward|training",
         help="Replace the suite's passes.",
     ),
-    click.option(
-        *("--filter", "filters"),
-        multiple=True,
-        metavar="EXPRESSION",
-        help="Keep only cases with e.g. seqlen>=4096, family=ssd, variant=sdpa-*, or this text in "
-        "their label. Repeatable; all must hold.",
-    ),
+    filter_option,
     plugin_option,
 )
 

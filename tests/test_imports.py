@@ -20,7 +20,8 @@ ALLOWED = {
     "reports": (
         "reports",
         *("harness.spec", "harness.records", "harness.store", "harness.errors"),
-        *("harness.analysis", "harness.curves", "harness.verdict"),
+        *("harness.analysis", "harness.curves", "harness.verdict", "harness.datasheets"),
+        "harness.history",
     ),
     "harness": ("harness", "implementations", "kernels"),
 }
