@@ -1,0 +1,119 @@
+"""Two hundred random SSD problems against the loop in float64, on a GPU."""
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
+
+SIZES = ((64, 128), (40, 24), (128, 16))  # headdim, d_state; each is compiled
+# What is added to dt before softplus, the decay A, and what x is multiplied with.
+STEPS = {"usual": 0.0, "tiny": -20.0, "large": 8.0, "huge": 60.0}
+DECAYS = {"usual": None, "near 0": -1e-7, "strong": -1e3, "zero": 0.0}
+INPUTS = {"usual": 1.0, "zero": 0.0, "huge": 1e4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    shape: dict[str, int]
+    steps: str = "usual"
+    decay: str = "usual"
+    scale: str = "usual"
+
+    @property
+    def tame(self) -> bool:
+        return {self.steps, self.decay, self.scale} == {"usual"}
+
+
+def trials() -> list[Trial]:
+    draw = random.Random(7)
+    found = []
+    for seed in range(200):
+        headdim, d_state = draw.choice(SIZES)
+        ngroups = draw.choice((1, 1, 2, 3))
+        shape = {
+            "batch": draw.randint(1, 3), "seqlen": int(2 ** draw.uniform(0, 8)),
+            "ngroups": ngroups, "nheads": ngroups * draw.randint(1, 3),
+            "headdim": headdim, "d_state": d_state, "seed": seed,
+        }  # fmt: skip
+        kinds = {"steps": STEPS, "decay": DECAYS, "scale": INPUTS} if seed % 2 else {}
+        found.append(
+            Trial(shape=shape, **{name: draw.choice(tuple(of)) for name, of in kinds.items()})
+        )
+    return found
+
+
+def op(name):
+    if name == "triton":
+        from mambench.kernels.ssd.triton_ssd import ssd
+    else:
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("needs compute capability 9.0")
+        from mambench.kernels.ssd.hopper_op import ssd
+    return ssd
+
+
+def inputs_of(cases, trial):
+    """Draw float64 inputs on the GPU whose values bf16 can hold."""
+    drawn = cases.draw(**trial.shape, dtype="bfloat16")
+    drawn["dt_bias"] += STEPS[trial.steps]
+    drawn["x"] = (drawn["x"] * INPUTS[trial.scale]).bfloat16().double()
+    decay = DECAYS[trial.decay]
+    if decay is not None:
+        drawn["A"] = torch.full_like(drawn["A"], decay).float().double()
+    if trial.scale == "zero":
+        drawn["initial_states"].zero_()
+    return {name: value.cuda() for name, value in drawn.items()}
+
+
+def wrong(cases, function, trial):
+    """Return what is off by name: outputs always; gradients if tame, else what is not finite.
+
+    In extreme problems gradients that underflow have no relative error to judge.
+    """
+    exact = inputs_of(cases, trial)
+    case = {"dtype": "bfloat16"}
+    leaves = {name: value.clone().requires_grad_() for name, value in exact.items()}
+    want = cases.evaluate(
+        lambda **given: cases.loop(**given, dt_softplus=True), leaves, case, final=True
+    )
+    got = cases.evaluate(
+        lambda **given: function(
+            **given, chunk_size=64, dt_softplus=True, return_final_states=True
+        ),
+        cases.cast(exact, torch.bfloat16, "cuda"), case, final=True,
+    )  # fmt: skip
+    bound, found = cases.tolerance("bfloat16"), {}
+    for name, value in got.items():
+        error = cases.relative_error(value, want[name].cpu())
+        judged = trial.tame or not name.startswith("grad_")
+        if not (error <= bound if judged else bool(value.isfinite().all())):
+            found[name] = error
+    return found
+
+
+@pytest.mark.parametrize("name", ["triton", "hopper"])
+def test_two_hundred_shapes(cases, name):
+    function, found = op(name), {}
+    drawn = trials()
+    first = [next(t for t in drawn if t.shape["headdim"] == size[0]) for size in SIZES]
+    torch.zeros(1, device="cuda").requires_grad_().sum().backward()
+    with ThreadPoolExecutor(len(first)) as pool:  # compile the sizes side by side
+        list(pool.map(lambda trial: wrong(cases, function, trial), first))
+    for trial in drawn:
+        if error := wrong(cases, function, trial):
+            found[str(trial)] = error
+    assert found == {}
+
+
+def test_a_decay_that_is_a_little_off_is_noticed(cases):
+    def off(*, A, **rest):
+        return op("triton")(A=A * 1.2, **rest)
+
+    tame = [trial for trial in trials() if trial.tame and trial.shape["seqlen"] > 64]
+    assert all(wrong(cases, off, trial) for trial in tame[:3])

@@ -1,0 +1,67 @@
+"""The sanitizer's driver without a GPU: how it classifies, and that its parts are sound."""
+
+import importlib.util
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+_SPEC = importlib.util.spec_from_file_location(
+    "gpu_sanitize", Path(__file__).with_name("gpu_sanitize.py")
+)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+gpu_sanitize = importlib.util.module_from_spec(_SPEC)
+sys.modules["gpu_sanitize"] = gpu_sanitize
+_SPEC.loader.exec_module(gpu_sanitize)
+
+
+@pytest.fixture
+def tool(monkeypatch, tmp_path):
+    """Put a compute-sanitizer on the PATH that ends with a given status."""
+
+    def planted(status: int, says: str = "========= Invalid __global__ write") -> None:
+        script = tmp_path / "compute-sanitizer"
+        script.write_text(f'#!/bin/sh\necho "{says}"\nexit {status}\n')
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    return planted
+
+
+@pytest.mark.parametrize(("exit_status", "status"), [(0, "ok"), (86, "found"), (1, "failed")])
+def test_what_the_tool_says_is_the_result(tool, exit_status, status):
+    tool(exit_status)
+    result = gpu_sanitize.run("state update", "memcheck", 20.0)
+    assert result.status == status
+    assert result.good == (status == "ok")
+    assert "Invalid __global__ write" in result.text
+
+
+def test_findings_are_shown_and_fail(tool, monkeypatch, capsys):
+    tool(86)
+    alone = gpu_sanitize.Result(part="state update", tool=None, status="ok", seconds=1.0, text="")
+    real = gpu_sanitize.run
+    monkeypatch.setattr(gpu_sanitize, "run", lambda p, t, s: real(p, t, s) if t else alone)
+    monkeypatch.setattr(sys, "argv", ["gpu_sanitize.py", "--part", "state update"])
+    assert gpu_sanitize.main() == 1
+    printed = capsys.readouterr().out
+    assert printed.count("Invalid __global__ write") == len(gpu_sanitize.TOOLS)
+    assert "found    racecheck" in printed
+
+
+def test_without_the_tool_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_sanitize.shutil, "which", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["gpu_sanitize.py"])
+    assert gpu_sanitize.main() == 2
+    assert "CUDA toolkit" in capsys.readouterr().out
+
+
+def test_the_problems_are_ones_that_the_operations_take(monkeypatch):
+    """On the CPU's implementations of the same interfaces."""
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    gpu_sanitize.s6("kernels.scan_torch", 4)
+    gpu_sanitize.ssd("kernels.ssd.torch_ssd.ssd", 8, 16)
