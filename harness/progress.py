@@ -42,7 +42,8 @@ class Eta:
     """Seconds left: estimates of what is left, times how wrong the estimates have been so far.
 
     The first case of a kind loads and compiles what the others of its kind find ready. What it
-    took beyond its share is expected once of every kind still to come, and multiplies nothing.
+    took beyond its share is expected once of every kind still to come, and multiplies nothing. What
+    passes before the first case begins (imports, compiling ahead) is no case's.
     """
 
     def __init__(
@@ -55,8 +56,14 @@ class Eta:
         self._kinds = {case_id: (kinds or {}).get(case_id) for case_id in estimates_s}
         self._clock = clock
         self._last = clock()
+        self._begun = False
         self._warm = _Spent()
         self._first: dict[Hashable, _Spent] = {}
+
+    def begin(self) -> None:
+        """Count from now if no case has begun yet."""
+        if not self._begun:
+            self._begun, self._last = True, self._clock()
 
     def end(self, case_id: str) -> None:
         """Count a case as finished; unknown ones count nothing."""
@@ -171,6 +178,10 @@ class PlainProgress(QuietProgress):
         self._total = n_left
         self._print(plan_line(n_total, n_left, self._eta.remaining_s()))
 
+    def on_case_start(self, case: Case) -> None:
+        """Count the time."""
+        self._eta.begin()
+
     def on_case_end(self, case: Case, observations: Sequence[Observation]) -> None:
         """Print how the case ended and what is left."""
         self._done += 1
@@ -219,6 +230,7 @@ class BarProgress(QuietProgress):
 
     def on_case_start(self, case: Case) -> None:
         """Name the case."""
+        self._eta.begin()
         self._update(description=case.label)
 
     def on_phase(self, case: Case, phase: str) -> None:

@@ -56,6 +56,23 @@ CASES = [case(2**n) for n in range(4)]
 ESTIMATES = {each.case_id: 10.0 for each in CASES}
 
 
+def test_what_passes_before_the_first_case_is_no_case_s():
+    clock = Clock()
+    eta = Eta(ESTIMATES, {each.case_id: each.case_id for each in CASES}, clock=clock)
+    progress = PlainProgress(eta, io.StringIO())
+    progress.on_plan(4, 4)
+    clock.now += 50  # imports, and compiling ahead
+    progress.on_case_start(CASES[0])
+    clock.now += 10
+    progress.on_case_end(CASES[0], [observation(CASES[0])])
+    assert eta.remaining_s() == pytest.approx(30)
+    clock.now += 20  # what passes between cases is theirs
+    progress.on_case_start(CASES[1])
+    clock.now += 10
+    progress.on_case_end(CASES[1], [observation(CASES[1])])
+    assert eta.remaining_s() > 30
+
+
 def test_the_eta_starts_from_the_estimates_and_follows_what_is_measured():
     clock = Clock()
     eta = Eta(ESTIMATES, clock=clock)
