@@ -161,8 +161,16 @@ def test_long_sequences_agree_with_the_torch_variant_on_the_gpu(cases):
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_32_bits_are_right_on_the_gpu(cases):
-    seqlen, nheads = 1 << 18, 129  # seqlen * nheads * headdim > 2^31
+@pytest.mark.parametrize("variant", ["triton", "hopper"])
+def test_a_million_tokens_beyond_32_bit_offsets_are_right_on_the_gpu(cases, variant):
+    op = gpu_op()
+    if variant == "hopper":
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("needs compute capability 9.0")
+        from mambench.kernels.ssd.hopper_op import ssd as op
+    seqlen, nheads = 1 << 20, 33  # seqlen * nheads * headdim > 2^31
+    if torch.cuda.mem_get_info()[0] < 20e9:
+        pytest.skip("needs 20 GB of GPU memory")
     inputs = long_inputs(cases, 256, nheads=1, headdim=64, d_state=16, gated=False, D=0, bias=False)
     tail = {name: inputs[name].detach() for name in ("x", "dt", "B", "C")}
     x = torch.zeros(1, seqlen, nheads, 64, dtype=torch.bfloat16, device="cuda")
@@ -173,8 +181,8 @@ def test_offsets_beyond_32_bits_are_right_on_the_gpu(cases):
     B[:, -256:], C[:, -256:] = tail["B"], tail["C"]
     A = inputs["A"].detach()
     with torch.no_grad():
-        want = gpu_op()(**tail, A=A, chunk_size=64, dt_softplus=True)
-        got = gpu_op()(x, dt, A.expand(nheads), B, C, 64, dt_softplus=True)
+        want = op(**tail, A=A, chunk_size=64, dt_softplus=True)
+        got = op(x, dt, A.expand(nheads), B, C, 64, dt_softplus=True)
     assert torch.equal(got[:, -256:, -1:], want)
     assert not got[:, :-256].any()
 
