@@ -201,7 +201,7 @@ def make_plan(
         plugins=plugins,
         notes=(*notes, *_missing_notes(chosen, device)),
         start_s=sum(
-            profiler.start_s
+            profiler.start_estimate_s(device, settings)
             for profiler in chosen.values()
             if isinstance(profiler, BatchProfiler) and profiler.missing(device) is None
         ),

@@ -114,6 +114,10 @@ class BatchProfiler(Profiler):
 
     start_s: ClassVar[float] = 0.0  # estimate of what is paid once, however many cases there are
 
+    def start_estimate_s(self, device: Device, settings: Settings) -> float:
+        """Estimate what is paid once on a device; `start_s` unless overridden."""
+        return self.start_s
+
     @abstractmethod
     def measure_batch(self, batch: "Batch") -> Iterator[tuple[Case, Measured | Failed]]:
         """Yield what was found, case by case, as soon as it is known.

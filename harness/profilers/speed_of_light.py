@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-from mambench.harness import ceilings
+from mambench.harness import ceilings, limits
 from mambench.harness.ceilings import Ceilings
 from mambench.harness.errors import MeasurementError
 from mambench.harness.profilers.base import Batch, BatchProfiler, Failed, Measured, Work
-from mambench.harness.spec import Case, metrics_of
+from mambench.harness.spec import Case, Device, Settings, metrics_of
 
 
 class SpeedOfLight(BatchProfiler):
@@ -16,6 +16,11 @@ class SpeedOfLight(BatchProfiler):
     summary = "share of this machine's measured ceiling that binds: copy, matrix, vector or exp"
     metrics = metrics_of("sol")
     start_s = ceilings.CALIBRATION_S  # where the machine is not calibrated yet
+
+    def start_estimate_s(self, device: Device, settings: Settings) -> float:
+        """Return the seconds of calibrating, none if the machine is calibrated."""
+        kept = ceilings.load(device, limits.thread_count(settings))
+        return self.start_s if kept is None else 0.0
 
     def estimate_s(self, work: Work) -> float:
         """Return nothing: it is arithmetic."""
