@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -71,6 +72,7 @@ class Run:
     code: Mapping[str, Any]
     device: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    ceilings: Mapping[str, Any] = field(default_factory=dict[str, Any])  # measured, by name
 
     @property
     def code_version(self) -> str:
@@ -224,6 +226,7 @@ def make_run(
         code=code,
         device=device,
         notes=(*(str(note) for note in manifest.get("notes") or ()), *notes),
+        ceilings=_mapping(_mapping(manifest.get("ceilings")).get("ceilings")),
     )
 
 
@@ -535,6 +538,7 @@ def _unmeasured(
     return results
 
 
+@cache
 def _ranks(n: int, level: float) -> tuple[int, float]:
     """Index of the lower order statistic, and what it and its mirror image cover."""
     best = (0, 1 - 2 * 0.5**n)

@@ -16,6 +16,7 @@ from mambench.reports.rows import Report, Row, Series, Slice
 from mambench.reports.style import Style, marker, styles
 
 Figure = dict[str, Any]
+Looks = Mapping[str, Style]
 STRIP = 0.055  # share of a chart's height that each line of outcomes takes
 _HIDDEN_IN_STRIP = {Outcome.OK, Outcome.UNAVAILABLE}  # the second only in the table
 
@@ -28,6 +29,7 @@ class Chart:
     title: str
     metric: str
     axis: str
+    note: str
     format: Callable[[float | None], str]
     binary: bool = False
     interval: tuple[str, str] | None = None
@@ -37,12 +39,25 @@ def _tokens(value: float | None) -> str:
     return units.si(value, "tok/s")
 
 
+def _per_joule(value: float | None) -> str:
+    return units.si(value, "tok/J")
+
+
+def _joules(value: float | None) -> str:
+    return units.si(value, "J")
+
+
+def _percent(value: float | None) -> str:
+    return units.MISSING if value is None else f"{units.digits(100 * value)} %"
+
+
 CHARTS = (
     Chart(
         name="time",
         title="Time",
         metric="time_s",
         axis="time per pass",
+        note="median per pass",
         format=units.seconds,
         interval=("time_low_s", "time_high_s"),
     ),
@@ -51,15 +66,65 @@ CHARTS = (
         title="Throughput",
         metric="tokens_per_s",
         axis="tokens per second",
+        note="tokens per second",
         format=_tokens,
+    ),
+    Chart(
+        name="per_token",
+        title="Time per token",
+        metric="time_per_token_s",
+        axis="time per token",
+        note="flat where time grows in proportion to L",
+        format=units.seconds,
     ),
     Chart(
         name="memory",
         title="Peak memory",
         metric="peak_memory_bytes",
         axis="peak memory",
+        note="inputs and outputs included",
         format=units.memory,
         binary=True,
+    ),
+    Chart(
+        name="traffic",
+        title="HBM traffic over compulsory",
+        metric="traffic_ratio",
+        axis="bytes measured / compulsory",
+        note="1 if nothing moves twice; by hardware counters",
+        format=units.ratio,
+    ),
+    Chart(
+        name="ceiling",
+        title="Share of the binding ceiling",
+        metric="sol_frac",
+        axis="share of the ceiling",
+        note="modelled work at this machine's measured limits over the time",
+        format=_percent,
+    ),
+    Chart(
+        name="launch",
+        title="Cost of launching",
+        metric="call_ratio",
+        axis="time of an eager call / GPU time",
+        note="an eager call over the GPU's time; near 1 launching costs nothing",
+        format=units.ratio,
+    ),
+    Chart(
+        name="energy",
+        title="Energy",
+        metric="energy_j",
+        axis="energy per pass",
+        note="per pass, idle power included",
+        format=_joules,
+    ),
+    Chart(
+        name="per_joule",
+        title="Tokens per joule",
+        metric="tokens_per_j",
+        axis="tokens per joule",
+        note="tokens per joule",
+        format=_per_joule,
     ),
 )
 SEQLEN_AXIS = "sequence length L (1K = 1,024 tokens)"
@@ -120,6 +185,12 @@ def resolve(figure: Figure, rows: Sequence[Row]) -> Figure:
     }
 
 
+def log_axis(title: str, values: Sequence[float], text: Callable[[Any], str]) -> Figure:
+    """Return a logarithmic axis over sorted values with round ticks."""
+    ticks = decades(values[0], values[-1]) if values else []
+    return _log_axis(title, values, ticks, text)
+
+
 def powers_of_two(values: Sequence[int], most: int = 9) -> list[int]:
     """Return at most `most` powers of two that span the values, evenly apart."""
     if not values:
@@ -145,7 +216,7 @@ def _rows_over_length(series: Series, d_state: int | None) -> tuple[Row, ...]:
 
 
 def _shown(row: Row, chart: Chart) -> bool:
-    return row.outcome is Outcome.OK and (getattr(row, chart.metric) or 0) > 0
+    return row.outcome is Outcome.OK and (row.value(chart.metric) or 0) > 0
 
 
 def _line(
@@ -240,7 +311,7 @@ def _layout(x: Figure, y: Figure, *, strips: int) -> Figure:
 
 
 def _value_axis(chart: Chart, rows: Sequence[Row]) -> Figure:
-    values = sorted(float(getattr(row, chart.metric)) for row in rows)
+    values = sorted(float(row.value(chart.metric) or 0) for row in rows)
     if not values:
         return {"type": "log", "title": {"text": chart.axis}}
     if chart.binary:
@@ -275,7 +346,7 @@ def _resolve_trace(trace: Figure, rows: Sequence[Row]) -> Figure:
     resolved = {key: value for key, value in trace.items() if key not in ("rows", "interval")}
     for axis in ("x", "y"):
         if isinstance(trace[axis], dict):
-            resolved[axis] = [getattr(row, trace[axis]["column"]) for row in chosen]
+            resolved[axis] = [_column(row, trace[axis]["column"]) for row in chosen]
     resolved["customdata"] = list(trace["rows"])
     if "interval" in trace:
         low, high = trace["interval"]
@@ -286,6 +357,12 @@ def _resolve_trace(trace: Figure, rows: Sequence[Row]) -> Figure:
             "arrayminus": [_less(row.time_s, getattr(row, low)) for row in chosen],
         }
     return resolved
+
+
+def _column(row: Row, name: str) -> float | None:
+    if name in ("seqlen", "d_state"):
+        return getattr(row, name)
+    return row.value(name)
 
 
 def _less(upper: float | None, lower: float | None) -> float:

@@ -6,13 +6,16 @@ the page's own scripts keeps anything else from running or being fetched.
 """
 
 import base64
+import gc
 import gzip
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ import jinja2
 from mambench.harness import analysis
 from mambench.harness.analysis import flatten
 from mambench.harness.spec import METRICS
-from mambench.reports import figures, rows, summary, units
+from mambench.reports import figures, machines, roofline, rows, summary, units, verdicts
 from mambench.reports.rows import Report, Row, Slice
 from mambench.reports.style import Style, styles
 
@@ -31,7 +34,7 @@ PLOTLY = "plotly-cartesian-4.1.1.min.js.gz"
 # Digits of embedded numbers: finer than any measurement, and half the size.
 SIGNIFICANT = 7
 SIGNIFICANT_BOUNDS = 5
-SIGNIFICANT_QUANTILES = 4
+SHARED = 300  # cases in the static table of several machines
 # The script makes these from time and what it is divided by.
 DERIVED = ("tokens_per_s", "model_flop_per_s", "modelled_bytes_per_s")
 
@@ -41,9 +44,22 @@ def build(run_folders: Sequence[Path], output: Path) -> Path:
 
     Raises RunFolderError where a folder is not a sound run; a half-written file is never left.
     """
-    html = render(rows.make(analysis.load(run_folders)))
+    with _uncollected():
+        html = render(rows.make(analysis.load(run_folders)))
     write_atomically(output, html)
     return output
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Hold the cyclic garbage collector: half the time goes to it, and nothing here is cyclic."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -70,6 +86,10 @@ def render(report: Report) -> str:
             report=report,
             summaries=summaries,
             failures=summary.failures(report),
+            crossed=summary.CROSSED,
+            shared=machines.shared(report),
+            shared_most=SHARED,
+            verdicts=verdicts.load(report.analysis.runs),
             environment=rows.environment(report.analysis.runs),
             metrics=METRICS,
             looks=looks,
@@ -99,8 +119,35 @@ def payload(report: Report) -> dict[str, Any]:
             run.run_id: {"suite": run.suite, "started": run.created_at, "commit": run.code_version}
             for run in report.analysis.runs
         },
-        "charts": [[chart.name, chart.title, chart.metric] for chart in figures.CHARTS],
+        "charts": [
+            [chart.name, chart.title, chart.metric, chart.note, chart.interval]
+            for chart in figures.CHARTS
+        ],
+        "derived": rows.DERIVED,
+        "machines": {
+            dtype: [vars(machine) for machine in machines.describe(report, dtype)]
+            for dtype in sorted({part.key.dtype for part in report.slices})
+        },
+        "extras": _extras(report.rows),
     }
+
+
+def _extras(found: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Return what only some cases have, by row: kernels, configurations, traces of power."""
+    return {str(row.index): extra for row in found if row.ok and (extra := extras(row))}
+
+
+def extras(row: Row) -> dict[str, Any]:
+    """Return a case's kernels by time and by traffic, Triton's configurations and power trace."""
+    observed = row.result.found
+    made = {
+        "kernels": observed.get("launches", {}).get("kernels"),
+        "triton": observed.get("launches", {}).get("triton_kernels"),
+        "moved": observed.get("traffic", {}).get("kernels"),
+        "trace": observed.get("energy", {}).get("trace"),
+        "ceiling": observed.get("sol", {}).get("ceiling"),
+    }
+    return {name: value for name, value in made.items() if value}
 
 
 def columns(found: Sequence[Row]) -> dict[str, list[Any]]:
@@ -115,21 +162,17 @@ def columns(found: Sequence[Row]) -> dict[str, list[Any]]:
         digits = SIGNIFICANT_BOUNDS if key in ("time_low_s", "time_high_s") else SIGNIFICANT
         if key not in DERIVED:
             table[key] = [_number(record[key], digits) for record in records]
-    table["coverage"] = table.pop("interval_coverage", [])
-    table["quantiles_s"] = [
-        None
-        if (q := row.result.quantiles_s) is None
-        else [_number(value, SIGNIFICANT_QUANTILES) for value in q]
-        for row in found
-    ]
-    table["missing"] = [dict(row.result.missing) if row.ok else {} for row in found]
+    table = {name: values for name, values in table.items() if any(v is not None for v in values)}
+    table["coverage"] = table.pop("interval_coverage", [None] * len(found))
+    table["quantiles_s"] = [_beside_median(row.result.quantiles_s) for row in found]
+    table["missing"] = [_missing(row) for row in found]
     table["flags"] = [list(row.result.flags) for row in found]
     table["telemetry"] = [_telemetry(row) for row in found]
     return table
 
 
 def _slice(report: Report, part: Slice, looks: Mapping[str, Style]) -> dict[str, Any]:
-    lengths, states = part.state_lengths, part.states
+    lengths, states = tuple(reversed(part.state_lengths)), part.states
     # With one d_state per family there is nothing to choose.
     usual = {series.usual_state for series in part.series if not series.is_attention}
     choices: list[int | None] = [None, *(states if len(set(states) - usual) else ())]
@@ -141,7 +184,7 @@ def _slice(report: Report, part: Slice, looks: Mapping[str, Style]) -> dict[str,
         "pass": part.key.pass_,
         "dtype": part.key.dtype,
         "size": part.size_label,
-        "rows": [row.index for row in part.rows],
+        "rows": packed([row.index for row in part.rows]),
         "legend": [
             {
                 "label": series.label,
@@ -151,19 +194,74 @@ def _slice(report: Report, part: Slice, looks: Mapping[str, Style]) -> dict[str,
             }
             for series in part.series
         ],
-        "over_length": [
-            {
-                "d_state": state,
-                "charts": {
-                    c.name: figures.over_length(report, part, c, state) for c in figures.CHARTS
-                },
+        "over_length": [_over_length(report, part, state) for state in choices],
+        "roofline": (drawn := roofline.figure(report, part)) and _packed_rows(drawn),
+        "over_state": _over_state(report, part, lengths),
+    }
+
+
+def _beside_median(quantiles: Sequence[float] | None) -> list[float] | None:
+    """Return the median, and each quantile's distance from it in ten-thousandths: half the size."""
+    if quantiles is None or not (middle := quantiles[len(quantiles) // 2]):
+        return None
+    return [_number(middle), *(round((value / middle - 1) * 1e4) for value in quantiles)]
+
+
+def packed(rows: Sequence[int]) -> list[int]:
+    """Return row numbers that follow each other as their first and minus their count."""
+    if len(rows) > 2 and list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return [rows[0], -len(rows)]
+    return list(rows)
+
+
+def _packed_rows(figure: figures.Figure) -> figures.Figure:
+    data = [trace | {"rows": packed(trace["rows"])} for trace in figure["data"]]
+    return figure | {"data": data}
+
+
+def _missing(row: Row) -> dict[str, str]:
+    """Return why values are missing that were asked for."""
+    missing = row.result.missing.items() if row.ok else ()
+    return {tag: why for tag, why in missing if why != "not measured"}
+
+
+def _over_state(report: Report, part: Slice, lengths: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the charts over d_state; what their traces share is in the first that has it."""
+    shared: dict[str, int] = {}
+    styles_of: list[figures.Figure] = []
+    found: list[dict[str, Any]] = []
+    for length in lengths:
+        figure = figures.over_state(report, part, length)
+        data: list[list[Any]] = []
+        for trace in figure["data"]:
+            own = {key: trace[key] for key in ("rows", "x", "y", "text") if key in trace}
+            look = {key: value for key, value in trace.items() if key not in own}
+            place = shared.setdefault(json.dumps(look), len(styles_of))
+            if place == len(styles_of):
+                styles_of.append(look)
+            own = {k: v for k, v in own.items() if not isinstance(v, dict)} | {
+                k: v["column"] for k, v in own.items() if isinstance(v, dict)
             }
-            for state in choices
-        ],
-        "over_state": [
-            {"seqlen": length, "figure": figures.over_state(report, part, length)}
-            for length in reversed(lengths)
-        ],
+            data.append([place, own | {"rows": packed(own["rows"])}])
+        found.append({"seqlen": length, "data": data, "layout": figure["layout"]})
+    return found and [{"looks": styles_of, "lengths": found}]
+
+
+# Draws every row that ended ok: what the charts over length have in common.
+_ANY = replace(figures.CHARTS[0], metric="tokens", interval=None)
+
+
+def _over_length(report: Report, part: Slice, state: int | None) -> dict[str, Any]:
+    """Return the curves once, and of each chart that has a point its layout."""
+    made = {c.name: figures.over_length(report, part, c, state) for c in figures.CHARTS}
+    return {
+        "d_state": state,
+        "data": _packed_rows(figures.over_length(report, part, _ANY, state))["data"],
+        "layouts": {
+            name: figure["layout"]
+            for name, figure in made.items()
+            if any(not trace["meta"].get("failure") for trace in figure["data"])
+        },
     }
 
 

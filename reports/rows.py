@@ -10,13 +10,25 @@ from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 from mambench.harness.analysis import Analysis, Result, Run, Source, flatten
-from mambench.harness.spec import Family, Level, Outcome, Pass
+from mambench.harness.spec import METRICS, Family, Level, Outcome, Pass
 from mambench.reports import units
 
 _ORDER = {
     **{p.value: i for i, p in enumerate(Pass)},
     **{level.value: i for i, level in enumerate(Level)},
 }
+
+
+# Quotients of metrics that charts show: numerator and denominator.
+DERIVED: Mapping[str, tuple[str, str]] = {
+    "time_per_token_s": ("time_s", "tokens"),
+    "call_ratio": ("call_time_s", "time_s"),
+    "flop_rate": ("model_flop", "time_s"),
+    "byte_rate": ("compulsory_bytes", "time_s"),
+    "intensity_measured": ("model_flop", "dram_bytes"),
+    "intensity_modelled": ("model_flop", "compulsory_bytes"),
+}
+_MODELLED = frozenset(metric.tag for metric in METRICS if metric.modelled)
 
 
 class SliceKey(NamedTuple):
@@ -72,6 +84,17 @@ class Row:
     def ok(self) -> bool:
         """Whether it has a time that counts."""
         return self.outcome is Outcome.OK and self.time_s is not None
+
+    def value(self, tag: str) -> float | None:
+        """Return a metric or one of `DERIVED` by its tag, None where it is missing."""
+        if tag in DERIVED:
+            above, below = (self.value(name) for name in DERIVED[tag])
+            return above / below if above is not None and below else None
+        if tag == "tokens":
+            return float(self.result.case.tokens)
+        if self.outcome is not Outcome.OK and tag not in _MODELLED:
+            return None
+        return self.result.value(tag)
 
     def at(self, seqlen: int) -> "Row":
         """Return this row at a length: what holds whatever the length holds there too."""

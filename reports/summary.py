@@ -3,7 +3,7 @@
 Every sentence is computed; nothing here knows which implementation ought to win.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -12,6 +12,12 @@ from mambench.harness.curves import Crossover, CrossoverKind, Exponent, Speedup
 from mambench.harness.spec import Level, Outcome
 from mambench.reports import units
 from mambench.reports.rows import Report, Row, Series, Slice
+
+CROSSED: Mapping[str, str] = {
+    "peak_memory_bytes": "peak memory",
+    "energy_j": "energy",
+    "dram_bytes": "HBM traffic",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,7 @@ class SeriesSummary:
     speedup: Speedup | None  # over attention at `speedup_at`
     speedup_at: int | None
     memory_ratio: float | None  # attention's peak memory over this one's, at `speedup_at`
+    others: Mapping[str, Crossover]  # over attention in further metrics, those that were recorded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,14 +115,14 @@ def failures(report: Report) -> tuple[Failure, ...]:
     return tuple(found)
 
 
-def crossing_text(found: Crossover | None) -> str:
-    """Return a crossover for a table's cell."""
+def crossing_text(found: Crossover | None, ahead: str = "faster") -> str:
+    """Return a crossover for a table's cell; `ahead` says what it means to have less."""
     if found is None:
         return units.MISSING
     if found.kind is CrossoverKind.AT and found.seqlen:
         return _length(found.seqlen)
     return {
-        CrossoverKind.CHALLENGER_FASTER: "none: faster throughout",
+        CrossoverKind.CHALLENGER_FASTER: f"none: {ahead} throughout",
         CrossoverKind.INCUMBENT_FASTER: "none in range",
         CrossoverKind.NO_OVERLAP: "too few lengths in common",
         CrossoverKind.SEVERAL: "crosses at "
@@ -128,7 +135,8 @@ def crossing_note(found: Crossover | None) -> str:
     if found is None or found.range is None:
         return ""
     if found.kind is CrossoverKind.AT:
-        return _interval_text(found).strip().strip("()")
+        said = _interval_text(found).strip().strip("()")
+        return said or (f"between {_both(*found.bracket)}" if found.bracket else "")
     return f"L = {_span(*found.range)}"
 
 
@@ -208,7 +216,19 @@ def _series(series: Series, reference: Series | None) -> SeriesSummary:
         speedup=ratio,
         speedup_at=at,
         memory_ratio=memory,
+        others={} if reference is None or series.is_attention else _others(rows, reference),
     )
+
+
+def _others(rows: Sequence[Row], reference: Series) -> dict[str, Crossover]:
+    """Crossovers in what has one value per case, hence no interval but the lengths around."""
+    theirs = [row.result for row in reference.at_state(None) if row.ok]
+    found: dict[str, Crossover] = {}
+    for tag in CROSSED:
+        ours = curves.curve([row.result for row in rows if row.ok], tag)
+        if len(ours) > 1 and len(other := curves.curve(theirs, tag)) > 1:
+            found[tag] = curves.crossover(ours, other)
+    return found
 
 
 def _memory_ratio(theirs: Row, ours: Row) -> float | None:
@@ -256,7 +276,18 @@ def _crossing(series: Sequence[SeriesSummary], reference: Series | None) -> tupl
     best = max(rivals, key=lambda s: (s.speedup_at or 0, s.speedup.ratio if s.speedup else 0))
     found = best.crossover
     assert found is not None
-    return _verdict(best, found, reference.label), f"{_found_by(found)}{_advantage(best)}".strip()
+    said = f"{_found_by(found)}{_advantage(best)}{_further(best)}".strip()
+    return _verdict(best, found, reference.label), said
+
+
+def _further(best: SeriesSummary) -> str:
+    """Say where the same one needs less of what else was measured."""
+    parts = [
+        f"{CROSSED[tag]}: {crossing_text(found, 'less')}"
+        + (f" ({note})" if (note := crossing_note(found)) else "")
+        for tag, found in best.others.items()
+    ]
+    return f" Crossover in {'; in '.join(parts)}." if parts else ""
 
 
 def _verdict(best: SeriesSummary, found: Crossover, attention: str) -> str:

@@ -41,19 +41,42 @@
   if (typeof DecompressionStream === "undefined") return;
   const data = JSON.parse(await unpack("data"));
   const columns = data.columns, slices = data.slices;
+  // Runs of row numbers travel as [first, count], and quantiles as ten-thousandths beside the median.
+  const range = (rows) => (rows.length === 2 && rows[1] < 0 ? Array.from({ length: -rows[1] }, (_, i) => rows[0] + i) : rows);
+  for (const slice of slices) {
+    slice.rows = range(slice.rows);
+    const [shared] = slice.over_state;
+    slice.over_state = (shared?.lengths || []).map(({ seqlen, data: traces, layout }) => ({ seqlen, figure: { layout, data: traces.map(([place, own]) => {
+      const trace = { ...shared.looks[place], ...own };
+      for (const axis of ["x", "y"]) if (typeof own[axis] === "string") trace[axis] = { column: own[axis] };
+      return trace;
+    }) } }));
+    const figures = [...slice.over_length, ...slice.over_state.map((entry) => entry.figure), slice.roofline];
+    for (const figure of figures) for (const trace of figure?.data || []) trace.rows = range(trace.rows);
+  }
+  if (columns.quantiles_s) {
+    columns.quantiles_s = columns.quantiles_s.map((q) => q && q.slice(1).map((share) => Number((q[0] * (1 + share / 1e4)).toPrecision(5))));
+  }
   const over = (numerator) => columns.time_s.map((time, row) => (time === null || numerator(row) === null ? null : numerator(row) / time));
   if (columns.time_s) {
-    columns.tokens_per_s = over((row) => columns.batch[row] * (columns.pass[row] === "decode" ? 1 : columns.seqlen[row]));
-    columns.model_flop_per_s = over((row) => columns.model_flop[row]);
-    columns.modelled_bytes_per_s = over((row) => columns.compulsory_bytes[row]);
+    const tokens = (row) => columns.batch[row] * (columns.pass[row] === "decode" || columns.seqlen[row] === null ? 1 : columns.seqlen[row]);
+    columns.tokens_per_s = over(tokens);
+    columns.model_flop_per_s = over((row) => columns.model_flop?.[row] ?? null);
+    columns.modelled_bytes_per_s = over((row) => columns.compulsory_bytes?.[row] ?? null);
+    const term = (name, row) => (name === "tokens" ? tokens(row) : columns[name]?.[row] ?? null);
+    data.ratios = {};
+    for (const [name, [above, below]] of Object.entries(data.derived)) {
+      data.ratios[name] = columns.time_s.map((_, row) => (term(above, row) === null || !term(below, row) ? null : term(above, row) / term(below, row)));
+    }
   }
-  const value = (name, row) => columns[name][row];
+  // Columns without any value are not embedded.
+  const value = (name, row) => { const found = columns[name]?.[row]; return found === undefined ? null : found; };
   const total = columns.case_id ? columns.case_id.length : 0;
   if (!slices.length) return;
 
   // State, kept in the address.
   const DIMENSIONS = [["device", "Device"], ["level", "Level"], ["pass", "Pass"], ["dtype", "Data type"], ["size", "Size"]];
-  const state = { slice: slices[0], d_state: null, seqlen: null, hidden: new Set() };
+  const state = { slice: slices[0], d_state: null, seqlen: null, hidden: new Set(), baseline: null, other: null, norm: "", kernelsAt: null };
   const readAddress = () => {
     const asked = new URLSearchParams(location.hash.slice(1));
     if (!location.hash.includes("=")) return;
@@ -61,11 +84,17 @@
     state.slice = nearest(Object.fromEntries(DIMENSIONS.map(([name]) => [name, asked.get(name)])), null);
     state.d_state = asked.get("d_state") ? Number(asked.get("d_state")) : null;
     state.seqlen = asked.get("seqlen") ? Number(asked.get("seqlen")) : null;
+    for (const name of ["baseline", "other", "norm"]) state[name] = asked.get(name);
+    state.kernelsAt = asked.get("kernels") ? Number(asked.get("kernels")) : null;
   };
   const writeAddress = () => {
     const kept = new URLSearchParams(DIMENSIONS.map(([name]) => [name, state.slice[name]]));
     if (state.d_state !== null) kept.set("d_state", state.d_state);
     if (state.seqlen !== null) kept.set("seqlen", state.seqlen);
+    if (state.baseline && state.baseline !== state.slice.legend[0].label) kept.set("baseline", state.baseline);
+    if (state.other) kept.set("other", state.other);
+    if (state.norm) kept.set("norm", state.norm);
+    if (state.kernelsAt) kept.set("kernels", state.kernelsAt);
     state.hidden.forEach((name) => kept.append("hide", name));
     history.replaceState(null, "", `#${kept}`);
   };
@@ -106,13 +135,30 @@
     }
     return lines.join("<br>");
   };
+  const drawnValue = (name, row) => (data.ratios[name] ? data.ratios[name][row] : value(name, row));
+  // One chart over length: the curves that all charts share, with its own metric and layout.
+  const overLength = (entry, [name, , metric, , bounds]) => {
+    if (!entry.layouts[name]) return null;
+    const traces = entry.data.map((trace) => {
+      if (trace.meta.failure) return trace;
+      const kept = trace.rows.map((row, i) => [row, i]).filter(([row]) => drawnValue(metric, row) > 0);
+      const made = { ...trace, y: { column: metric }, rows: kept.map(([row]) => row) };
+      if (Array.isArray(trace.x)) made.x = kept.map(([, i]) => trace.x[i]);
+      if (bounds) made.interval = bounds;
+      return made;
+    });
+    return { data: traces.filter((trace) => trace.rows.length), layout: entry.layouts[name] };
+  };
   const resolve = (trace, width) => {
+    if (trace.meta.roof) {
+      return { ...trace, hoverinfo: "name", line: { ...trace.line, color: css("soft") }, hoverlabel: { namelength: -1 } };
+    }
     const look = data.looks[trace.meta.implementation], tint = colour(trace.meta.implementation);
     const made = { ...trace, customdata: trace.rows, hoverinfo: "text", marker: { ...trace.marker }, visible: !state.hidden.has(trace.meta.series) };
     for (const axis of ["x", "y"]) {
-      if (trace[axis].column) made[axis] = trace.rows.map((row) => value(trace[axis].column, row));
+      if (trace[axis].column) made[axis] = trace.rows.map((row) => drawnValue(trace[axis].column, row));
     }
-    made.hovertext = trace.rows.map((row) => hover(row, trace.meta.reference));
+    made.hovertext = trace.hovertext || trace.rows.map((row) => hover(row, trace.meta.reference));
     made.hoverlabel = { align: "left", bgcolor: css("page"), bordercolor: tint, font: { color: css("ink") } };
     if (trace.meta.failure) {
       made.marker.line = { ...trace.marker.line, color: tint };
@@ -172,7 +218,7 @@
       card.plot.dataset.drawn = card.spec.data.length;
       if (card.bound) return;
       card.bound = true;
-      card.plot.on("plotly_click", (event) => showDetail(event.points[0].customdata));
+      card.plot.on("plotly_click", (event) => { if (event.points[0].customdata !== undefined) showDetail(event.points[0].customdata); });
     });
   };
   const observer = new IntersectionObserver((entries) => {
@@ -214,6 +260,8 @@
         button.setAttribute("aria-pressed", String(!state.hidden.has(entry.label)));
         writeAddress();
         cards.forEach(draw);
+        showWins();
+        showKernels();
       });
       return button;
     });
@@ -261,21 +309,34 @@
     if (focused) $("controls").querySelector(`input[name="${CSS.escape(focused)}"]:checked`)?.focus();
   };
 
-  const UNITS = { time: "median per pass", throughput: "batch × length / time", memory: "inputs and outputs included" };
   const update = () => {
     writeAddress();
     showControls();
     showLegend();
     document.querySelectorAll("[data-slice]").forEach((part) => { part.hidden = part.dataset.slice !== state.slice.key; });
+    document.querySelectorAll("[data-group]").forEach((part) => { part.hidden = part.dataset.group !== group(state.slice); });
     const lengths = state.slice.over_length.find((entry) => entry.d_state === state.d_state) || state.slice.over_length[0];
-    for (const [name, title] of data.charts) {
-      const card = cards.get(name);
-      card.spec = lengths.charts[name];
-      card.figure.hidden = !card.spec.data.some((trace) => !trace.meta.failure);
-      card.note.textContent = `against sequence length, ${UNITS[name]}`;
+    for (const chart of data.charts) {
+      const [name, title, , note] = chart, card = cards.get(name);
+      card.spec = overLength(lengths, chart);
+      card.figure.hidden = !card.spec;
+      if (!card.spec) continue;
+      card.note.textContent = note;
       describe(card, `${title} against sequence length`);
       draw(card);
     }
+    const roofline = cards.get("roofline");
+    roofline.spec = state.slice.roofline;
+    roofline.figure.hidden = !roofline.spec;
+    if (roofline.spec) {
+      const roofs = roofline.spec.data.filter((trace) => trace.meta.roof).map((trace) => trace.name);
+      roofline.note.textContent = roofs.length ? roofs.join("; ") : "no ceiling is known of this device";
+      describe(roofline, "Work rate against arithmetic intensity");
+      draw(roofline);
+    }
+    showWins();
+    showMachines();
+    showKernels();
     const states = state.slice.over_state, card = cards.get("state");
     card.figure.hidden = !states.length;
     if (states.length) {
@@ -294,6 +355,146 @@
     }
     showCases();
   };
+  // Who wins where: every implementation and state size against one of them, by length.
+  const near = (end, row) => Math.log(value(end, row) / value("time_s", row));
+  // As machines.ratio: distances to the near ends of both intervals, added in quadrature.
+  const speedup = (ours, theirs) => {
+    const ratio = value("time_s", theirs) / value("time_s", ours);
+    if ([ours, theirs].some((row) => value("time_low_s", row) === null)) return { ratio, low: null, high: null };
+    const down = Math.hypot(near("time_low_s", theirs), near("time_high_s", ours)), up = Math.hypot(near("time_high_s", theirs), near("time_low_s", ours));
+    return { ratio, low: ratio * Math.exp(-down), high: ratio * Math.exp(up) };
+  };
+  window.mambenchSpeedup = (ours, theirs) => speedup(ours, theirs);
+  const factor = (ratio) => (ratio < 0.1 ? `1/${digits(1 / ratio)}×` : `${digits(ratio)}×`);
+  const tinted = (cell, found) => {
+    const sure = found.low === null || found.low > 1 || found.high < 1;
+    if (!sure) cell.classList.add("unsure");
+    else {
+      const share = Math.min(1, Math.abs(Math.log2(found.ratio)) / 4);
+      cell.style.setProperty("--share", `${Math.round(14 + 56 * share)}%`);
+      cell.classList.add(found.ratio >= 1 ? "faster" : "slower");
+    }
+    return sure;
+  };
+  const showWins = () => {
+    const rows = state.slice.rows, labels = state.slice.legend.map((entry) => entry.label);
+    const lengths = [...new Set(rows.map((row) => value("seqlen", row)).filter((n) => n !== null))].sort((a, b) => a - b);
+    const at = new Map(rows.map((row) => [`${value("label", row)}|${value("d_state", row) ?? ""}|${value("seqlen", row) ?? ""}`, row]));
+    const find = (label, n, length) => {
+      const entry = state.slice.legend.find((other) => other.label === label);
+      for (const d of [n ?? "", "", entry.state ?? ""]) for (const l of [length, ""]) {
+        const found = at.get(`${label}|${d}|${l}`);
+        if (found !== undefined) return found;
+      }
+      return undefined;
+    };
+    if (!labels.includes(state.baseline)) state.baseline = labels[0];
+    $("wins").hidden = labels.length < 2 || lengths.length < 1;
+    if ($("wins").hidden) return;
+    $("wins-baseline").replaceChildren(choice("Speed-up over", labels.map((name) => [name, name]), state.baseline, (name) => { state.baseline = name; update(); }));
+    const head = make("tr", {}, make("th", { scope: "col", className: "text", textContent: "Implementation" }), make("th", { scope: "col", textContent: "N" }),
+      ...lengths.map((length) => make("th", { scope: "col", textContent: count(length) })));
+    const body = [];
+    for (const label of labels) {
+      if (label === state.baseline || state.hidden.has(label)) continue;
+      const states = [...new Set(rows.filter((row) => value("label", row) === label).map((row) => value("d_state", row)))].sort((a, b) => a - b);
+      states.forEach((n, i) => {
+        const line = make("tr", { className: i ? "" : "first" }, make("th", { scope: "row", className: "text", textContent: label }), make("td", { textContent: n === null ? MISSING : count(n) }));
+        for (const length of lengths) {
+          const row = at.get(`${label}|${n ?? ""}|${length}`) ?? at.get(`${label}|${n ?? ""}|`);
+          const cell = make("td"), theirs = find(state.baseline, n, length);
+          line.append(cell);
+          if (row === undefined) { cell.textContent = MISSING; cell.className = "none"; continue; }
+          const button = make("button", { type: "button" });
+          button.addEventListener("click", () => showDetail(row));
+          cell.append(button);
+          if (value("outcome", row) !== "ok" || value("time_s", row) === null) {
+            button.textContent = value("outcome", row) === "ok" ? "no time" : value("outcome", row);
+            button.title = value("reason", row) || "";
+            cell.className = "ended";
+          } else if (theirs === undefined || value("time_s", theirs) === null) {
+            button.textContent = "no baseline";
+            button.title = `${state.baseline}: ${theirs === undefined ? "not asked here" : value("outcome", theirs)}`;
+            cell.className = "none";
+          } else {
+            const found = speedup(row, theirs), sure = tinted(cell, found), unstable = value("converged", row) === false || value("converged", theirs) === false;
+            button.textContent = `${factor(found.ratio)}${unstable ? " ~" : ""}`;
+            button.title = `${found.low === null ? "no interval" : `${factor(found.low)} to ${factor(found.high)}`}${sure ? "" : ", not significant"}${unstable ? ", unstable: a time did not settle" : ""}`;
+            button.setAttribute("aria-label", `${label}${n === null ? "" : `, d_state ${n}`}, L ${count(length)}: ${button.textContent}, ${button.title}`);
+            cell.dataset.row = row;
+            cell.dataset.baseline = theirs;
+          }
+        }
+        body.push(line);
+      });
+    }
+    $("wins-table").tHead.replaceChildren(head);
+    $("wins-table").tBodies[0].replaceChildren(...body);
+  };
+
+  // The same cases on another machine.
+  const group = (slice) => slice.key.split("~").slice(1).join("~");
+  const showMachines = () => {
+    const card = cards.get("machines"), others = slices.filter((slice) => group(slice) === group(state.slice) && slice.key !== state.slice.key);
+    card.figure.hidden = !others.length;
+    if (!others.length) return;
+    const there = others.find((slice) => slice.device === state.other) || others[0];
+    const described = (slice) => data.machines[slice.dtype].find((machine) => machine.label === slice.device);
+    const [here, remote] = [described(state.slice), described(there)];
+    const scales = { "": 1, bandwidth: remote.bytes_per_s / here.bytes_per_s, peak: remote.flop_per_s / here.flop_per_s };
+    const known = Object.keys(scales).filter((name) => Number.isFinite(scales[name]) && scales[name] > 0);
+    const norm = known.includes(state.norm) ? state.norm : "", scale = scales[norm];
+    const rowsThere = new Map(there.rows.map((row) => [value("case_id", row), row]));
+    const template = state.slice.over_length.find((entry) => entry.d_state === state.d_state) || state.slice.over_length[0];
+    const time = overLength(template, data.charts[0]) || { data: [], layout: {} };
+    const traces = time.data.filter((trace) => !trace.meta.failure).map((trace) => {
+      const pairs = trace.rows.map((row, i) => [row, rowsThere.get(value("case_id", row)), Array.isArray(trace.x) ? trace.x[i] : value("seqlen", row)])
+        .filter(([row, other]) => other !== undefined && value("time_s", row) !== null && value("time_s", other) !== null);
+      const found = pairs.map(([row, other]) => speedup(other, row));
+      return {
+        ...trace, interval: undefined, rows: pairs.map(([row]) => row), x: pairs.map(([, , x]) => x), y: found.map((one) => one.ratio / scale),
+        hovertext: pairs.map(([row, other], i) => `<b>${escape(value("label", row))}</b><br>L = ${count(pairs[i][2])}<br>here ${seconds(value("time_s", row))}, there ${seconds(value("time_s", other))}<br>${factor(found[i].ratio)}${found[i].low === null ? "" : ` (${factor(found[i].low)} to ${factor(found[i].high)})`}`),
+        error_y: { type: "data", symmetric: false, thickness: 1.2, width: 3, color: colour(trace.meta.implementation),
+          array: found.map((one) => (one.high === null ? 0 : (one.high - one.ratio) / scale)), arrayminus: found.map((one) => (one.low === null ? 0 : (one.ratio - one.low) / scale)) },
+      };
+    }).filter((trace) => trace.rows.length);
+    card.spec = { data: traces, layout: { ...time.layout, yaxis: { type: "linear", rangemode: "tozero", domain: undefined, title: { text: norm ? `speed-up / ${norm} ratio` : "speed-up" } }, yaxis2: undefined,
+      shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 1, y1: 1, line: { dash: "dot", width: 1, color: css("soft") } }] } };
+    card.note.textContent = `${there.device} over ${state.slice.device}${norm ? `, divided by the ratio of their ${norm} (${factor(scale)}; ${remote.origin})` : ""}`;
+    describe(card, `Speed-up of ${there.device} over ${state.slice.device}`);
+    card.caption.querySelectorAll(".field").forEach((field) => field.remove());
+    const fields = [];
+    if (others.length > 1) fields.push(choice("against", others.map((slice) => [slice.device, slice.device]), there.device, (name) => { state.other = name; update(); }));
+    if (known.length > 1) fields.push(choice("divided by", known.map((name) => [name, name || "nothing"]), norm, (name) => { state.norm = name; update(); }));
+    card.caption.append(...fields);
+    draw(card);
+  };
+
+  // Which kernels the GPU's time goes to.
+  const short = (name) => (name.length > 44 ? `${name.slice(0, 43)}…` : name);
+  const showKernels = () => {
+    const rows = state.slice.rows.filter((row) => data.extras[row]?.kernels && !state.hidden.has(value("label", row)));
+    $("kernels").hidden = !rows.length;
+    if (!rows.length) return;
+    const lengths = [...new Set(rows.map((row) => value("seqlen", row)).filter((n) => n !== null))].sort((a, b) => a - b);
+    const length = lengths.includes(state.kernelsAt) ? state.kernelsAt : lengths[lengths.length - 1];
+    $("kernels-length").replaceChildren(...(lengths.length > 1 ? [choice("at L =", lengths.map((n) => [String(n), count(n)]), String(length), (text) => { state.kernelsAt = Number(text); update(); })] : []));
+    const chosen = rows.filter((row) => value("seqlen", row) === length || value("seqlen", row) === null);
+    $("kernels-table").tBodies[0].replaceChildren(...chosen.map((row) => {
+      const kernels = data.extras[row].kernels, first = kernels.slice(0, 5);
+      const bar = make("div", { className: "shares" }, ...kernels.map((kernel) => {
+        const part = make("span", { title: `${kernel.name}: ${(100 * kernel.share).toFixed(1)} %, ${kernel.count} times` });
+        part.style.flexGrow = String(Math.max(kernel.share, 0.002));
+        return part;
+      }));
+      bar.setAttribute("aria-hidden", "true");
+      const list = make("ol", {}, ...first.map((kernel) => make("li", { textContent: `${(100 * kernel.share).toFixed(1)} % ${short(kernel.name)}${kernel.count > 1 ? ` (${count(kernel.count)} times)` : ""}`, title: kernel.name })));
+      const more = kernels.length - first.length;
+      return make("tr", {}, make("th", { scope: "row", className: "text" }, value("label", row), value("d_state", row) === null ? null : make("small", { textContent: `d_state ${value("d_state", row)}` })),
+        make("td", { textContent: count(value("kernel_count", row)) }), make("td", { className: "text" }, bar, list, more > 0 ? make("small", { textContent: `and ${more} more` }) : null));
+    }));
+  };
+
   const describe = (card, text) => {
     card.plot.setAttribute("role", "group");
     card.plot.setAttribute("aria-label", `${text}, ${state.slice.device}, ${state.slice.title}. The numbers are in the tables below.`);
@@ -373,6 +574,57 @@
     const text = `min ${seconds(q[0])}, 5 % ${seconds(q[1])}, 25 % ${seconds(q[2])}, median ${seconds(q[3])}, 75 % ${seconds(q[4])}, 95 % ${seconds(q[5])}, max ${seconds(q[6])}`;
     return text;
   };
+  const picture = (width, height, text) => {
+    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    const attributes = { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": text };
+    Object.entries(attributes).forEach(([key, word]) => svg.setAttribute(key, word));
+    const add = (tag, found) => {
+      const part = document.createElementNS("http://www.w3.org/2000/svg", tag);
+      Object.entries(found).forEach(([key, word]) => part.setAttribute(key, word));
+      svg.append(part);
+    };
+    return [svg, add];
+  };
+  // Where the samples lie: extremes, 5 to 95 %, 25 to 75 %, median; the bar below is the interval.
+  const boxplot = (row) => {
+    const q = value("quantiles_s", row);
+    if (!q || q[6] <= q[0]) return null;
+    const x = (time) => (6 + (468 * (time - q[0])) / (q[6] - q[0])).toFixed(1);
+    const [svg, add] = picture(480, 40, `Distribution of the samples: ${spread(row)}`);
+    const ink = css("ink"), tint = colour(value("implementation", row));
+    add("path", { d: `M${x(q[0])} 14H${x(q[6])}`, stroke: css("soft"), "stroke-width": 1 });
+    add("path", { d: `M${x(q[1])} 14H${x(q[5])}`, stroke: tint, "stroke-width": 3 });
+    add("rect", { x: x(q[2]), y: 5, width: Math.max(1, x(q[4]) - x(q[2])), height: 18, fill: tint, opacity: 0.45 });
+    add("path", { d: `M${x(q[3])} 3V25`, stroke: ink, "stroke-width": 2 });
+    const low = value("time_low_s", row), high = value("time_high_s", row);
+    if (low !== null) add("path", { d: `M${x(Math.max(low, q[0]))} 34H${x(Math.min(high, q[6]))}`, stroke: ink, "stroke-width": 3 });
+    return ["Distribution", svg];
+  };
+  const traceOf = (row) => {
+    const found = (data.extras[row]?.trace || []).filter((point) => point.power_w !== null && point.power_w !== undefined);
+    if (found.length < 2) return null;
+    const powers = found.map((point) => point.power_w), clocks = found.map((point) => point.sm_clock_hz).filter(Boolean);
+    const ends = (all, unit) => `${si(Math.min(...all), unit)} to ${si(Math.max(...all), unit)}`;
+    const said = `power ${ends(powers, "W")}${clocks.length ? `, clock ${ends(clocks, "Hz")}` : ""}, over ${seconds(found[found.length - 1].at_s)}`;
+    const [svg, add] = picture(480, 70, `Trace while energy was counted: ${said}`);
+    const line = (key, tint, dash) => {
+      const kept = found.filter((point) => point[key]), top = Math.max(...kept.map((point) => point[key]));
+      if (kept.length > 1) add("path", { fill: "none", stroke: tint, "stroke-width": 2, "stroke-dasharray": dash, d: `M${kept.map((point) => `${((480 * point.at_s) / found[found.length - 1].at_s).toFixed(1)} ${(66 - (60 * point[key]) / top).toFixed(1)}`).join("L")}` });
+    };
+    line("power_w", colour(value("implementation", row)), "");
+    line("sm_clock_hz", css("soft"), "4 3");
+    return ["Power, clock (dashed)", make("div", {}, svg, make("small", { textContent: said }))];
+  };
+  const word = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${String(text).replace(/'/g, "'\"'\"'")}'`);
+  // As reproduce.command without the run's settings.
+  const command = (row) => {
+    const has = (name) => value(name, row) !== null;
+    const names = ["batch", "seqlen", value("level", row) === "block" ? "d_model" : "d_inner", "d_state", "headdim", "ngroups"].filter(has);
+    if (value("level", row) === "op" && value("family", row) !== "attention") names.push("gated");
+    return ["python run_bench.py run --suite custom", "-i", word(`${value("implementation", row)}:${value("variant", row)}`),
+      ...names.flatMap((name) => ["-a", `${name}=${value(name, row)}`]), "--pass", value("pass", row), "--dtype", value("dtype", row),
+      "--filter", `family=${value("family", row)}`, "--filter", `level=${value("level", row)}`].join(" ");
+  };
   const showDetail = (row) => {
     const run = data.runs[value("run_id", row)] || {};
     const entries = [
@@ -380,14 +632,21 @@
       ["Case", `${value("family", row)}, ${value("level", row)}, ${value("pass", row)}, ${value("dtype", row)}, batch ${value("batch", row)}, L ${count(value("seqlen", row))}, d_inner ${count(value("d_inner", row))}`
         + ["d_model", "d_state", "headdim", "ngroups"].filter((name) => value(name, row) !== null).map((name) => `, ${name} ${value(name, row)}`).join("")],
       ["Variant", value("variant", row)],
-      ["Time", value("time_s", row) === null ? value("missing", row).time_s : `${seconds(value("time_s", row))}${interval(row) ? `, ${(100 * value("coverage", row)).toFixed(1)} % interval ${interval(row)} (over ${value("interval_over", row)})` : ""}`],
+      ["Time", value("time_s", row) === null ? value("missing", row)?.time_s : `${seconds(value("time_s", row))}${interval(row) ? `, ${(100 * value("coverage", row)).toFixed(1)} % interval ${interval(row)} (over ${value("interval_over", row)})` : ""}`],
       ["Samples", value("samples", row) ? `${count(value("samples", row))} in ${value("rounds", row)} round${value("rounds", row) > 1 ? "s" : ""}, by ${value("method", row) || "an unnamed method"}` : null],
       ["Spread", spread(row)],
       ["Call time", value("call_time_s", row) === null ? null : seconds(value("call_time_s", row))],
       ["First call", value("first_call_s", row) === null ? null : seconds(value("first_call_s", row))],
       ["Throughput", value("tokens_per_s", row) === null ? null : si(value("tokens_per_s", row), "tok/s")],
-      ["Peak memory", value("peak_memory_bytes", row) === null ? value("missing", row).peak_memory_bytes : `${memory(value("peak_memory_bytes", row))}, of it beyond what was there before ${memory(value("extra_memory_bytes", row))}`],
+      ["Peak memory", value("peak_memory_bytes", row) === null ? value("missing", row)?.peak_memory_bytes : `${memory(value("peak_memory_bytes", row))}, of it beyond what was there before ${memory(value("extra_memory_bytes", row))}`],
       ["Modelled", value("model_flop", row) === null ? null : `${si(value("model_flop", row), "FLOP")}, ${si(value("compulsory_bytes", row), "B")} compulsory; ${si(value("model_flop_per_s", row), "FLOP/s")}, ${si(value("modelled_bytes_per_s", row), "B/s")}`],
+      ["HBM traffic", value("dram_bytes", row) === null ? value("missing", row)?.dram_bytes : `${si(value("dram_bytes", row), "B")} measured, ${digits(value("traffic_ratio", row) ?? value("dram_bytes", row) / value("compulsory_bytes", row))} times the compulsory bytes`],
+      ["Energy", value("energy_j", row) === null ? value("missing", row)?.energy_j : `${si(value("energy_j", row), "J")} at ${si(value("power_w", row), "W")}; ${si(value("tokens_per_j", row), "tok/J")}`],
+      ["Cold time", value("cold_time_s", row) === null ? null : seconds(value("cold_time_s", row))],
+      ["Host time", value("host_time_s", row) === null ? null : seconds(value("host_time_s", row))],
+      ["Share of ceiling", value("sol_frac", row) === null ? value("missing", row)?.sol_frac : `${digits(100 * value("sol_frac", row))} % of ${data.extras[row]?.ceiling || "the one that binds"}`],
+      ["Kernels", value("kernel_count", row) === null ? value("missing", row)?.kernel_count : `${count(value("kernel_count", row))}${value("max_registers", row) === null ? "" : `, at most ${count(value("max_registers", row))} registers, ${count(value("max_spills", row))} spills, ${memory(value("max_shared_bytes", row))} shared memory`}`],
+      ...(data.extras[row]?.triton || []).map((kernel) => [kernel.name, `${Object.entries(kernel.constants || {}).map(([key, text]) => `${key}=${text}`).join(", ")}; ${kernel.warps} warps, ${kernel.stages} stages, ${kernel.registers} registers, ${kernel.spills} spills`]),
       ["Weights", value("weight_count", row) === null ? null : count(value("weight_count", row))],
       ["Beware", value("flags", row).join("; ") || null],
       ["Device", value("device", row)],
@@ -395,8 +654,8 @@
       ...Object.entries(value("telemetry", row)),
     ].filter(([, text]) => text !== null && text !== undefined && text !== "");
     $("detail-title").textContent = `${value("label", row)}, L = ${count(value("seqlen", row))}`;
-    const list = make("dl", {}, ...entries.flatMap(([name, text]) => [make("dt", { textContent: name }), make("dd", { textContent: text })]),
-      make("dt", { textContent: "Show and repeat" }), make("dd", {}, make("code", { textContent: `run_bench.py show ${value("case_id", row)}` })));
+    const list = make("dl", {}, ...[boxplot(row), traceOf(row)].filter(Boolean).flatMap(([name, picture]) => [make("dt", { textContent: name }), make("dd", {}, picture)]), ...entries.flatMap(([name, text]) => [make("dt", { textContent: name }), make("dd", { textContent: text })]),
+      make("dt", { textContent: "Repeat" }), make("dd", {}, make("code", { textContent: command(row) })), make("dt", { textContent: "With the run's settings" }), make("dd", {}, make("code", { textContent: `run_bench.py show ${value("case_id", row)}` })));
     $("detail-body").replaceChildren(list);
     $("detail").showModal();
   };
@@ -455,6 +714,9 @@
   document.querySelectorAll(".needs-script").forEach((part) => { part.hidden = false; });
   data.charts.forEach(([name, title], i) => addCard(name, title, i === 0));
   addCard("state", "Time", true);
+  addCard("roofline", "Roofline", true);
+  addCard("machines", "Machine against machine", true);
+  $("differing")?.addEventListener("change", (event) => $("environment").classList.toggle("only-differing", event.target.checked));
   readAddress();
   update();
   const library = document.createElement("script");

@@ -60,7 +60,7 @@ def holds_the_records_numbers(tab, gpu_report):
 
 def test_draws_every_chart_and_asks_the_network_for_nothing(open_page, page_file, gpu_report):
     tab = open_page(page_file)
-    assert len(rendered(tab)) == 4
+    assert len(rendered(tab)) == 6
     assert tab.locator(".card").first.locator(".scatterlayer .trace").count() == 9
     assert tab.requests == [page_file.as_uri()]
     assert tab.errors == []
@@ -73,11 +73,12 @@ def test_filters_act_on_all_charts_and_live_in_the_address(open_page, page_file)
     tab.get_by_text("backward", exact=True).click()
     assert "pass=backward" in tab.url
     assert tab.locator(".answer:visible .where").inner_text().count("backward") == 1
-    tab.get_by_role("button", name="associative_scan").click()
+    tab.locator("#legend").get_by_role("button", name="associative_scan").click()
     assert "hide=associative_scan" in tab.url
     again = open_page(page_file, suffix=tab.url[tab.url.index("#") :])
     assert again.locator(".answer:visible .where").inner_text().count("backward") == 1
-    pressed = again.get_by_role("button", name="associative_scan").get_attribute("aria-pressed")
+    legend = again.locator("#legend").get_by_role("button", name="associative_scan")
+    pressed = legend.get_attribute("aria-pressed")
     assert pressed == "false"
     rendered(again)
     hidden = "() => [...document.querySelectorAll('.plot')].every(p => !p.data || p.data.every("
@@ -88,7 +89,7 @@ def test_filters_act_on_all_charts_and_live_in_the_address(open_page, page_file)
 
 def test_an_address_of_another_report_still_opens(open_page, page_file):
     tab = open_page(page_file, suffix="#device=nonsense&pass=forward&d_state=x&seqlen=1")
-    assert len(rendered(tab)) == 4
+    assert len(rendered(tab)) == 6
     assert tab.errors == []
 
 

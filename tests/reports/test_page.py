@@ -11,7 +11,8 @@ import pytest
 from mambench import reports
 from mambench.harness import analysis
 from mambench.harness.errors import RunFolderError
-from mambench.reports import page, rows
+from mambench.harness.spec import METRICS
+from mambench.reports import figures, page, rows
 
 
 class Outline(HTMLParser):
@@ -86,17 +87,52 @@ def test_embedded_numbers_are_the_rows(report, html):
             )
 
 
+def rows_of(trace):
+    """Row numbers as the script unpacks them."""
+    rows = trace["rows"]
+    return range(rows[0], rows[0] - rows[1]) if len(rows) == 2 and rows[1] < 0 else rows
+
+
 def test_every_reference_of_a_figure_is_a_column(html):
     data = embedded(html)
-    charts = [f for s in data["slices"] for e in s["over_length"] for f in e["charts"].values()]
-    charts += [e["figure"] for s in data["slices"] for e in s["over_state"]]
-    assert len(charts) > 10
+    known = {*data["columns"], *page.DERIVED, *data["derived"], "tokens"}
+    charts = [e for s in data["slices"] for e in s["over_length"]]
+    states = [
+        (o["looks"], e) for s in data["slices"] for o in s["over_state"] for e in o["lengths"]
+    ]
+    assert states
+    for looks, entry in states:
+        for place, own in entry["data"]:
+            assert looks[place]["meta"]["implementation"] in data["looks"]
+            assert max(rows_of(own)) < len(data["columns"]["case_id"])
+            assert {own[axis] for axis in "xy" if isinstance(own[axis], str)} <= known
+    charts += [s["roofline"] for s in data["slices"] if s["roofline"]]
+    assert len(charts) > 8
     for figure in charts:
         for trace in figure["data"]:
-            names = [trace[a]["column"] for a in "xy" if isinstance(trace[a], dict)]
-            for name in {*names, *trace.get("interval", [])} - set(page.DERIVED):
-                assert len(data["columns"][name]) > max(trace["rows"])
-            assert trace["meta"]["implementation"] in data["looks"]
+            names = {trace[a]["column"] for a in "xy" if isinstance(trace[a], dict)}
+            assert names <= known
+            assert max(rows_of(trace), default=0) < len(data["columns"]["case_id"])
+    assert {chart[2] for chart in data["charts"]} <= {m.tag for m in METRICS} | set(data["derived"])
+
+
+def test_charts_share_their_curves_and_lose_no_row(report, html):
+    for part, drawn in zip(report.slices, embedded(html)["slices"], strict=True):
+        for chart in figures.CHARTS:
+            figure = figures.over_length(report, part, chart)
+            entry = drawn["over_length"][0]
+            lines = [t for t in figure["data"] if not t["meta"].get("failure")]
+            assert bool(lines) == (chart.name in entry["layouts"])
+            shared = {t["name"]: set(rows_of(t)) for t in entry["data"]}
+            for line in lines:
+                assert set(line["rows"]) <= shared[line["name"]]
+
+
+def test_rows_that_follow_each_other_are_packed_and_others_are_not():
+    assert page.packed([4, 5, 6]) == [4, -3]
+    assert page.packed([4, 6, 7]) == [4, 6, 7]
+    assert page.packed([4, 5]) == [4, 5]
+    assert page.packed([]) == []
 
 
 def test_static_tables_hold_the_results_without_script(report, html):
