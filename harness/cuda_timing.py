@@ -213,17 +213,20 @@ def bracket_s() -> float:
     """
     device = torch.cuda.current_device()
     if device not in _brackets:
-        one, many = (capture(short_wait, count) for count in (1, BRACKET_EXECUTIONS))
-        found: dict[torch.cuda.CUDAGraph, float] = {}
-        for graph in (one, many):
-            graph.replay()  # uploads it
-            rounds = (replay_s(graph, BRACKET_REPLAYS) for _ in range(BRACKET_ROUNDS))
-            found[graph] = min(median(spent) for spent in rounds)
-        each_s = (found[many] - found[one]) / (BRACKET_EXECUTIONS - 1)
-        _brackets[device] = max(0.0, found[one] - each_s)
-        one.reset()
-        many.reset()
+        one_s, many_s = (_waits_s(executions) for executions in (1, BRACKET_EXECUTIONS))
+        each_s = (many_s - one_s) / (BRACKET_EXECUTIONS - 1)
+        _brackets[device] = max(0.0, one_s - each_s)
     return _brackets[device]
+
+
+def _waits_s(executions: int) -> float:
+    """Return how long a graph of so many short waits takes between two events."""
+    graph = capture(short_wait, executions)
+    graph.replay()  # uploads it
+    rounds = (replay_s(graph, BRACKET_REPLAYS) for _ in range(BRACKET_ROUNDS))
+    found = min(median(spent) for spent in rounds)
+    graph.reset()
+    return found
 
 
 def without_bracket_s(spent_s: float, bracket: float) -> float:
