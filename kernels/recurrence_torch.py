@@ -27,11 +27,14 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    *,
+    initial_state: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute Mamba-1's scan with the arguments and results of `selective_scan_fn`.
 
-    u, delta, z (B, D, L); A (D, N) fp32; B, C (B, G, N, L); D, delta_bias (D,) fp32. Returns
-    out (B, D, L) in u's dtype, or (out, last_state (B, D, N) in fp32).
+    u, delta, z (B, D, L); A (D, N) fp32; B, C (B, G, N, L); D, delta_bias (D,) fp32; initial_state
+    (B, D, N), which `selective_scan_fn` has not. Returns out (B, D, L) in u's dtype, or (out,
+    last_state (B, D, N) in fp32).
     """
     wide = torch.promote_types(u.dtype, torch.float32)
     x, dt = u.to(wide), delta.to(wide)
@@ -42,6 +45,8 @@ def selective_scan(
     grouped = (B.shape[1], u.shape[1] // B.shape[1])  # channels as (G, D / G)
     A_g = A.unflatten(0, grouped)
     state = x.new_zeros(u.shape[0], *A_g.shape)  # (B, G, D / G, N)
+    if initial_state is not None:
+        state = initial_state.to(wide).unflatten(1, grouped)
     outputs: list[Tensor] = []
     for x_t, dt_t, B_t, C_t in zip(*(v.unbind(-1) for v in (x, dt, B, C)), strict=True):
         x_t, dt_t = (v.unflatten(1, grouped)[..., None] for v in (x_t, dt_t))

@@ -37,11 +37,14 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    *,
+    initial_state: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute Mamba-1's scan with the arguments and results of `selective_scan_fn`.
 
-    u, delta, z (B, D, L); A (D, N) fp32; B, C (B, G, N, L); D, delta_bias (D,) fp32. Returns out
-    (B, D, L) in u's dtype, or (out, last_state (B, D, N) in fp32).
+    u, delta, z (B, D, L); A (D, N) fp32; B, C (B, G, N, L); D, delta_bias (D,) fp32; initial_state
+    (B, D, N), which `selective_scan_fn` has not. Returns out (B, D, L) in u's dtype, or (out,
+    last_state (B, D, N) in fp32).
     """
     wide = torch.promote_types(u.dtype, torch.float32)
     split = (B.shape[1], -1)  # channels into groups and channels of a group
@@ -52,6 +55,9 @@ def selective_scan(
         dt = softplus(dt)
     decay = torch.exp((dt[..., None] * A[:, None]).unflatten(1, split))  # (B, G, D/G, L, N)
     inflow = (dt * x).unflatten(1, split)[..., None] * B.to(wide).mT[:, :, None]
+    if initial_state is not None:
+        initial = initial_state.to(wide).unflatten(1, split)
+        inflow[..., 0, :] += decay[..., 0, :] * initial
     states = scan(decay, inflow, dim=-2)
     del decay, inflow
     y = (states * C.to(wide).mT[:, :, None]).sum(-1).flatten(1, 2)

@@ -4,6 +4,13 @@ from torch import Tensor
 
 MAX_D_STATE = 256
 
+# The operation's arguments in the words of an operator's schema.
+S6_TENSORS = (
+    *("Tensor u", "Tensor delta", "Tensor A", "Tensor B", "Tensor C"),
+    *("Tensor? D", "Tensor? z", "Tensor? delta_bias", "Tensor? initial_state"),
+)
+S6_OPTIONS = ("bool delta_softplus",)
+
 
 def check_arguments(
     u: Tensor,
@@ -14,6 +21,7 @@ def check_arguments(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    initial_state: Tensor | None = None,
 ) -> None:
     """Check shapes and dtypes of `selective_scan`'s arguments; B and C are (B, G, N, L) here.
 
@@ -44,6 +52,7 @@ def check_arguments(
         "D": (D, (d_inner,)),
         "z": (z, u.shape),
         "delta_bias": (delta_bias, (d_inner,)),
+        "initial_state": (initial_state, (batch, d_inner, d_state)),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != shape:

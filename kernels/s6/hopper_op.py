@@ -92,5 +92,5 @@ class _SelectiveScan(torch.autograd.Function):
             dout = dout.contiguous()
         config = ctx.backward_config
         if config is None:
-            return (*scan_backward(inputs, kept, dout, dlast), None)
+            return (*scan_backward(inputs, kept, dout, dlast)[:8], None)
         return (*hopper_backward.scan_backward(inputs, kept, dout, dlast, config=config), None)

@@ -454,6 +454,7 @@ def forward(
     C: Any,
     parameters: Any,
     z: Any,
+    initial: Any,
     blocks: int,
     use_softplus: bool,
     gated: bool,
@@ -465,9 +466,9 @@ def forward(
     """Write out (B, D, L), last (B, D, N) and, if keep, kept (B, blocks, chunks, N, LANES).
 
     Does the tasks begin to end of batch * blocks. All arrays are C-contiguous and of one dtype.
-    rates (D, N) is A log2(e); parameters (D, 2) holds delta_bias and D; `blocks` is ngroups times
-    the blocks of LANES channels that a group needs. z and kept are not touched where not gated and
-    not keep.
+    rates (D, N) is A log2(e); parameters (D, 2) holds delta_bias and D; initial (B, D, N) is the
+    state before the first step; `blocks` is ngroups times the blocks of LANES channels that a group
+    needs. z and kept are not touched where not gated and not keep.
     """
     seqlen, d_state = u.shape[2], rates.shape[1]
     for task in range(begin, end):
@@ -480,6 +481,7 @@ def forward(
         y = tiles[4]
         _by_lane(rates, first, width, rate)
         _by_lane(parameters, first, width, lanes)
+        _by_lane(initial[b], first, width, h)
         skip = load(lanes, 1)
         for chunk in range(-(-seqlen // CHUNK)):
             start = chunk * CHUNK
@@ -524,13 +526,15 @@ def backward(
     dz: Any,
     drates: Any,
     dparameters: Any,
+    dinitial: Any,
     dB: Any,
     dC: Any,
 ) -> None:
     """Write the gradients of `forward`'s inputs, given those of out (B, D, L) and last (B, D, N).
 
     Does the tasks begin to end of batch * ngroups * partials. drates (B, D, N), the gradient of A,
-    and dparameters (B, D, 2) are per batch; dB and dC (partials, B, G, N, L), zero on entry, per
+    dparameters (B, D, 2) and dinitial (B, D, N), that of the state before the first step, are per
+    batch; dB and dC (partials, B, G, N, L), zero on entry, per
     part of a group's channels. The caller adds them up.
     """
     ngroups, partials = B.shape[1], dB.shape[0]
@@ -600,5 +604,6 @@ def backward(
             for j in range(width):
                 for n in range(d_state):
                     drates[b, first + j, n] = drate[n, j]
+                    dinitial[b, first + j, n] = adjoint[n, j]
                 for k in range(2):
                     dparameters[b, first + j, k] = dlanes[k, j]

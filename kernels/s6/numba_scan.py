@@ -12,9 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from mambench.kernels.registered import (
+    Operation,
+    Options,
+    Results,
+    Tensors,
+    is_traced,
+    needs_gradient,
+    register,
+)
 from mambench.kernels.s6 import numba_kernels as kernels
-from mambench.kernels.s6.arguments import check_arguments
+from mambench.kernels.s6.arguments import S6_OPTIONS, S6_TENSORS, check_arguments
 from mambench.kernels.s6.numba_config import CHUNK, LANES, block_count, partial_count
 
 _RANGES_PER_THREAD = 4  # so that a thread that is held up delays the end by a quarter of its share
@@ -31,8 +41,10 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    *,
+    initial_state: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return the selective scan of u, differentiable in every tensor argument.
+    """Return the selective scan of u, differentiable once in every tensor argument.
 
     Args:
         u, delta, z: (B, D, L), one floating-point dtype.
@@ -41,6 +53,7 @@ def selective_scan(
         D, delta_bias: (D,).
         delta_softplus: apply softplus to delta + delta_bias.
         return_last_state: also return the state after the last step.
+        initial_state: (B, D, N), the state before the first step; None: zeros.
 
     Returns:
         out (B, D, L) in u's dtype, or (out, last state (B, D, N) in float32; float64 for float64).
@@ -50,8 +63,14 @@ def selective_scan(
     """
     B = B.unsqueeze(1) if B.dim() == 3 else B
     C = C.unsqueeze(1) if C.dim() == 3 else C
-    check_arguments(u, delta, A, B, C, D, z, delta_bias)
-    out, last = _SelectiveScan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if is_traced():
+        out, last = _traced(tensors, (delta_softplus,))
+    elif needs_gradient(tensors):
+        out, last = _SelectiveScan.apply(delta_softplus, *tensors)
+    else:
+        out, last, _ = _forward(tensors, (delta_softplus,), False)
     return (out, last) if return_last_state else out
 
 
@@ -65,76 +84,104 @@ def precompile(dtype: torch.dtype) -> None:
 
 
 class _SelectiveScan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-    ) -> tuple[Tensor, Tensor]:
-        dtype = _compute_dtype(u)
-        batch, d_inner, seqlen = u.shape
-        blocks = block_count(d_inner=d_inner, ngroups=B.shape[1])
-        keep = any(ctx.needs_input_grad)
-        chunks = -(-seqlen // CHUNK) if keep else 0
-        out = torch.empty(u.shape, dtype=dtype)
-        last = torch.empty((batch, d_inner, A.shape[1]), dtype=dtype)
-        kept = torch.empty((batch, blocks, chunks, A.shape[1], LANES), dtype=dtype)
-        arrays = _arrays(dtype, u, delta, A, B, C, D, z, delta_bias)
-        results = _numpy(dtype, out, last, kept)
-        tasks = batch * blocks
-        _in_threads(
-            kernels.forward, tasks, *arrays, blocks, delta_softplus, z is not None, keep, *results
-        )
-        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, kept)
-        ctx.delta_softplus = delta_softplus
-        ctx.set_materialize_grads(False)
-        return out.to(u.dtype), last
+    """Saves the inputs and the state before every CHUNK-th step."""
 
     @staticmethod
+    def forward(ctx: Any, delta_softplus: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, last, kept = _forward(tensors, (delta_softplus,), True)
+        ctx.save_for_backward(kept, *tensors)
+        ctx.delta_softplus = delta_softplus
+        ctx.set_materialize_grads(False)
+        return out, last
+
+    @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-        u, delta, A, B, C, D, z, delta_bias, kept = ctx.saved_tensors
-        dtype = _compute_dtype(u)
-        batch, d_inner, seqlen = u.shape
-        ngroups, d_state = B.shape[1], A.shape[1]
-        blocks = block_count(d_inner=d_inner, ngroups=ngroups)
-        partials = partial_count(d_inner=d_inner, d_state=d_state, ngroups=ngroups)
-        du, ddelta = torch.empty((2, *u.shape), dtype=dtype)
-        dz = torch.empty(u.shape if z is not None else (0, 0, 0), dtype=dtype)
-        dA = torch.empty((batch, d_inner, d_state), dtype=dtype)
-        dparameters = torch.empty((batch, d_inner, 2), dtype=dtype)
-        dB, dC = torch.zeros((2, partials, batch, ngroups, d_state, seqlen), dtype=dtype)
-        dout = torch.zeros(u.shape, dtype=dtype) if dout is None else dout
-        dlast = torch.zeros(dA.shape, dtype=dtype) if dlast is None else dlast
-        arrays = _arrays(dtype, u, delta, A, B, C, D, z, delta_bias)
-        _in_threads(
-            kernels.backward,
-            batch * ngroups * partials,
-            *arrays,
-            *_numpy(dtype, dout, dlast, kept),
-            blocks,
-            ctx.delta_softplus,
-            z is not None,
-            *_numpy(dtype, du, ddelta, dz, dA, dparameters, dB, dC),
-        )
-        dbias, dD = dparameters.sum(0).unbind(-1)
-        return (
-            du.to(u.dtype),
-            ddelta.to(u.dtype),
-            dA.sum(0).to(A.dtype),
-            dB.sum(0).to(B.dtype),
-            dC.sum(0).to(C.dtype),
-            None if D is None else dD.to(D.dtype),
-            None if z is None else dz.to(z.dtype),
-            None if delta_bias is None else dbias.to(delta_bias.dtype),
-            None,
-        )
+        kept, *tensors = ctx.saved_tensors
+        found = iter(_backward(dout, dlast, kept, tuple(tensors), (ctx.delta_softplus,)))
+        return (None, *(None if tensor is None else next(found) for tensor in tensors))
+
+
+def _forward(tensors: Tensors, options: Options, keep: bool) -> Results:
+    """Return out, the last state and, if `keep`, the states before every CHUNK-th step."""
+    u, _, _, B, *_, z, _, initial = tensors
+    out, last, kept = _empty_results(tensors, options, keep)
+    dtype = last.dtype
+    out = out if out.dtype == dtype else torch.empty(u.shape, dtype=dtype)
+    blocks = block_count(d_inner=u.shape[1], ngroups=B.shape[1])
+    start = torch.zeros(last.shape, dtype=dtype) if initial is None else initial
+    kept_array = kept if keep else kept.view(0, 0, 0, 0, 0)
+    _in_threads(
+        kernels.forward,
+        u.shape[0] * blocks,
+        *_arrays(dtype, *tensors[:8]),
+        *_numpy(dtype, start),
+        blocks,
+        options[0],
+        z is not None,
+        keep,
+        *_numpy(dtype, out, last, kept_array),
+    )
+    return out.to(u.dtype), last, kept
+
+
+def _empty_results(tensors: Tensors, options: Options, keep: bool) -> Results:
+    """Allocate out, the last state and what is kept, (B, blocks, chunks, N, LANES) or nothing."""
+    u, _, A, B, *_ = tensors
+    batch, d_inner, seqlen = u.shape
+    dtype = _compute_dtype(u)
+    blocks = block_count(d_inner=d_inner, ngroups=B.shape[1])
+    shape = (batch, blocks, -(-seqlen // CHUNK), A.shape[1], LANES) if keep else (0,)
+    out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    last = torch.empty((batch, d_inner, A.shape[1]), dtype=dtype, device=u.device)
+    return out, last, torch.empty(shape, dtype=dtype, device=u.device)
+
+
+def _backward(
+    dout: Tensor | None, dlast: Tensor | None, kept: Tensor, tensors: Tensors, options: Options
+) -> list[Tensor]:
+    """Return the gradient of every tensor that is not None, in order and in its dtype."""
+    u, _, A, B, _, _, z, _, _ = tensors
+    dtype = _compute_dtype(u)
+    batch, d_inner, seqlen = u.shape
+    ngroups, d_state = B.shape[1], A.shape[1]
+    partials = partial_count(d_inner=d_inner, d_state=d_state, ngroups=ngroups)
+    du, ddelta = (torch.empty(u.shape, dtype=dtype) for _ in range(2))
+    dz = torch.empty(u.shape if z is not None else (0, 0, 0), dtype=dtype)
+    dA, dinitial = (torch.empty((batch, d_inner, d_state), dtype=dtype) for _ in range(2))
+    dparameters = torch.empty((batch, d_inner, 2), dtype=dtype)
+    dB, dC = torch.zeros((2, partials, batch, ngroups, d_state, seqlen), dtype=dtype)
+    dout = torch.zeros(u.shape, dtype=dtype) if dout is None else dout
+    dlast = torch.zeros(dA.shape, dtype=dtype) if dlast is None else dlast
+    _in_threads(
+        kernels.backward,
+        batch * ngroups * partials,
+        *_arrays(dtype, *tensors[:8]),
+        *_numpy(dtype, dout, dlast, kept),
+        block_count(d_inner=d_inner, ngroups=ngroups),
+        options[0],
+        z is not None,
+        *_numpy(dtype, du, ddelta, dz, dA, dparameters, dinitial, dB, dC),
+    )
+    dbias, dD = dparameters.sum(0).unbind(-1)
+    gradients = (du, ddelta, dA.sum(0), dB.sum(0), dC.sum(0), dD, dz, dbias, dinitial)
+    return [
+        gradient.to(tensor.dtype)
+        for gradient, tensor in zip(gradients, tensors, strict=True)
+        if tensor is not None
+    ]
+
+
+_traced = register(
+    Operation(
+        name="s6_numba",
+        tensors=S6_TENSORS,
+        options=S6_OPTIONS,
+        forward=_forward,
+        shapes=_empty_results,
+        backward=_backward,
+    )
+)
 
 
 def _compute_dtype(u: Tensor) -> torch.dtype:

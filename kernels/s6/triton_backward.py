@@ -192,6 +192,7 @@ def scan_backward(
     dD_ptr,  # (B, segments, D) fp32
     dbias_ptr,  # (B, segments, D) fp32
     dBC_ptr,  # (partials, 2, B, G, N_TRUE, L) fp32
+    dfirst_ptr,  # (B, D, N_TRUE) fp32: of the state before the first step
     batch,
     L,
     D,
@@ -226,6 +227,7 @@ def scan_backward(
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_START: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
     """Write all gradients: the parameters' per batch and segment, those of B and C per partial."""
@@ -408,6 +410,9 @@ def scan_backward(
 
         dA_ptrs = dA_ptr + segment_row * size + block_states + state_offset
         tl.store(dA_ptrs, dA, mask=state_mask)
+        if HAS_FIRST:
+            dfirst_ptrs = dfirst_ptr + b * size + block_states + state_offset
+            tl.store(dfirst_ptrs, r, mask=state_mask & (segment == 0))
         if HAS_D:
             tl.store(dD_ptr + segment_row * D + d, dD, mask=valid)
         if HAS_BIAS:

@@ -107,14 +107,16 @@ def segment_start(
     D,
     segments,
     REVERSE: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
     N_TRUE: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Turn end states from zero into the states that segments start with.
 
-    Forward: segment 0 is not written, it starts with zero. Reverse: time runs backwards, and
-    segment `segments` - 1 starts with what start_ptr holds for it.
+    Forward: segment 0 is not written, it starts with zero or, if HAS_FIRST, with what start_ptr
+    holds for it. Reverse: time runs backwards, and segment `segments` - 1 starts with what
+    start_ptr holds for it.
     """
     size = D * N_TRUE
     state_blocks = tl.cdiv(size, BLOCK)
@@ -128,6 +130,8 @@ def segment_start(
     h = tl.zeros([BLOCK], tl.float32)
     if REVERSE:
         h = tl.load(start_ptr + (base + segments - 1) * size + state, mask=valid, other=0.0)
+    elif HAS_FIRST:
+        h = tl.load(start_ptr + base * size + state, mask=valid, other=0.0)
     for first in range(0, segments - 1, TILE):
         inside = (first + s < segments - 1)[:, None] & valid[None, :]
         source = first + s
@@ -188,6 +192,7 @@ def scan_forward(
     SOFTPLUS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     SEGMENTED: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
     KEEP: tl.constexpr,
 ):
     """Write out and the last state and, if KEEP, the state before every CHUNK-th step."""
@@ -225,9 +230,11 @@ def scan_forward(
     )
 
     h = tl.zeros([N, BLOCK], tl.float32)
-    if SEGMENTED:
+    if SEGMENTED or HAS_FIRST:
         start_row = (b * segments + segment) * size + block_states
-        started = state_mask & (segment > 0)
+        started = state_mask
+        if not HAS_FIRST:
+            started = started & (segment > 0)
         h = tl.load(start_ptr + start_row + state_offset, mask=started, other=0.0)
     begin = segment * SEGMENT
     for start in range(begin, tl.minimum(begin + SEGMENT, L), TILE):

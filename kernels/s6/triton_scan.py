@@ -10,14 +10,25 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from mambench.kernels.registered import (
+    Operation,
+    Options,
+    Results,
+    Tensors,
+    is_traced,
+    needs_gradient,
+    register,
+)
 from mambench.kernels.s6 import triton_backward, triton_forward
-from mambench.kernels.s6.arguments import check_arguments
+from mambench.kernels.s6.arguments import S6_OPTIONS, S6_TENSORS, check_arguments
 from mambench.kernels.s6.triton_config import (
     AHEAD,
     Config,
     Cut,
     backward_cut,
+    chunk_size,
     forward_cut,
     padded_states,
     scratch_size,
@@ -38,8 +49,10 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    *,
+    initial_state: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return the selective scan of u, differentiable in every tensor argument.
+    """Return the selective scan of u, differentiable once in every tensor argument.
 
     Args:
         u, delta, z: (B, D, L), all fp32, fp16 or bf16; channels may be strided, time may not.
@@ -48,6 +61,7 @@ def selective_scan(
         D, delta_bias: (D,) fp32.
         delta_softplus: apply softplus to delta + delta_bias.
         return_last_state: also return the state after the last step.
+        initial_state: (B, D, N), the state before the first step; None: zeros.
 
     Returns:
         out (B, D, L) in u's dtype, or (out, last state (B, D, N) fp32).
@@ -57,50 +71,47 @@ def selective_scan(
     """
     B = B.unsqueeze(1) if B.dim() == 3 else B
     C = C.unsqueeze(1) if C.dim() == 3 else C
-    check_arguments(u, delta, A, B, C, D, z, delta_bias)
+    check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
     if u.dtype not in _DTYPES:
         raise TypeError(f"u: expected float32, float16 or bfloat16, got {u.dtype}")
-    out, last = _SelectiveScan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if is_traced():
+        out, last = _traced(tensors, (delta_softplus,))
+    elif needs_gradient(tensors):
+        out, last = _SelectiveScan.apply(delta_softplus, *tensors)
+    else:  # without the cost of a graph node, and without states for a backward
+        out, last, _ = scan_forward(_Inputs.of(tensors, delta_softplus), keep=False)
     return (out, last) if return_last_state else out
 
 
 class _SelectiveScan(torch.autograd.Function):
+    """Saves the inputs and the state before every chunk."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = _Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-        keep = any(ctx.needs_input_grad)
-        out, last, kept = scan_forward(inputs, keep=keep)
-        if keep:
-            ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, kept)
-            ctx.delta_softplus = delta_softplus
-            ctx.set_materialize_grads(False)
+    def forward(ctx: Any, delta_softplus: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, last, kept = scan_forward(_Inputs.of(tensors, delta_softplus), keep=True)
+        ctx.save_for_backward(kept, *tensors)
+        ctx.delta_softplus = delta_softplus
+        ctx.set_materialize_grads(False)
         return out, last
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, kept = ctx.saved_tensors
-        inputs = _Inputs(*tensors, ctx.delta_softplus)
+        kept, *tensors = ctx.saved_tensors
+        inputs = _Inputs.of(tuple(tensors), ctx.delta_softplus)
         if dout is None:
             dout = torch.zeros_like(inputs.u)
-        gradients = scan_backward(inputs, kept, _time_contiguous(dout), dlast)
-        return (*gradients, None)
+        return (None, *scan_backward(inputs, kept, _time_contiguous(dout), dlast))
 
 
 class _Inputs:
     """The operation's arguments as the kernels want them: time contiguous, parameters fp32."""
 
-    __slots__ = ("A", "B", "C", "D", "bias", "delta", "original", "sizes", "softplus", "u", "z")
+    __slots__ = (
+        *("A", "B", "C", "D", "bias", "delta", "initial", "original", "sizes", "softplus", "u"),
+        "z",
+    )
 
     def __init__(
         self,
@@ -113,8 +124,10 @@ class _Inputs:
         z: Tensor | None,
         bias: Tensor | None,
         softplus: bool,
+        initial: Tensor | None = None,
     ) -> None:
         self.original = (u, delta, A, B, C, D, z, bias)
+        self.initial = initial
         self.u = _time_contiguous(u)
         self.delta = _time_contiguous(delta)
         self.B = _time_contiguous(B)
@@ -132,6 +145,12 @@ class _Inputs:
             "d_state": A.shape[1],
             "ngroups": B.shape[1],
         }
+
+    @classmethod
+    def of(cls, tensors: Tensors, softplus: bool) -> "_Inputs":
+        """Take the operation's nine tensors, the initial state last."""
+        *given, initial = tensors
+        return cls(*given, softplus, initial)
 
     def strides(self, *names: str) -> list[int]:
         """Return all but the last stride, which is one, of the named tensors; zeros for no z."""
@@ -168,7 +187,8 @@ def scan_forward(
     out = torch.empty((batch, d_inner, seqlen), dtype=u.dtype, device=u.device)
     last = _fp32(u, batch, d_inner, d_state)
     kept = _fp32(u, batch, -(-seqlen // cut.chunk), d_inner, d_state) if keep else None
-    start = None
+    initial = inputs.initial
+    start = None if initial is None else initial.float().contiguous()  # of the only segment
     place = (seqlen, d_inner, ngroups, cut.segment, cut.segments, cut.blocks)
     with _on(u):
         if cut.segments > 1:
@@ -181,6 +201,8 @@ def scan_forward(
                 **inputs.flags(),
             )
             start = torch.empty_like(end)
+            if initial is not None:
+                start[:, 0].copy_(initial)
             _combine_segments(inputs, cut, end, total, start, reverse=False)
         triton_forward.scan_forward[(batch * cut.segments * cut.blocks,)](
             *(inputs.u, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z),
@@ -193,6 +215,7 @@ def scan_forward(
             HAS_D=inputs.D is not None,
             HAS_Z=inputs.z is not None,
             SEGMENTED=cut.segments > 1,
+            HAS_FIRST=initial is not None,
             KEEP=keep,
         )
     return out, last, kept
@@ -207,16 +230,21 @@ def scan_backward(
     config: Config | None = None,
     adjoint_config: Config | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of u, delta, A, B, C, D, z and delta_bias; dB and dC without atomics."""
+    """Return the gradients of u, delta, A, B, C, D, z, delta_bias and the initial state.
+
+    Without atomics. None for what is not given.
+    """
     u, d_inner, d_state = inputs.u, inputs.sizes["d_inner"], inputs.sizes["d_state"]
     batch, seqlen, ngroups = u.shape[0], u.shape[2], inputs.sizes["ngroups"]
     cut = backward_cut(**inputs.sizes, config=config)
     start = _adjoint_at_segment_ends(inputs, cut, dout, dlast, adjoint_config)
-    du, ddelta = torch.empty((2, batch, d_inner, seqlen), dtype=u.dtype, device=u.device)
+    du = torch.empty((batch, d_inner, seqlen), dtype=u.dtype, device=u.device)
+    ddelta = torch.empty_like(du)
     dz = None if inputs.z is None else torch.empty_like(du)
     dA = _fp32(u, batch * cut.segments, d_inner, d_state)
     dD = None if inputs.D is None else _fp32(u, batch * cut.segments, d_inner)
     dbias = None if inputs.bias is None else _fp32(u, batch * cut.segments, d_inner)
+    dfirst = None if inputs.initial is None else _fp32(u, batch, d_inner, d_state)
     partial_sums = _fp32(u, cut.partials, 2, batch, ngroups, d_state, seqlen)
     dBC = torch.empty(partial_sums.shape[1:], dtype=u.dtype, device=u.device)
     programs = batch * cut.segments * ngroups * cut.partials
@@ -226,7 +254,7 @@ def scan_backward(
         triton_backward.scan_backward[(programs,)](
             *(inputs.u, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z),
             *(inputs.bias, dout, kept, start, scratch, du, ddelta, dz, dA, dD, dbias),
-            partial_sums,
+            *(partial_sums, dfirst),
             *(batch, seqlen, d_inner, ngroups, cut.segment, cut.segments, cut.blocks),
             cut.partials,
             *inputs.strides("u", "delta", "z"),
@@ -242,6 +270,7 @@ def scan_backward(
             HAS_D=inputs.D is not None,
             HAS_Z=inputs.z is not None,
             HAS_START=start is not None,
+            HAS_FIRST=dfirst is not None,
             **inputs.flags(),
             num_warps=cut.config.warps,
             num_stages=1,
@@ -249,10 +278,10 @@ def scan_backward(
         triton_backward.sum_partials[(triton.cdiv(dBC.numel(), _SUM_BLOCK),)](
             partial_sums, dBC, cut.partials, dBC.numel(), BLOCK=_SUM_BLOCK, num_warps=8
         )
-    gradients = (du, ddelta, dA.sum(0), dBC[0], dBC[1], _summed(dD), dz, _summed(dbias))
+    gradients = (du, ddelta, dA.sum(0), dBC[0], dBC[1], _summed(dD), dz, _summed(dbias), dfirst)
     return tuple(
         None if gradient is None or tensor is None else gradient.to(tensor.dtype)
-        for gradient, tensor in zip(gradients, inputs.original, strict=True)
+        for gradient, tensor in zip(gradients, (*inputs.original, inputs.initial), strict=True)
     )
 
 
@@ -309,6 +338,7 @@ def _combine_segments(
         triton_forward.segment_start[(end.shape[0] * triton.cdiv(d_inner * d_state, block),)](
             *(inputs.A, end, total, start, d_inner, cut.segments),
             REVERSE=reverse,
+            HAS_FIRST=not reverse and inputs.initial is not None,
             N_TRUE=d_state,
             TILE=8,
             BLOCK=block,
@@ -332,3 +362,37 @@ def _fp32(like: Tensor, *shape: int) -> Tensor:
 
 def _summed(parts: Tensor | None) -> Tensor | None:
     return None if parts is None else parts.sum(0)
+
+
+def _traced_forward(tensors: Tensors, options: Options, keep: bool) -> Results:
+    out, last, kept = scan_forward(_Inputs.of(tensors, options[0]), keep=keep)
+    return out, last, _fp32(out, 0) if kept is None else kept
+
+
+def _traced_shapes(tensors: Tensors, options: Options, keep: bool) -> Results:
+    u, A = tensors[0], tensors[2]
+    batch, d_inner, seqlen = u.shape
+    every = chunk_size(A.shape[1])
+    kept = (batch, (seqlen + every - 1) // every, d_inner, A.shape[1]) if keep else (0,)
+    return u.new_empty(u.shape), _fp32(u, batch, d_inner, A.shape[1]), _fp32(u, *kept)
+
+
+def _traced_backward(
+    dout: Tensor | None, dlast: Tensor | None, kept: Tensor, tensors: Tensors, options: Options
+) -> list[Tensor]:
+    inputs = _Inputs.of(tensors, options[0])
+    dout = torch.zeros_like(inputs.u) if dout is None else _time_contiguous(dout)
+    gradients = scan_backward(inputs, kept, dout, dlast)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+_traced = register(
+    Operation(
+        name="s6_triton",
+        tensors=S6_TENSORS,
+        options=S6_OPTIONS,
+        forward=_traced_forward,
+        shapes=_traced_shapes,
+        backward=_traced_backward,
+    )
+)

@@ -28,6 +28,8 @@ CASES = {
     "bare": {"sizes": (1, 1, 1, 1, 1), "without": ("D", "z", "delta_bias")},
     "no-softplus": {"sizes": (1, 5, 6, 4, 1), "softplus": False},
     "wide": {"sizes": (1, 4, 6, 40, 1)},
+    "started": {"sizes": (1, 2, 66, 3, 2), "started": True},
+    "started-once": {"sizes": (2, 3, 6, 4, 1), "started": True, "wanted_warps": 1},
 }
 
 
@@ -82,7 +84,10 @@ def judge(case: dict) -> dict[str, str]:
     triton_config._WANTED_WARPS = case.get("wanted_warps", WANTED_WARPS)
     softplus = case.get("softplus", True)
     inputs = literal.draw(
-        *case["sizes"], dtype=case.get("dtype", torch.float32), without=case.get("without", ())
+        *case["sizes"],
+        dtype=case.get("dtype", torch.float32),
+        without=case.get("without", ()),
+        started=case.get("started", False),
     )
     if not softplus:
         with torch.no_grad():

@@ -21,6 +21,7 @@ def scan(
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, D, L) and the last state (B, D, N); every operand is used in its own dtype."""
     dt = delta if delta_bias is None else delta + delta_bias[:, None]
@@ -28,7 +29,7 @@ def scan(
         dt = torch.logaddexp(dt, torch.zeros_like(dt))
     repeats = u.shape[1] // B.shape[1]
     B, C = B.repeat_interleave(repeats, 1), C.repeat_interleave(repeats, 1)
-    state = u.new_zeros(u.shape[0], *A.shape)
+    state = u.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state
     steps = []
     # unbind, because the gradient of an index into time would be as long as time at every step
     for dt_t, x_t, B_t, C_t in zip(*(v.unbind(-1) for v in (dt, dt * u, B, C)), strict=True):
@@ -54,6 +55,7 @@ def draw(
     device: str = "cpu",
     seed: int = 0,
     without: tuple[str, ...] = (),
+    started: bool = False,
 ) -> dict[str, Tensor]:
     """Draw leaf tensors. dt lies about 0.02, and A between -0.001 and -1600."""
     generator = torch.Generator().manual_seed(seed)
@@ -73,6 +75,8 @@ def draw(
         "z": normal(batch, d_inner, seqlen).to(dtype),
         "delta_bias": (normal(d_inner) - 4).to(wide),
     }
+    if started:
+        tensors["initial_state"] = normal(batch, d_inner, d_state).to(wide)
     return {
         name: tensor.to(device).requires_grad_()
         for name, tensor in tensors.items()

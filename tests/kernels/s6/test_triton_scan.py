@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from mambench.kernels.s6 import triton_backward, triton_config, triton_forward
 
 HERE = Path(__file__).parent
-CASES = ("segments", "columns", "float16", "bare", "no-softplus", "wide")
+CASES = ("segments", "columns", "float16", "bare", "no-softplus", "wide", "started", "started-once")
 
 
 def interpret(*cases: str, script: Path = HERE / "interpret_scan.py") -> dict[str, dict[str, str]]:
@@ -109,6 +109,7 @@ def compile_forward(capability, d_state, dtype="bf16", ones=()):
         HAS_D=True,
         HAS_Z=True,
         SEGMENTED=True,
+        HAS_FIRST=False,
         KEEP=True,
     )
 
@@ -124,6 +125,7 @@ def compile_backward(capability, d_state, dtype="bf16", ones=(), **changes):
         "HAS_D": True,
         "HAS_Z": True,
         "HAS_START": True,
+        "HAS_FIRST": False,
     }
     constants |= all_features(d_state) | changes
     kernel = triton_backward.scan_backward
