@@ -9,6 +9,8 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 
+from mambench.harness import registry
+from mambench.harness.errors import UsageError
 from mambench.harness.pool import Pool, Worker
 from mambench.harness.progress import Listener
 from mambench.harness.protocol import Done, Precompile, WorkerConfig
@@ -27,7 +29,8 @@ def compile_ahead(
     What fails is told to the listener and forgotten: the case itself will fail where it is
     recorded. What takes longer than the limit of a first call for each case is stopped.
     """
-    waiting = _groups(cases, on_gpu=config.device.kind is DeviceKind.CUDA)
+    able = [case for case in cases if _compiles(case.implementation)]
+    waiting = _groups(able, on_gpu=config.device.kind is DeviceKind.CUDA)
     active: dict[Worker, tuple[Sequence[Case], float]] = {}
     parallel = min(MAX_PARALLEL, os.cpu_count() or 1)
     try:
@@ -46,6 +49,14 @@ def compile_ahead(
     finally:
         for worker in active:
             worker.kill()
+
+
+def _compiles(implementation: str) -> bool:
+    """Whether it compiles anything ahead; one that only a worker knows may."""
+    try:
+        return hasattr(registry.get(implementation), "precompile")
+    except UsageError:
+        return True
 
 
 def _groups(cases: Iterable[Case], *, on_gpu: bool) -> list[list[Case]]:

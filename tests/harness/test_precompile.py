@@ -30,3 +30,9 @@ def test_passes_and_variants_compile_side_by_side_on_a_gpu() -> None:
     cases = [case, replace(case, pass_=Pass.TRAINING), replace(case, variant="other")]
     assert precompile._groups(cases, on_gpu=True) == [[each] for each in cases]
     assert precompile._groups(cases, on_gpu=False) == [cases]
+
+
+def test_only_what_compiles_gets_a_worker() -> None:
+    assert precompile._compiles("ssd")
+    assert not precompile._compiles("flash_attention")
+    assert precompile._compiles("known to a worker's plugin only")
