@@ -244,7 +244,7 @@ def run(
 
 
 @cli.command()
-@click.argument("run_dirs", nargs=-1, required=True, type=Path, metavar="RUN_DIR...")
+@click.argument("run_dirs", nargs=-1, type=Path, metavar="[RUN_DIR...]")
 @click.option(
     "-o",
     "--output",
@@ -256,15 +256,51 @@ def run(
     "-f",
     "--format",
     "form",
-    type=options.Name("format", lambda: ("html", *REPORT_FORMATS)),
+    type=options.Name("format", lambda: ("html", *REPORT_FORMATS, "parquet")),
     default="html",
     metavar="FORMAT",
-    help="html, or text, markdown, csv, json on standard output.  [default: html]",
+    help="html, or text, markdown, csv, json on standard output, or parquet (results.parquet in "
+    "the first RUN_DIR).  [default: html]",
 )
-def report(run_dirs: tuple[Path, ...], output: Path | None, form: str) -> None:
+@click.option(
+    *("--figures", "figures"),
+    type=Path,
+    metavar="DIR",
+    help="Write every chart as SVG and PNG into this folder instead.",
+)
+@click.option("--svg-only", is_flag=True, help="With --figures: no PNG, which needs resvg-py.")
+@click.option(
+    "--index",
+    type=Path,
+    metavar="DIR",
+    help="Write a page over all runs below this folder instead.  [default: index.html in it]",
+)
+def report(
+    run_dirs: tuple[Path, ...],
+    output: Path | None,
+    form: str,
+    figures: Path | None,
+    svg_only: bool,
+    index: Path | None,
+) -> None:
     """Write one offline HTML report of one or several runs, or print it in another format."""
     from mambench import reports
 
+    if index is not None:
+        if run_dirs or figures:
+            raise UsageError("--index DIR takes all runs below DIR: name nothing else.")
+        _name_path("index", reports.index_page(index, output))
+        return
+    if not run_dirs:
+        raise UsageError("name the folder of a run, or --index DIR for all below DIR.")
+    if figures is not None:
+        written = reports.write_figures(list(run_dirs), figures, png=not svg_only)
+        _name_path(f"{len(written)} figures", figures)
+        return
+    if form == "parquet":
+        path = output or run_dirs[0] / "results.parquet"
+        _name_path("report", reports.write_parquet(list(run_dirs), path))
+        return
     if form == "html":
         _name_path("report", reports.build(list(run_dirs), output or run_dirs[0] / "report.html"))
         return

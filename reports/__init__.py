@@ -11,6 +11,33 @@ def build(run_folders: Sequence[Path], output: Path) -> Path:
     return page.build(run_folders, output)
 
 
+def index_page(folder: Path, output: Path | None = None) -> Path:
+    """Write the page over all runs below a folder; see `mambench.reports.index.build`."""
+    from mambench.reports import index
+
+    return index.build(folder, output)
+
+
+def write_figures(
+    run_folders: Sequence[Path], folder: Path, *, png: bool = True
+) -> tuple[Path, ...]:
+    """Write every chart as a file; see `mambench.reports.static.write`."""
+    from mambench.reports import static
+
+    return static.write(run_folders, folder, png=png)
+
+
+def write_parquet(run_folders: Sequence[Path], path: Path) -> Path:
+    """Write the results of one or several runs as Parquet.
+
+    Raises RunFolderError where a folder is not a sound run, UsageError without pyarrow.
+    """
+    from mambench.harness import analysis
+    from mambench.reports import export, rows
+
+    return export.to_parquet(rows.make(analysis.load(run_folders)), path)
+
+
 FORMATS = ("text", "markdown", "csv", "json")
 
 

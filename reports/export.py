@@ -1,11 +1,14 @@
 """The folded results as CSV and JSON, one entry per case and machine, quantities in SI."""
 
 import csv
+import importlib
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 from mambench.harness import analysis
+from mambench.harness.errors import UsageError
 from mambench.reports.rows import Report, environment
 
 
@@ -26,6 +29,19 @@ def to_csv(report: Report) -> str:
     for entry in found:
         writer.writerow({key: _cell(value) for key, value in entry.items()})
     return out.getvalue()
+
+
+def to_parquet(report: Report, path: Path) -> Path:
+    """Write the table with its types, missing values null; raises UsageError without pyarrow."""
+    import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
+
+    try:
+        importlib.import_module("pyarrow")
+    except ImportError:
+        raise UsageError("Parquet needs pyarrow: pip install 'mambench[parquet]'.") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(records(report)).to_parquet(path, index=False)
+    return path
 
 
 def to_json(report: Report) -> str:

@@ -80,7 +80,7 @@ def render(report: Report) -> str:
     looks = styles(report.implementations)
     summaries = summary.summarise(report)
     return _without_indents(
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             report=report,
@@ -93,7 +93,7 @@ def render(report: Report) -> str:
             environment=rows.environment(report.analysis.runs),
             metrics=METRICS,
             looks=looks,
-            css=_minified((HERE / "assets" / "report.css").read_text(encoding="utf-8")),
+            css=stylesheet(),
             script=script,
             policy=_policy(script),
             payload=_packed(json.dumps(payload(report), separators=(",", ":")).encode()),
@@ -304,8 +304,14 @@ def _minified(css: str) -> str:
     return re.sub(r"\s*\n\s*", "\n", re.sub(r"/\*.*?\*/", "", css, flags=re.DOTALL)).strip()
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def stylesheet() -> str:
+    """Return the pages' style."""
+    return _minified((HERE / "assets" / "report.css").read_text(encoding="utf-8"))
+
+
+def environment() -> jinja2.Environment:
+    """Return where templates are found; whatever they insert is escaped."""
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE / "templates"),
         autoescape=True,
         trim_blocks=True,
@@ -324,5 +330,5 @@ def _environment() -> jinja2.Environment:
         "factor": summary.factor_text,
         "saving": summary.saving_text,
     }
-    environment.filters.update(filters)
-    return environment
+    made.filters.update(filters)
+    return made
