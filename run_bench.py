@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mambench.harness.runner import RunSummary
     from mambench.harness.store import RunFolder
 
-REPORT_FORMATS = ("text", "markdown", "csv", "json")
+REPORT_FORMATS = ("text", "markdown", "csv", "json", "pytest-benchmark")
 EPILOG = """\b
 Exit codes: 0 every case ended ok, unsupported, unavailable or skipped; 1 a case, or a check of
 selftest, failed;
@@ -259,8 +259,8 @@ def run(
     type=options.Name("format", lambda: ("html", *REPORT_FORMATS, "parquet")),
     default="html",
     metavar="FORMAT",
-    help="html, or text, markdown, csv, json on standard output, or parquet (results.parquet in "
-    "the first RUN_DIR).  [default: html]",
+    help="html, or text, markdown, csv, json, pytest-benchmark on standard output, or parquet "
+    "(results.parquet in the first RUN_DIR).  [default: html]",
 )
 @click.option(
     *("--figures", "figures"),
@@ -342,6 +342,7 @@ def show(case: str, run_dir: Path | None) -> None:
 cli.add_command(cli_check.check)
 cli.add_command(cli_check.compare)
 cli.add_command(cli_check.calibrate)
+cli.add_command(cli_history.import_run)
 cli.add_command(cli_history.make(lambda: importlib.import_module("mambench.reports.history")))
 
 

@@ -1,4 +1,4 @@
-"""The commands `history add` and `history show`. Imports only click at module level."""
+"""The commands `history add`, `history show` and `import`. Imports only click at module level."""
 
 import json
 from collections.abc import Callable
@@ -92,3 +92,23 @@ def _series(store: Path, filters: tuple[str, ...], metric: str) -> list[Any]:
     keep = [compile_filter(text) for text in filters]
     entries = [e for e in history.read(store) if all(wanted(e.case) for wanted in keep)]
     return list(history.series(entries, metric))
+
+
+@click.command("import")
+@click.argument("file", type=Path)
+@click.option(
+    *("-o", "--output"),
+    type=Path,
+    metavar="DIR",
+    help="The run's folder.  [default: runs/<time>-...]",
+)
+def import_run(file: Path, output: Path | None) -> None:
+    """Make a run of a JSON file of pytest-benchmark, for report, compare and history.
+
+    Only benchmarks that are cases of Mambench can be: see the fixture `mambench_case`.
+    """
+    from mambench.harness import pytest_benchmark_import
+
+    path, count, left_out = pytest_benchmark_import.read(file, output)
+    click.echo(f"{count} cases, {left_out} other benchmarks left out")
+    click.echo(f"results: {path.resolve()}")

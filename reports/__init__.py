@@ -38,7 +38,7 @@ def write_parquet(run_folders: Sequence[Path], path: Path) -> Path:
     return export.to_parquet(rows.make(analysis.load(run_folders)), path)
 
 
-FORMATS = ("text", "markdown", "csv", "json")
+FORMATS = ("text", "markdown", "csv", "json", "pytest-benchmark")
 
 
 def render(run_folders: Sequence[Path], format: str) -> str:
@@ -48,13 +48,14 @@ def render(run_folders: Sequence[Path], format: str) -> str:
     """
     from mambench.harness import analysis
     from mambench.harness.errors import UsageError, unknown_name
-    from mambench.reports import export, markdown, rows, text
+    from mambench.reports import export, markdown, pytest_benchmark, rows, text
 
     writers = {
         "text": text.render,
         "markdown": markdown.render,
         "csv": export.to_csv,
         "json": export.to_json,
+        "pytest-benchmark": pytest_benchmark.render,
     }
     if format not in writers:
         raise UsageError(unknown_name("format", format, FORMATS))
