@@ -22,7 +22,7 @@ TEST_STAMP := $(VENV)/.installed-test-$(KEY)
 DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test docs lint format dev clean
+.PHONY: help bench test gate docs lint format dev clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ bench: $(RUN_STAMP) ## sweep the quick suite on this machine and write the repor
 
 test: $(TEST_STAMP) ## run all tests that need no GPU
 	@$(PY) -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
+
+gate: $(RUN_STAMP) ## compare performance with the parent commit: kernels compiled, CPU timed
+	@.ci/gate $(PY)
 
 docs: $(RUN_STAMP) ## make the figures in the documents from the published runs
 	@$(PY) -P mambench/_start.py reports.readme README.md docs/*.md
