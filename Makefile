@@ -22,13 +22,15 @@ TEST_STAMP := $(VENV)/.installed-test-$(KEY)
 DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test gate docs lint format dev clean
+.PHONY: help install bench test gate docs lint format dev clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=python3.12 chooses the interpreter, TORCH_PIP_ARGS another index for torch,"
 	@echo "  PYTEST_ARGS='-k store' what is tested."
+
+install: $(TEST_STAMP) ## make .venv with what the tests need
 
 bench: $(RUN_STAMP) ## sweep the quick suite on this machine and write the report
 	@$(PY) run_bench.py run --suite quick
