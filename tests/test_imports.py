@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +203,16 @@ def import_time_violations(module: str, path: Path) -> list[str]:
 
 def test_the_tree_keeps_the_rules():
     assert violations(ROOT) == []
+
+
+def test_the_wheel_has_every_package():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {
+        ".".join(("mambench", *path.parent.relative_to(ROOT).parts))
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("__init__.py")
+    }
+    assert found <= set(settings["packages"])
 
 
 def test_the_checker_sees_the_whole_tree():
