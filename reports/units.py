@@ -51,6 +51,8 @@ def si(value: float | None, unit: str) -> str:
 
 def tick(text: str) -> str:
     """Return a written quantity without trailing zeros, for axes: `10 ms`."""
+    if text.endswith(TIMES):
+        return tick(text.removesuffix(TIMES)) + TIMES
     number, space, unit = text.partition(" ")
     return (number.rstrip("0").rstrip(".") if "." in number else number) + space + unit
 

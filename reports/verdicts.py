@@ -1,5 +1,4 @@
-"""What a check said of a run, where its folder holds the `check.json` that `run_bench.py check`
-writes."""
+"""What a check said of a run, where its folder holds the file that `run_bench.py check` writes."""
 
 import json
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from typing import Any, cast
 from mambench.harness.analysis import Run
 
 FILE = "check.json"
+_FIELDS: dict[str, Any] = dict.fromkeys(("verdict", "name", "metric", "change_frac", "reason"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ def _read(run: Run) -> Judged | None:
     assert run.path is not None
     try:
         values: Any = json.loads((run.path / FILE).read_text(encoding="utf-8"))
-        points = [cast("dict[str, Any]", dict(point)) for point in values["points"]]
+        points = [_FIELDS | cast("dict[str, Any]", dict(point)) for point in values["points"]]
         conclusion = str(values["conclusion"])
         said = [p for p in points if str(p["verdict"]) != "same"]
     except (OSError, ValueError, KeyError, TypeError):

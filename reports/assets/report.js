@@ -458,7 +458,7 @@
           array: found.map((one) => (one.high === null ? 0 : (one.high - one.ratio) / scale)), arrayminus: found.map((one) => (one.low === null ? 0 : (one.ratio - one.low) / scale)) },
       };
     }).filter((trace) => trace.rows.length);
-    card.spec = { data: traces, layout: { ...time.layout, yaxis: { type: "linear", rangemode: "tozero", domain: undefined, title: { text: norm ? `speed-up / ${norm} ratio` : "speed-up" } }, yaxis2: undefined,
+    card.spec = { data: traces, layout: { xaxis: time.layout.xaxis || {}, yaxis: { type: "linear", rangemode: "tozero", title: { text: norm ? `speed-up / ${norm} ratio` : "speed-up" } },
       shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 1, y1: 1, line: { dash: "dot", width: 1, color: css("soft") } }] } };
     card.note.textContent = `${there.device} over ${state.slice.device}${norm ? `, divided by the ratio of their ${norm} (${factor(scale)}; ${remote.origin})` : ""}`;
     describe(card, `Speed-up of ${there.device} over ${state.slice.device}`);

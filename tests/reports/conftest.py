@@ -244,6 +244,46 @@ def cpu_observations() -> list[Observation]:
     return found
 
 
+KERNELS = [
+    {"name": "<b>chunk_scan</b>", "count": 2, "time_s": 3e-5, "share": 0.75},
+    {"name": "chunk_state", "count": 1, "time_s": 1e-5, "share": 0.25},
+]
+CEILINGS = {
+    "copy": {"value": 3.0e12, "datasheet": 3.35e12},
+    "matrix-bf16": {"value": 7.0e14, "datasheet": 9.895e14},
+}
+
+
+def measured(observation: Observation) -> list[Observation]:
+    """Invent what further profilers find for a case that has a time."""
+    case, compulsory = observation.case, observation.values["compulsory_bytes"]
+    attention = case.implementation == "flash_attention"
+    per_token_j = 1e-9 * case.problem.seqlen if attention else 4e-6  # equal at L = 4,000
+    energy_j = per_token_j * case.tokens
+    trace = [{"at_s": 0.05 * i, "power_w": 400.0 + i, "sm_clock_hz": 1.9e9} for i in range(5)]
+    moved = {"dram_bytes": 2 * compulsory, "traffic_ratio": 2.0}
+    found = {
+        "launches": ({"kernel_count": 3, "max_registers": 64}, {"kernels": KERNELS}),
+        "energy": (
+            {"energy_j": energy_j, "power_w": 402.0, "tokens_per_j": case.tokens / energy_j},
+            {"trace": trace},
+        ),
+        "traffic": (moved, {"kernels": [{"name": "chunk_scan", "dram_read_bytes": 7}]}),
+        "sol": ({"sol_frac": 0.5}, {"ceiling": "copy"}),
+    }
+    return [
+        replace(
+            observation,
+            measurement=name,
+            values=values,
+            details=details,
+            samples_s=None,
+            observation_id=f"{observation.observation_id}-{name}",
+        )
+        for name, (values, details) in found.items()
+    ]
+
+
 @pytest.fixture(name="write_run", scope="session")
 def write_run_fixture():
     return write_run
@@ -270,6 +310,36 @@ def cpu_run(tmp_path_factory) -> Path:
 def hostile_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "hostile-run"
     return write_run(folder, hostile_observations(), suite=HOSTILE, notes=[HOSTILE])
+
+
+@pytest.fixture(scope="session")
+def full_run(tmp_path_factory):
+    plain = gpu_observations()
+    timed = [o for o in plain if o.measurement == "time" and o.outcome is Outcome.OK]
+    extra = [made for o in timed for made in measured(o)]
+    folder = tmp_path_factory.mktemp("full") / "full-run"
+    return write_run(folder, plain + extra, ceilings={"ceilings": CEILINGS})
+
+
+@pytest.fixture(scope="session")
+def other_run(tmp_path_factory):
+    """The same cases in half the time on a machine of another name, without ceilings."""
+    faster = [
+        replace(
+            o,
+            values={**o.values, **({"time_s": t / 2} if (t := o.values.get("time_s")) else {})},
+            samples_s=None if o.samples_s is None else tuple(s / 2 for s in o.samples_s),
+        )
+        for o in gpu_observations()
+    ]
+    device = {"kind": "cuda", "name": "NVIDIA H200", "compute_capability": [9, 0]}
+    folder = tmp_path_factory.mktemp("other") / "other-run"
+    return write_run(folder, faster, device=device, created_at="2026-03-02T00:00:00+00:00")
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    return KERNELS
 
 
 @pytest.fixture(scope="session")
