@@ -5,7 +5,8 @@ import json
 import pytest
 
 from mambench import reports
-from mambench.reports import units
+from mambench.harness import analysis
+from mambench.reports import machines, rows, units
 
 pytestmark = pytest.mark.browser
 
@@ -200,3 +201,104 @@ def test_the_browser_writes_quantities_as_python_does(open_page, page_file):
     for value, (time, memory) in zip(values, found, strict=True):
         assert time == units.seconds(value), value
         assert memory == units.memory(value * 1e9), value
+
+
+@pytest.fixture(scope="module")
+def full_page(full_run, other_run, tmp_path_factory):
+    return reports.build([full_run, other_run], tmp_path_factory.mktemp("full") / "report.html")
+
+
+@pytest.fixture(scope="module")
+def both(full_run, other_run):
+    return rows.make(analysis.load([full_run, other_run]))
+
+
+def test_who_wins_where_holds_the_ratios_of_the_records(open_page, full_page, both):
+    tab = open_page(full_page)
+    cells = tab.evaluate(
+        "() => [...document.querySelectorAll('#wins-table td[data-row]')].map(c => "
+        "[+c.dataset.row, +c.dataset.baseline, c.textContent, c.className, "
+        "mambenchSpeedup(+c.dataset.row, +c.dataset.baseline)])"
+    )
+    assert len(cells) > 40
+    for ours, theirs, text, kind, found in cells:
+        expected = machines.ratio(both.rows[ours], both.rows[theirs])
+        assert found["ratio"] == pytest.approx(expected.ratio, rel=1e-5)
+        assert found["low"] == pytest.approx(expected.low, rel=1e-3)
+        assert found["high"] == pytest.approx(expected.high, rel=1e-3)
+        assert kind == (
+            "unsure" if not expected.significant else "faster" if expected.ratio >= 1 else "slower"
+        )
+        shown = units.digits(expected.ratio) if expected.ratio >= 0.1 else "1/"
+        assert text.startswith(shown[:3])
+    ended = tab.locator("#wins-table td.ended").all_inner_texts()
+    assert {"oom", "timeout"} <= {text.strip() for text in ended}
+    tab.locator("#wins-baseline select").select_option("ssd")
+    assert "baseline=ssd" in tab.url
+    assert tab.locator("#wins-table tbody th", has_text="flash_attention").count() == 1
+    assert tab.errors == []
+
+
+def test_machines_are_compared_and_normalised(open_page, full_page):
+    tab = open_page(full_page)
+    rendered(tab)
+    drawn = "() => [...document.querySelectorAll('.card')].filter(c => c.textContent.includes("
+    drawn += "'Machine against'))[0].querySelector('.plot').data.flatMap(t => Array.from(t.y))"
+    here = tab.inner_text(".answer:visible .where strong")
+    plain = tab.evaluate(drawn)
+    assert len(plain) > 20
+    expected = 0.5 if "H200" in here else 2
+    assert plain == pytest.approx([expected] * len(plain), rel=1e-5)
+    tab.get_by_label("divided by").select_option("bandwidth")
+    scale = 4.8e12 / 3.0e12 if expected == 2 else 3.0e12 / 4.8e12
+    assert tab.evaluate(drawn) == pytest.approx([expected / scale] * len(plain), rel=1e-5)
+    assert "norm=bandwidth" in tab.url
+    assert tab.errors == []
+
+
+def test_a_point_shows_where_it_comes_from(open_page, full_page, both):
+    tab = open_page(full_page)
+    tab.get_by_text("Fixture GPU 80GB", exact=True).first.click()
+    assert "chunk_scan</b>" in tab.inner_text("#kernels-table"), "hostile names are text"
+    assert tab.locator("#kernels-table b").count() == 0
+    rendered(tab)
+    box = tab.locator(".plot .scatterlayer .point").first.bounding_box()
+    tab.locator(".plot").first.scroll_into_view_if_needed()
+    box = tab.locator(".plot .scatterlayer .point").first.bounding_box()
+    tab.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    panel = tab.locator("#detail")
+    assert panel.is_visible()
+    said = panel.inner_text()
+    for text in (
+        "run_bench.py run --suite custom -i",
+        "--pass forward",
+        "HBM traffic",
+        "tok/J",
+        "0123456789",
+    ):
+        assert text in said, text
+    assert panel.locator("svg").count() == 2, "distribution, power"
+    assert tab.errors == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_violation(open_page, full_page, scheme):
+    axe = pytest.importorskip("axe_core_python.sync_playwright").Axe()
+    # The page's own policy forbids foreign scripts, axe's among them.
+    tab = open_page(full_page, color_scheme=scheme, bypass_csp=True)
+    rendered(tab)
+    found = axe.run(tab)["violations"]
+    assert [(v["id"], [n["html"][:160] for n in v["nodes"][:3]]) for v in found] == []
+    tab.locator("#case-table tbody button").first.click()
+    found = axe.run(tab, context="#detail")["violations"]
+    assert [(v["id"], [n["html"][:160] for n in v["nodes"][:3]]) for v in found] == []
+
+
+def test_print_is_on_white_and_shows_every_chart(open_page, full_page):
+    tab = open_page(full_page, color_scheme="dark")
+    rendered(tab)
+    tab.emulate_media(media="print")
+    paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == "rgb(255, 255, 255)"
+    assert not tab.locator("#controls").is_visible()
+    assert tab.locator(".card:visible .plot[data-drawn]").count() >= 8
