@@ -76,12 +76,15 @@ def state_space_dual(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = NO_LIMIT,
     return_final_states: bool = False,
+    *,
+    seq_idx: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute Mamba-2's recurrence with the arguments and results of `mamba_chunk_scan_combined`.
 
     x, z (B, L, H, P); dt (B, L, H); A (H,) fp32; B, C (B, L, G, N); D (H,) or (H, P) fp32; dt_bias
-    (H,) fp32; initial_states (B, H, P, N); chunk_size is not used. Returns out (B, L, H, P) in x's
-    dtype, or (out, final_states (B, H, P, N) in fp32).
+    (H,) fp32; initial_states (B, H, P, N); chunk_size is not used; seq_idx (B, L) integers: where
+    they change the state is zero again. Returns out (B, L, H, P) in x's dtype, or (out,
+    final_states (B, H, P, N) in fp32).
     """
     batch, _, nheads, headdim = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -97,10 +100,14 @@ def state_space_dual(
     if initial_states is not None:
         state = initial_states.to(wide)
     outputs: list[Tensor] = []
-    for x_t, dt_t, B_t, C_t in zip(*(v.unbind(1) for v in (x, dt, B, C)), strict=True):
+    steps = zip(*(v.unbind(1) for v in (x, dt, B, C)), strict=True)
+    for t, (x_t, dt_t, B_t, C_t) in enumerate(steps):
         B_t = B_t.to(wide).repeat_interleave(heads_per_group, dim=1)[:, :, None]  # (B, H, 1, N)
         C_t = C_t.to(wide).repeat_interleave(heads_per_group, dim=1)[:, :, None]
         decay = torch.exp(dt_t * A)[..., None, None]
+        if seq_idx is not None and t > 0:
+            begins = seq_idx[:, t] != seq_idx[:, t - 1]
+            decay = decay.masked_fill(begins[:, None, None, None], 0.0)
         state = decay * state + (dt_t[..., None] * x_t)[..., None] * B_t
         outputs.append((state * C_t).sum(-1))
     y = torch.stack(outputs, dim=1)

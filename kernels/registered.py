@@ -31,12 +31,13 @@ class Operation:
 
     Args:
         name: the operator's, in the namespace `mambench`; the gradient's is `<name>_backward`.
-        tensors: the tensor arguments in a schema's words, such as "Tensor u" or "Tensor? z".
+        tensors: the tensor arguments in a schema's words, such as "Tensor u" or "Tensor? z"; those
+            of integers have no gradient.
         options: the others, such as "bool delta_softplus"; no gradient.
         forward: (tensors, options, keep) to results; nothing kept, an empty tensor, unless `keep`.
         shapes: (tensors, options, keep) to results without values, for tracing.
         backward: (grad_out or None, grad_state or None, kept, tensors, options) to the gradient of
-            every tensor that is not None, in order.
+            every floating-point tensor that is given, in order.
     """
 
     name: str
@@ -87,7 +88,7 @@ def register(operation: Operation) -> Callable[[Tensors, Options], tuple[Tensor,
 
     @backward.register_fake
     def _(grad_out: Tensor | None, grad_state: Tensor | None, kept: Tensor, *given: Any) -> Any:
-        return [t.new_empty(t.shape) for t in given[:count] if t is not None]
+        return [t.new_empty(t.shape) for t in given[:count] if _has_gradient(t)]
 
     operators = getattr(torch.ops, NAMESPACE)
     forward_op, backward_op = (
@@ -121,7 +122,7 @@ def _autograd(count: int, backward: Callable[..., Any]) -> tuple[Any, Any]:
         kept, *tensors = ctx.saved_tensors
         gradients = iter(backward(grad_out, grad_state, kept, *tensors, *ctx.options))
         return (
-            *(None if t is None else next(gradients) for t in tensors),
+            *(next(gradients) if _has_gradient(t) else None for t in tensors),
             *(None for _ in ctx.options),
             None,
         )
@@ -163,6 +164,10 @@ def _transformable(
             return differentiate(ctx, *grads)
 
     return Forward.apply  # pyright: ignore[reportReturnType]
+
+
+def _has_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_floating_point()
 
 
 def _separate(gradients: Sequence[Tensor]) -> list[Tensor]:

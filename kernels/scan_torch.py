@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu, softplus
+from torch.nn.functional import pad, silu, softplus
 
 NO_LIMIT = (0.0, float("inf"))
 
@@ -79,12 +79,15 @@ def state_space_dual(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = NO_LIMIT,
     return_final_states: bool = False,
+    *,
+    seq_idx: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute Mamba-2's recurrence with the arguments and results of `mamba_chunk_scan_combined`.
 
     x, z (B, L, H, P); dt (B, L, H); A (H,) fp32; B, C (B, L, G, N); D (H,) or (H, P) fp32; dt_bias
-    (H,) fp32; initial_states (B, H, P, N); chunk_size is not used, as there are no chunks. Returns
-    out (B, L, H, P) in x's dtype, or (out, final_states (B, H, P, N) in fp32).
+    (H,) fp32; initial_states (B, H, P, N); chunk_size is not used, as there are no chunks; seq_idx
+    (B, L) integers: where they change the state is zero again. Returns out (B, L, H, P) in x's
+    dtype, or (out, final_states (B, H, P, N) in fp32).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     split = (B.shape[2], -1)  # heads into groups and heads of a group
@@ -96,7 +99,11 @@ def state_space_dual(
     if dt_limit != NO_LIMIT:
         dt = dt.clamp(*dt_limit)
     rows = x.to(wide)
-    decay = torch.exp(dt * A).unflatten(2, split).movedim(1, 3)[..., None, None]
+    decay = torch.exp(dt * A)
+    if seq_idx is not None:
+        begins = pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+        decay = decay.masked_fill(begins[..., None], 0.0)
+    decay = decay.unflatten(2, split).movedim(1, 3)[..., None, None]
     B, C = (value.to(wide).transpose(1, 2)[:, :, None, :, None] for value in (B, C))
     scaled = (rows * dt[..., None]).unflatten(2, split).movedim(1, 3)  # (B, G, H/G, L, P)
     inflow = scaled[..., None] * B  # (B, G, H/G, L, P, N)

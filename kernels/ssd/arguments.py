@@ -7,6 +7,12 @@ from torch import Tensor
 
 NO_LIMIT = (0.0, math.inf)
 
+# The operation's arguments in the words of an operator's schema.
+SSD_TENSORS = (
+    *("Tensor x", "Tensor dt", "Tensor A", "Tensor B", "Tensor C"),
+    *("Tensor? D", "Tensor? z", "Tensor? dt_bias", "Tensor? initial_states", "Tensor? sequences"),
+)
+
 
 def check_arguments(
     x: Tensor,

@@ -27,8 +27,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mambench.kernels.ssd.arguments import check_arguments, check_dtype
+from mambench.kernels.registered import (
+    Operation,
+    Options,
+    Results,
+    Tensors,
+    is_traced,
+    needs_gradient,
+    register,
+)
+from mambench.kernels.ssd.arguments import SSD_TENSORS, check_arguments, check_dtype
 from mambench.kernels.ssd.torch_config import KEEP, LARGEST_CHUNK
+from mambench.kernels.ssd.varlen import sequence_numbers
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -93,15 +103,35 @@ def _decay_rows(log_decay: Tensor, s: _Sizes) -> Tensor:
 
 
 class _Chunk:
-    """What both passes need of one chunk: B, C, their scores, decays and dt."""
+    """What both passes need of one chunk: B, C, their scores, decays and dt.
 
-    def __init__(self, s: _Sizes, t: slice, B: Tensor, C: Tensor, dt: Tensor, A: Tensor) -> None:
+    Where `seq` (B, L) numbers the tokens' sequences, decays between two sequences are zero.
+    """
+
+    def __init__(
+        self,
+        s: _Sizes,
+        t: slice,
+        B: Tensor,
+        C: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        seq: Tensor | None,
+    ) -> None:
         self.B = B[:, t].transpose(1, 2).to(s.dtype).contiguous()  # (B, G, q, N)
         self.C = C[:, t].transpose(1, 2).to(s.dtype).contiguous()
         self.dt = dt[:, t].transpose(1, 2).contiguous()  # (B, H, q)
         self.cum = (self.dt * A[:, None]).cumsum(2)  # (B, H, q)
         self.total = self.cum[:, :, -1]  # (B, H)
         self.to_end = (self.total[:, :, None] - self.cum).exp()
+        self.into = self.cum.exp()
+        self.apart: Tensor | None = None  # (B, 1, q, q), tokens of different sequences
+        if seq is not None:
+            own, before = seq[:, None, t], seq[:, None, max(t.start - 1, 0)]
+            self.apart = own[..., :, None] != own[..., None, :]
+            self.to_end = self.to_end.masked_fill(own != own[..., -1:], 0.0)
+            self.into = self.into.masked_fill(own != before[..., None], 0.0)
+            self.total = self.total.masked_fill(before != own[..., -1], -math.inf)
 
     def scores(self, s: _Sizes) -> Tensor:
         """C_i . B_j, (B, G, 1, q, q)."""
@@ -112,7 +142,10 @@ class _Chunk:
         gap = self.cum[:, :, :, None] - self.cum[:, :, None, :]
         q = gap.shape[-1]
         future = torch.ones(q, q, dtype=torch.bool, device=gap.device).triu_(1)
-        return gap.masked_fill_(future, -math.inf).exp_()
+        gap.masked_fill_(future, -math.inf)
+        if self.apart is not None:
+            gap.masked_fill_(self.apart, -math.inf)
+        return gap.exp_()
 
     def next_state(self, s: _Sizes, state: Tensor, x: Tensor) -> Tensor:
         """Return the state that leaves the chunk; x is (B, H, q, P)."""
@@ -125,7 +158,7 @@ class _Chunk:
         q = weights.shape[-1]
         grouped = weights.view(s.batch, s.ngroups, -1, q, q)
         grouped *= self.scores(s)
-        y = _by_head(self.C @ state, s).mul_(self.cum.exp()[..., None])
+        y = _by_head(self.C @ state, s).mul_(self.into[..., None])
         return y.add_(weights @ x)
 
 
@@ -142,20 +175,17 @@ def _skip(D: Tensor | None, s: _Sizes) -> Tensor | None:
     return None if D is None else D.to(s.dtype).view(s.nheads, 1, -1)
 
 
-def _forward(
-    s: _Sizes, tensors: tuple[Tensor | None, ...], *, keep: bool
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _forward(s: _Sizes, tensors: Tensors, *, keep: bool) -> Results:
     """Return out, the final states and, if wanted, every `KEEP`-th chunk's entering state."""
-    x, dt_raw, A, B, C, D, z, dt_bias, initial = tensors
+    x, dt_raw, A, B, C, D, z, dt_bias, initial, seq = tensors
     _, dt = _discretise(s, dt_raw, dt_bias)
     A, skip = A.to(s.dtype), _skip(D, s)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out, final, kept = _empty_results(s, x, keep=keep)
     state = _entering(s, x, initial)
-    kept = []
     for index, t in enumerate(s.chunks()):
         if keep and index % KEEP == 0:
-            kept.append(state)
-        chunk = _Chunk(s, t, B, C, dt, A)
+            kept[index // KEEP] = state
+        chunk = _Chunk(s, t, B, C, dt, A, seq)
         x_chunk = _heads_first(x[:, t], s)
         y = chunk.output(s, state, x_chunk)
         if skip is not None:
@@ -164,7 +194,18 @@ def _forward(
             y *= F.silu(_heads_first(z[:, t], s))
         out[:, t] = y.transpose(1, 2)
         state = chunk.next_state(s, state, x_chunk)
-    return out, _interface_state(state, s), kept
+    return out, final.copy_(_interface_state(state, s)), kept
+
+
+def _empty_results(s: _Sizes, x: Tensor, *, keep: bool) -> Results:
+    """Allocate out, the final states (fp32 or fp64) and the kept ones, or nothing for those."""
+    chunks = (s.seqlen + s.chunk - 1) // s.chunk
+    columns = s.nheads // s.ngroups * s.headdim
+    shape = ((chunks + KEEP - 1) // KEEP, s.batch, s.ngroups, s.d_state, columns)
+    options: dict[str, Any] = {"dtype": s.dtype, "device": x.device}
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    final = torch.empty((s.batch, s.nheads, s.headdim, s.d_state), **options)
+    return out, final, torch.empty(shape if keep else (0,), **options)
 
 
 def _entering(s: _Sizes, x: Tensor, initial: Tensor | None) -> Tensor:
@@ -178,9 +219,9 @@ def _entering(s: _Sizes, x: Tensor, initial: Tensor | None) -> Tensor:
 class _Gradients:
     """Accumulates the gradients of all inputs while the chunks are walked in reverse."""
 
-    def __init__(self, s: _Sizes, tensors: tuple[Tensor | None, ...], dout: Tensor) -> None:
+    def __init__(self, s: _Sizes, tensors: Tensors, dout: Tensor) -> None:
         self.s = s
-        self.x, dt_raw, A, self.B, self.C, self.D, self.z, self.dt_bias, _ = tensors
+        self.x, dt_raw, A, self.B, self.C, self.D, self.z, self.dt_bias, _, self.seq = tensors
         self.raw, self.dt = _discretise(s, dt_raw, self.dt_bias)
         self.A, self.skip, self.dout = A.to(s.dtype), _skip(self.D, s), dout
         self.grad_x = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
@@ -191,16 +232,20 @@ class _Gradients:
         self.grad_A = torch.zeros_like(self.A)
         self.grad_D = None if self.skip is None else torch.zeros_like(self.skip)
 
+    def chunk(self, t: slice) -> _Chunk:
+        """Return the chunk of these tokens."""
+        return _Chunk(self.s, t, self.B, self.C, self.dt, self.A, self.seq)
+
     def step(self, t: slice, state: Tensor, grad_state: Tensor) -> Tensor:
         """Take one chunk: `state` enters it; return its gradient, given that of what leaves."""
         s = self.s
-        chunk = _Chunk(s, t, self.B, self.C, self.dt, self.A)
+        chunk = self.chunk(t)
         x = _heads_first(self.x[:, t], s)
         grad_y = self._ungate(t, chunk, state, x)
         if self.grad_D is not None:
             skip_gradient = (grad_y * x).sum((0, 2))[:, None]
             self.grad_D += skip_gradient.sum_to_size(self.grad_D.shape)
-        into = chunk.cum.exp()[..., None]  # (B, H, q, 1)
+        into = chunk.into[..., None]  # (B, H, q, 1)
         from_end = chunk.to_end[..., None]
 
         decay, scores = chunk.decay(), chunk.scores(s)
@@ -275,8 +320,8 @@ class _Gradients:
 
 def _backward(
     s: _Sizes,
-    tensors: tuple[Tensor | None, ...],
-    kept: tuple[Tensor, ...],
+    tensors: Tensors,
+    kept: Tensor,
     dout: Tensor | None,
     dfinal: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
@@ -290,8 +335,8 @@ def _backward(
         run = chunks[first : first + KEEP]
         states = [kept[first // KEEP]]
         for t in run[:-1]:
-            chunk = _Chunk(s, t, gradients.B, gradients.C, gradients.dt, gradients.A)
-            states.append(chunk.next_state(s, states[-1], _heads_first(x[:, t], s)))
+            state = gradients.chunk(t).next_state(s, states[-1], _heads_first(x[:, t], s))
+            states.append(state)
         for t in reversed(run):
             grad_state = gradients.step(t, states.pop(), grad_state)
     return gradients.finish(_interface_state(grad_state, s))
@@ -301,26 +346,25 @@ class _Ssd(torch.autograd.Function):
     """Saves the inputs and every `KEEP`-th chunk's entering state."""
 
     @staticmethod
-    def forward(ctx: Any, s: _Sizes, keep: bool, *tensors: Tensor | None) -> Any:
-        out, final, kept = _forward(s, tensors, keep=keep)
-        ctx.s, ctx.given = s, len(tensors)
-        ctx.save_for_backward(*tensors, *kept)
+    def forward(ctx: Any, s: _Sizes, *tensors: Tensor | None) -> Any:
+        out, final, kept = _forward(s, tensors, keep=True)
+        ctx.s = s
+        ctx.save_for_backward(kept, *tensors)
         ctx.set_materialize_grads(False)
-        return out, final if s.dtype is torch.float64 else final.float()
+        return out, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> Any:
-        saved = ctx.saved_tensors
-        tensors, kept = saved[: ctx.given], saved[ctx.given :]
-        gradients = _backward(ctx.s, tensors, kept, dout, dfinal)
+        kept, *tensors = ctx.saved_tensors
+        gradients = (*_backward(ctx.s, tuple(tensors), kept, dout, dfinal), None)
         cast = (
-            gradient.to(tensor.dtype) if tensor is not None and wanted else None
+            gradient.to(tensor.dtype) if gradient is not None and wanted else None
             for tensor, gradient, wanted in zip(
-                tensors, gradients, ctx.needs_input_grad[2:], strict=True
+                tensors, gradients, ctx.needs_input_grad[1:], strict=True
             )
         )
-        return None, None, *cast
+        return None, *cast
 
 
 def ssd(
@@ -337,6 +381,9 @@ def ssd(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
+    *,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute the SSD operation in torch products; semantics of mamba_chunk_scan_combined.
 
@@ -350,14 +397,16 @@ def ssd(
         D: (H,) or (H, P).
         z: (B, L, H, P), dtype of x.
         dt_bias: (H,).
-        initial_states: (B, H, P, N).
+        initial_states: (B, H, P, N); enter the first sequence of each row.
         dt_softplus: whether dt goes through softplus, after the bias.
         dt_limit: range that dt is clamped to, last.
-        return_final_states: whether to return the final states too.
+        return_final_states: whether to return the final states too, of each row's last sequence.
+        seq_idx: (B, L), integers: a new sequence, whose state is zero, begins where they change.
+        cu_seqlens: (sequences + 1,), integers, for B = 1: where sequences begin and end, instead.
 
     Returns:
         out (B, L, H, P) in x's dtype, or (out, final_states (B, H, P, N)); the states are fp32, for
-        fp64 inputs fp64. Differentiable once.
+        fp64 inputs fp64. Differentiable once in every floating-point tensor.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or device.
@@ -366,20 +415,59 @@ def ssd(
     check_arguments(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_limit)
     if chunk_size < 1:
         raise ValueError(f"chunk_size is at least 1, got {chunk_size}")
+    traced = is_traced()
+    seq = sequence_numbers(x, seq_idx, cu_seqlens, check=not traced)
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq)
+    options = (min(chunk_size, LARGEST_CHUNK), dt_softplus, *dt_limit)
+    if traced:
+        out, final = _traced(tensors, options)
+    elif needs_gradient(tensors):
+        out, final = _Ssd.apply(_sizes(tensors, options), *tensors)
+    else:
+        out, final, _ = _forward(_sizes(tensors, options), tensors, keep=False)
+    return (out, final) if return_final_states else out
+
+
+def _sizes(tensors: Tensors, options: Options) -> _Sizes:
+    x, _, _, B, *_ = tensors
+    chunk, dt_softplus, lowest, highest = options
     batch, seqlen, nheads, headdim = x.shape
-    s = _Sizes(
+    return _Sizes(
         batch=batch,
         seqlen=seqlen,
         nheads=nheads,
         headdim=headdim,
         ngroups=B.shape[2],
         d_state=B.shape[3],
-        chunk=min(chunk_size, LARGEST_CHUNK),
+        chunk=chunk,
         dt_softplus=dt_softplus,
-        dt_limit=dt_limit,
+        dt_limit=(lowest, highest),
         dtype=torch.float64 if x.dtype is torch.float64 else torch.float32,
     )
-    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    out, final = _Ssd.apply(s, keep, *tensors)
-    return (out, final) if return_final_states else out
+
+
+def _traced_backward(
+    dout: Tensor | None, dfinal: Tensor | None, kept: Tensor, tensors: Tensors, options: Options
+) -> list[Tensor]:
+    gradients = _backward(_sizes(tensors, options), tensors, kept, dout, dfinal)
+    return [
+        gradient.to(tensor.dtype)
+        for tensor, gradient in zip(tensors, (*gradients, None), strict=True)
+        if tensor is not None and gradient is not None
+    ]
+
+
+_traced = register(
+    Operation(
+        name="ssd_torch",
+        tensors=SSD_TENSORS,
+        options=("SymInt chunk", "bool dt_softplus", "float dt_lowest", "float dt_highest"),
+        forward=lambda tensors, options, keep: _forward(
+            _sizes(tensors, options), tensors, keep=keep
+        ),
+        shapes=lambda tensors, options, keep: _empty_results(
+            _sizes(tensors, options), tensors[0], keep=keep
+        ),
+        backward=_traced_backward,
+    )
+)

@@ -212,6 +212,7 @@ def segment_entries(
     cumj: Tensor,
     start: Tensor | None,
     *,
+    seq: Tensor | None,
     reverse: bool,
 ) -> Tensor | None:
     """Return what enters each segment, (B, H, segments, P, N) fp32; `start` if there is but one.
@@ -228,12 +229,13 @@ def segment_entries(
     decay = torch.empty(outer, **options)
     grid = ((launch.nsegments - 1) * launch.blocks_p, launch.nheads, launch.batch)
     parts.state_kernel[grid](
-        v, z, m, cum, cumj, None, None, slots, decay, *launch.sizes,
+        v, z, m, cum, cumj, seq, None, None, slots, decay, *launch.sizes,
         *strides3(v), *strides3(z), *strides3(m),
         P=launch.headdim, N=launch.d_state, Q=launch.chunk,
         BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n, STAGES=tiles.state_stages,
         REVERSE=reverse, CHUNK_STATES=False, HAS_ENTRY=False, STORE_END=True,
-        HAS_Z=z is not None, PRECISION=tiles.precision, num_warps=tiles.state_warps,
+        HAS_Z=z is not None, HAS_SEQ=seq is not None, PRECISION=tiles.precision,
+        num_warps=tiles.state_warps,
     )  # fmt: skip
     run_prefix(launch, slots, decay, start, reverse=reverse)
     return slots

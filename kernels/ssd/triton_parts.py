@@ -86,6 +86,21 @@ def load_gated(
     return grad_y
 
 
+@triton.jit
+def sequence_masks(seq_ptr, first, q, rows, seqlen, Q: tl.constexpr):
+    """Say what a chunk's tokens have to do with its ends, where a row holds several sequences.
+
+    seq_ptr is the row's, (L,) of numbers that never decrease. Returns the tokens' numbers [q];
+    whether they see the state that enters, and whether the state that leaves sees them, [q] each;
+    and whether the one state goes into the other. The decay between two sequences is zero, and the
+    running sums of log-decay know nothing of them: weights are masked instead.
+    """
+    seq = tl.load(seq_ptr + first + q, mask=rows, other=-1)
+    entered = tl.load(seq_ptr + tl.maximum(first - 1, 0))
+    left = tl.load(seq_ptr + tl.minimum(first + Q, seqlen) - 1)
+    return seq, seq == entered, seq == left, entered == left
+
+
 @triton.jit(do_not_specialize=["seqlen", "nchunks", "nheads", "dt_min", "dt_max"])
 def dt_kernel(
     dt_ptr, A_ptr, bias_ptr,
@@ -123,7 +138,7 @@ def dt_kernel(
 
 @triton.jit(do_not_specialize=_RUNTIME_SIZES)
 def state_kernel(
-    v_ptr, z_ptr, m_ptr, cum_ptr, cumj_ptr,
+    v_ptr, z_ptr, m_ptr, cum_ptr, cumj_ptr, seq_ptr,
     entry_ptr, chunk_states_ptr, end_ptr, decay_ptr,
     seqlen, nchunks, nsegments, segment_chunks, nheads, heads_per_group,
     stride_v_batch, stride_v_token: tl.constexpr, stride_v_head,
@@ -132,7 +147,7 @@ def state_kernel(
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     REVERSE: tl.constexpr, CHUNK_STATES: tl.constexpr, HAS_ENTRY: tl.constexpr,
-    STORE_END: tl.constexpr, HAS_Z: tl.constexpr, PRECISION: tl.constexpr,
+    STORE_END: tl.constexpr, HAS_Z: tl.constexpr, HAS_SEQ: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk one segment with the state in registers, in one of four ways.
 
@@ -178,6 +193,12 @@ def state_kernel(
             tl.store(chunk_states_ptr + slot + tile, kept, mask=tile_mask)
         cum_row = head * nchunks * Q + t0
         total = tl.load(cum_ptr + cum_row + Q - 1)
+        through = total
+        if HAS_SEQ:
+            _, sees, seen, whole = sequence_masks(
+                seq_ptr + b * seqlen, chunk * Q, q, rows, seqlen, Q
+            )
+            through = tl.where(whole, total, float("-inf"))
         if REVERSE:
             weight = tl.exp2(tl.load(cum_ptr + cum_row + q))
             v = load_gated(
@@ -188,11 +209,15 @@ def state_kernel(
             weight = tl.exp2(total - tl.load(cumj_ptr + cum_row + q))
             offsets_v = t0 * stride_v_token + (q[:, None] * stride_v_token + p[None, :])
             v = tl.load(v_ptr + offsets_v, mask=mask_v, other=0.0).to(tl.float32)
+        if HAS_SEQ:
+            weight = tl.where(sees if REVERSE else seen, weight, 0.0)
         offsets_m = t0 * stride_m_token + (q[:, None] * stride_m_token + n[None, :])
         m = tl.load(m_ptr + offsets_m, mask=column_mask(rows, n, N, BLOCK_N), other=0.0)
         weighted = (v * weight[:, None]).to(m.dtype)
-        state = tl.dot(tl.trans(m), weighted, acc=state * tl.exp2(total), input_precision=PRECISION)
-        log_decay += total
+        state = tl.dot(
+            tl.trans(m), weighted, acc=state * tl.exp2(through), input_precision=PRECISION
+        )
+        log_decay += through
     if CHUNK_STATES:
         last = nsegments - 1
         if REVERSE:

@@ -32,8 +32,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from mambench.kernels.registered import (
+    Operation,
+    Options,
+    Results,
+    Tensors,
+    is_traced,
+    needs_gradient,
+    register,
+)
 from mambench.kernels.ssd import triton_parts as parts
-from mambench.kernels.ssd.arguments import check_arguments, check_dtype
+from mambench.kernels.ssd.arguments import SSD_TENSORS, check_arguments, check_dtype
 from mambench.kernels.ssd.triton_launch import (
     Launch,
     Operands,
@@ -43,6 +52,7 @@ from mambench.kernels.ssd.triton_launch import (
     segment_entries,
     strides3,
 )
+from mambench.kernels.ssd.varlen import sequence_numbers
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -51,7 +61,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
     do_not_specialize=["seqlen", "nchunks", "nsegments", "segment_chunks", "heads_per_group"]
 )
 def scan_kernel(
-    x_ptr, z_ptr, B_ptr, C_ptr, D_ptr, cum_ptr, cumj_ptr, entry_ptr, out_ptr, final_ptr,
+    x_ptr, z_ptr, B_ptr, C_ptr, D_ptr, cum_ptr, cumj_ptr, seq_ptr, entry_ptr, out_ptr, final_ptr,
     seqlen, nchunks, nsegments, segment_chunks, nheads: tl.constexpr, heads_per_group,
     stride_x_batch, stride_x_token: tl.constexpr, stride_x_head,
     stride_z_batch, stride_z_token: tl.constexpr, stride_z_head,
@@ -60,7 +70,7 @@ def scan_kernel(
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     D_DIMS: tl.constexpr, HAS_Z: tl.constexpr, HAS_ENTRY: tl.constexpr,
-    STORE_FINAL: tl.constexpr, PRECISION: tl.constexpr,
+    STORE_FINAL: tl.constexpr, HAS_SEQ: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One segment of BLOCK_P channels of one head; the state enters from its slot."""
     nblocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
@@ -106,14 +116,27 @@ def scan_kernel(
         cum = tl.load(cum_ptr + cum_row + q)
         cumj = tl.load(cumj_ptr + cum_row + q)
         total = tl.load(cum_ptr + cum_row + Q - 1)
+        within = causal
+        if HAS_SEQ:
+            seq, sees, seen, whole = parts.sequence_masks(
+                seq_ptr + b * seqlen, (first + k) * Q, q, rows, seqlen, Q
+            )
+            within = causal & (seq[:, None] == seq[None, :])
 
         y = tl.dot(C, state.to(x.dtype), input_precision=PRECISION)
         scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
-        gap = tl.where(causal, cum[:, None] - cumj[None, :], float("-inf"))
+        gap = tl.where(within, cum[:, None] - cumj[None, :], float("-inf"))
         weights = (scores * tl.exp2(gap)).to(x.dtype)
-        y = tl.dot(weights, x, acc=y * tl.exp2(cum)[:, None], input_precision=PRECISION)
+        into = tl.exp2(cum)
+        if HAS_SEQ:
+            into = tl.where(sees, into, 0.0)
+        y = tl.dot(weights, x, acc=y * into[:, None], input_precision=PRECISION)
         xf = x.to(tl.float32)
-        weighted = (xf * tl.exp2(total - cumj)[:, None]).to(x.dtype)
+        to_end = tl.exp2(total - cumj)
+        if HAS_SEQ:
+            to_end = tl.where(seen, to_end, 0.0)
+            total = tl.where(whole, total, float("-inf"))
+        weighted = (xf * to_end[:, None]).to(x.dtype)
         state = tl.dot(tl.trans(B), weighted, acc=state * tl.exp2(total), input_precision=PRECISION)
         if D_DIMS > 0:
             y += xf * skip
@@ -132,8 +155,12 @@ def run_forward(
     tensors: Operands,
     *,
     return_final_states: bool,
+    seq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return out, the final states if wanted, and what enters each segment."""
+    """Return out, the final states if wanted, and what enters each segment.
+
+    seq (B, L) int32: numbers of the tokens' sequences, where a row holds several.
+    """
     x, z, B, C, D = tensors.x, tensors.z, tensors.B, tensors.C, tensors.D
     tiles = launch.tiling
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -144,16 +171,16 @@ def run_forward(
     with on_device(x):
         cum, cumj, _ = run_dt(launch, tensors.dt, tensors.A, tensors.dt_bias, store_dt=False)
         start = tensors.initial_states
-        entries = segment_entries(launch, x, None, B, cum, cumj, start, reverse=False)
+        entries = segment_entries(launch, x, None, B, cum, cumj, start, seq=seq, reverse=False)
         grid = (launch.nsegments * launch.blocks_p, launch.nheads, launch.batch)
         scan_kernel[grid](
-            x, z, B, C, D, cum, cumj, entries, out, final, *launch.sizes,
+            x, z, B, C, D, cum, cumj, seq, entries, out, final, *launch.sizes,
             *strides3(x), *strides3(z), *strides3(B), *strides3(C),
             P=launch.headdim, N=launch.d_state, Q=launch.chunk,
             BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n, STAGES=tiles.scan_stages,
             D_DIMS=0 if D is None else D.dim(), HAS_Z=z is not None,
             HAS_ENTRY=entries is not None, STORE_FINAL=final is not None,
-            PRECISION=tiles.precision, num_warps=tiles.scan_warps,
+            HAS_SEQ=seq is not None, PRECISION=tiles.precision, num_warps=tiles.scan_warps,
         )  # fmt: skip
     return out, final, entries
 
@@ -162,15 +189,15 @@ class _Ssd(torch.autograd.Function):
     """Saves the inputs and what enters each segment, nothing of the sequence's size besides."""
 
     @staticmethod
-    def forward(ctx: Any, options: tuple[Any, ...], *tensors: Tensor | None) -> Any:
-        dt_softplus, dt_limit, return_final_states, segments = options
-        operands = Operands.laid_out(*tensors)
-        launch = plan_launch(
-            operands.x, operands.B, dt_softplus=dt_softplus, dt_limit=dt_limit, segments=segments
+    def forward(ctx: Any, options: Options, return_final: bool, *tensors: Tensor | None) -> Any:
+        *given, seq = tensors
+        operands = Operands.laid_out(*given)
+        launch = _plan(operands.x, operands.B, options)
+        out, final, entries = run_forward(
+            launch, operands, return_final_states=return_final, seq=seq
         )
-        out, final, entries = run_forward(launch, operands, return_final_states=return_final_states)
         ctx.launch = launch
-        ctx.save_for_backward(*operands.all(), entries)
+        ctx.save_for_backward(*operands.all(), seq, entries)
         ctx.set_materialize_grads(False)
         return out, final
 
@@ -179,12 +206,13 @@ class _Ssd(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> Any:
         from mambench.kernels.ssd.triton_ssd_backward import run_backward
 
-        *tensors, entries = ctx.saved_tensors
+        *tensors, seq, entries = ctx.saved_tensors
         names = Operands.__dataclass_fields__
         operands = Operands(**dict(zip(names, tensors, strict=True)))
-        wanted = dict(zip(names, ctx.needs_input_grad[1:], strict=True))
-        gradients = run_backward(ctx.launch, operands, entries, dout, dfinal)
-        return None, *(gradients.get(name) if wanted[name] else None for name in names)
+        wanted = dict(zip(names, ctx.needs_input_grad[2:-1], strict=True))
+        gradients = run_backward(ctx.launch, operands, entries, dout, dfinal, seq)
+        found = (gradients.get(name) if wanted[name] else None for name in names)
+        return None, None, *found, None
 
 
 def ssd(
@@ -202,6 +230,8 @@ def ssd(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
     *,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     segments: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute the SSD operation on a GPU; semantics of mamba_chunk_scan_combined.
@@ -216,21 +246,25 @@ def ssd(
         D: (H,) or (H, P).
         z: (B, L, H, P), dtype of x.
         dt_bias: (H,).
-        initial_states: (B, H, P, N).
+        initial_states: (B, H, P, N); enter the first sequence of each row.
         dt_softplus: whether dt goes through softplus, after the bias.
         dt_limit: range that dt is clamped to, last.
-        return_final_states: whether to return the final states too.
+        return_final_states: whether to return the final states too, of each row's last sequence.
+        seq_idx: (B, L), integers: a new sequence, whose state is zero, begins where they change.
+        cu_seqlens: (sequences + 1,), integers, for B = 1: where sequences begin and end, instead.
         segments: into how many segments time is divided; None: as fills the device.
 
     Returns:
-        out (B, L, H, P) in x's dtype, or (out, final_states (B, H, P, N) fp32).
+        out (B, L, H, P) in x's dtype, or (out, final_states (B, H, P, N) fp32). Differentiable once
+        in every floating-point tensor.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or device, or is beyond the kernels' sizes.
     """
     check_dtype(x, DTYPES)
     check_arguments(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_limit)
-    options = (dt_softplus, dt_limit, return_final_states, segments)
+    traced = is_traced()
+    seq = sequence_numbers(x, seq_idx, cu_seqlens, check=not traced)
     headdim, d_state = x.shape[3], B.shape[3]
     more_p, more_n = _missing(headdim), _missing(d_state)
     if more_p or more_n:
@@ -239,11 +273,27 @@ def ssd(
         D = pad(D, (0, more_p)) if D is not None and D.dim() == 2 else D
         if initial_states is not None:
             initial_states = pad(initial_states, (0, more_n, 0, more_p))
-    out, final = _Ssd.apply(options, x, dt, A, B, C, D, z, dt_bias, initial_states)
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq)
+    options = (dt_softplus, *dt_limit, segments)
+    if traced:
+        out, final = _traced(tensors, options)
+    elif needs_gradient(tensors):
+        out, final = _Ssd.apply(options, return_final_states, *tensors)
+    else:  # without the cost of a graph node
+        operands = Operands.laid_out(*tensors[:-1])
+        launch = _plan(operands.x, operands.B, options)
+        out, final, _ = run_forward(
+            launch, operands, return_final_states=return_final_states, seq=seq
+        )
     if more_p or more_n:
         out = out[..., :headdim]
         final = None if final is None else final[..., :headdim, :d_state]
-    return (out, final) if return_final_states else out
+    return (out, final) if return_final_states else out  # type: ignore[return-value]
+
+
+def _plan(x: Tensor, B: Tensor, options: Options) -> Launch:
+    dt_softplus, lowest, highest, segments = options
+    return plan_launch(x, B, dt_softplus=dt_softplus, dt_limit=(lowest, highest), segments=segments)
 
 
 def _missing(size: int) -> int:
@@ -254,3 +304,50 @@ def _missing(size: int) -> int:
     change no result; what they cost, only such sizes pay.
     """
     return max(16, 1 << (size - 1).bit_length()) - size
+
+
+def _traced_forward(tensors: Tensors, options: Options, keep: bool) -> Results:
+    *given, seq = tensors
+    operands = Operands.laid_out(*given)
+    launch = _plan(operands.x, operands.B, options)
+    out, final, entries = run_forward(launch, operands, return_final_states=True, seq=seq)
+    assert final is not None
+    if not keep or entries is None or launch.nsegments == 1:  # it is the initial states then
+        entries = final.new_empty(0)
+    return out, final, entries
+
+
+def _traced_shapes(tensors: Tensors, options: Options, keep: bool) -> Results:
+    x, B = tensors[0], tensors[3]
+    out = x.new_empty(x.shape)
+    batch, _, nheads, headdim = x.shape
+    fp32 = {"dtype": torch.float32, "device": x.device}
+    final = torch.empty((batch, nheads, headdim, B.shape[3]), **fp32)
+    segments = _plan(x, B, options).nsegments if keep else 1
+    shape = (batch, nheads, segments, headdim, B.shape[3]) if segments > 1 else (0,)
+    return out, final, torch.empty(shape, **fp32)
+
+
+def _traced_backward(
+    dout: Tensor | None, dfinal: Tensor | None, kept: Tensor, tensors: Tensors, options: Options
+) -> list[Tensor]:
+    from mambench.kernels.ssd.triton_ssd_backward import run_backward
+
+    *given, seq = tensors
+    operands = Operands.laid_out(*given)
+    launch = _plan(operands.x, operands.B, options)
+    entries = kept if launch.nsegments > 1 else operands.initial_states
+    found = run_backward(launch, operands, entries, dout, dfinal, seq)
+    return [found[name] for name in Operands.__dataclass_fields__ if name in found]
+
+
+_traced = register(
+    Operation(
+        name="ssd_triton",
+        tensors=SSD_TENSORS,
+        options=("bool dt_softplus", "float dt_lowest", "float dt_highest", "int? segments"),
+        forward=_traced_forward,
+        shapes=_traced_shapes,
+        backward=_traced_backward,
+    )
+)

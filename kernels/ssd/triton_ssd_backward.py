@@ -55,8 +55,8 @@ _SIZES = ["seqlen", "nchunks", "heads_per_group", "block_heads"]
 
 @triton.jit(do_not_specialize=_SIZES)
 def grad_c_kernel(
-    x_ptr, z_ptr, B_ptr, C_ptr, D_ptr, dout_ptr, cum_ptr, cumj_ptr, states_ptr, grad_states_ptr,
-    grad_C_ptr, v_ptr, grad_z_ptr,
+    x_ptr, z_ptr, B_ptr, C_ptr, D_ptr, dout_ptr, cum_ptr, cumj_ptr, seq_ptr, states_ptr,
+    grad_states_ptr, grad_C_ptr, v_ptr, grad_z_ptr,
     seqlen, nchunks, nheads: tl.constexpr, heads_per_group, block_heads, ngroups: tl.constexpr,
     stride_x_batch, stride_x_token: tl.constexpr, stride_x_head,
     stride_z_batch, stride_z_token: tl.constexpr, stride_z_head,
@@ -65,7 +65,8 @@ def grad_c_kernel(
     stride_dout_batch, stride_dout_token: tl.constexpr, stride_dout_head,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
-    D_DIMS: tl.constexpr, HAS_Z: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    D_DIMS: tl.constexpr, HAS_Z: tl.constexpr, HAS_SEQ: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One chunk, a block of heads of one group: what the entering states S contribute.
 
@@ -87,12 +88,20 @@ def grad_c_kernel(
         B_ptr += b * stride_B_batch + t0 * stride_B_token + group.to(tl.int64) * stride_B_group
         B = tl.load(B_ptr + q[:, None] * stride_B_token + n[None, :], mask=mask_n, other=0.0)
         causal = q[:, None] >= q[None, :]
+    if HAS_SEQ:
+        seq, sees, _, whole = parts.sequence_masks(
+            seq_ptr + b * seqlen, chunk * Q, q, rows, seqlen, Q
+        )
+        if HAS_Z:
+            causal = causal & (seq[:, None] == seq[None, :])
     for k in tl.range(0, count, num_stages=STAGES, disable_licm=True):
         h = (first_head + k).to(tl.int64)
         head = b * nheads + h
         token = head * nchunks * Q + t0
         cum = tl.load(cum_ptr + token + q)
         total = tl.load(cum_ptr + token + Q - 1)
+        if HAS_SEQ:
+            total = tl.where(whole, total, float("-inf"))
         if HAS_Z:
             cumj = tl.load(cumj_ptr + token + q)
             scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
@@ -113,7 +122,11 @@ def grad_c_kernel(
             state = tl.load(states_ptr + tile, mask=tile_mask, other=0.0)
             grad_state = tl.load(grad_states_ptr + tile, mask=tile_mask, other=0.0)
             passed += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 0)
-            y = tl.dot(C, state, input_precision=PRECISION) * tl.exp2(cum)[:, None]
+            y = tl.dot(C, state, input_precision=PRECISION)
+            into = tl.exp2(cum)
+            if HAS_SEQ:
+                into = tl.where(sees, into, 0.0)
+            y *= into[:, None]
             tile_dout = row_dout + q[:, None] * stride_dout_token + p[None, :]
             grad_y = tl.load(dout_ptr + tile_dout, mask=mask_p, other=0.0).to(tl.float32)
             if HAS_Z:
@@ -123,7 +136,7 @@ def grad_c_kernel(
                 slope = grad_y * gate * (1.0 + z * (1.0 - gate))
                 grad_y *= z * gate
             v += tl.sum(grad_y * y, 1)
-            weighted = (grad_y * tl.exp2(cum)[:, None]).to(C.dtype)
+            weighted = (grad_y * into[:, None]).to(C.dtype)
             grad_C = tl.dot(weighted, tl.trans(state), acc=grad_C, input_precision=PRECISION)
             if HAS_Z:
                 tile_x = row_x + q[:, None] * stride_x_token + p[None, :]
@@ -147,7 +160,7 @@ def grad_c_kernel(
 @triton.jit(do_not_specialize=[*_SIZES, "dt_min", "dt_max"])
 def grad_b_kernel(
     x_ptr, z_ptr, B_ptr, C_ptr, D_ptr, A_ptr, dt_raw_ptr, bias_ptr,
-    dout_ptr, cum_ptr, dt_ptr, v_ptr, grad_states_ptr, partial_C_ptr,
+    dout_ptr, cum_ptr, dt_ptr, seq_ptr, v_ptr, grad_states_ptr, partial_C_ptr,
     grad_x_ptr, grad_dt_ptr, grad_B_ptr, grad_C_ptr, partial_heads_ptr, partial_D_ptr,
     seqlen, nchunks, nheads: tl.constexpr, heads_per_group, block_heads, ngroups: tl.constexpr,
     dt_min, dt_max,
@@ -159,8 +172,8 @@ def grad_b_kernel(
     stride_dout_batch, stride_dout_token: tl.constexpr, stride_dout_head,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
-    D_DIMS: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    D_DIMS: tl.constexpr, HAS_Z: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One chunk, a block of heads of one group: all gradients that are not of the gate.
 
@@ -181,6 +194,9 @@ def grad_b_kernel(
     C = tl.load(C_ptr + q[:, None] * stride_C_token + n[None, :], mask=mask_n, other=0.0)
     grad_scores = tl.zeros([Q, Q], dtype=tl.float32)  # [j, i], summed over the heads
     causal = q[:, None] <= q[None, :]
+    if HAS_SEQ:
+        seq, _, seen, _ = parts.sequence_masks(seq_ptr + b * seqlen, chunk * Q, q, rows, seqlen, Q)
+        causal = causal & (seq[:, None] == seq[None, :])
     for k in tl.range(0, count, num_stages=STAGES, disable_licm=True):
         h = (first_head + k).to(tl.int64)
         head = b * nheads + h
@@ -223,6 +239,8 @@ def grad_b_kernel(
         written = tl.sum(product * dt[:, None], 0)
         weights = (scores * decay * dt[:, None]).to(B.dtype)
         to_end = tl.exp2(total - cum)
+        if HAS_SEQ:
+            to_end = tl.where(seen, to_end, 0.0)
         kept = tl.zeros([Q], dtype=tl.float32)  # grad_u_j . x_j through the state
         for block_p in tl.range(0, P_BLOCKS):
             p = block_p * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -277,6 +295,8 @@ def grad_b_kernel(
         token = head * nchunks * Q + t0
         total = tl.load(cum_ptr + token + Q - 1)
         weight = tl.exp2(total - tl.load(cum_ptr + token + q)) * tl.load(dt_ptr + token + q)
+        if HAS_SEQ:
+            weight = tl.where(seen, weight, 0.0)
         slot = (head * nchunks + chunk) * P * N
         row_x = b * stride_x_batch + t0 * stride_x_token + h * stride_x_head
         for block_p in tl.range(0, P_BLOCKS):
@@ -339,6 +359,7 @@ def run_chunk_states(
     entries: Tensor | None,
     end: Tensor | None,
     *,
+    seq: Tensor | None,
     reverse: bool,
 ) -> Tensor:
     """Return what enters every chunk of the walk, (B, H, chunks, P, N) in the input's dtype."""
@@ -347,13 +368,13 @@ def run_chunk_states(
     states = torch.empty(shape, dtype=m.dtype, device=m.device)
     grid = (launch.nsegments * launch.blocks_p, launch.nheads, launch.batch)
     parts.state_kernel[grid](
-        v, z, m, cum, cumj, entries, states, end, None, *launch.sizes,
+        v, z, m, cum, cumj, seq, entries, states, end, None, *launch.sizes,
         *strides3(v), *strides3(z), *strides3(m),
         P=launch.headdim, N=launch.d_state, Q=launch.chunk,
         BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n, STAGES=tiles.state_stages,
         REVERSE=reverse, CHUNK_STATES=True, HAS_ENTRY=entries is not None,
-        STORE_END=end is not None, HAS_Z=z is not None, PRECISION=tiles.precision,
-        num_warps=tiles.state_warps,
+        STORE_END=end is not None, HAS_Z=z is not None, HAS_SEQ=seq is not None,
+        PRECISION=tiles.precision, num_warps=tiles.state_warps,
     )  # fmt: skip
     return states
 
@@ -364,8 +385,12 @@ def run_backward(
     entries: Tensor | None,
     dout: Tensor | None,
     dfinal: Tensor | None,
+    seq: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Return the gradient of every operand that is given, by name."""
+    """Return the gradient of every operand that is given, by name.
+
+    seq (B, L) int32: numbers of the tokens' sequences, where a row holds several.
+    """
     launch = launch.with_chunk(launch.tiling.grad_chunk)
     x = operands.x
     dout = torch.zeros_like(x) if dout is None else unit_last(dout)
@@ -375,13 +400,17 @@ def run_backward(
     end = None
     with on_device(x):
         cum, cumj, dt = run_dt(launch, operands.dt, operands.A, operands.dt_bias, store_dt=True)
-        exits = segment_entries(launch, dout, z, C, cum, cumj, dfinal, reverse=True)
+        exits = segment_entries(launch, dout, z, C, cum, cumj, dfinal, seq=seq, reverse=True)
         if operands.initial_states is not None:
             end = torch.empty_like(operands.initial_states, dtype=torch.float32)
             gradients["initial_states"] = end
-        states = run_chunk_states(launch, x, None, B, cum, cumj, entries, None, reverse=False)
-        grad_states = run_chunk_states(launch, dout, z, C, cum, cumj, exits, end, reverse=True)
-        _run_gradients(launch, operands, dout, (cum, cumj, dt), states, grad_states, gradients)
+        states = run_chunk_states(
+            launch, x, None, B, cum, cumj, entries, None, seq=seq, reverse=False
+        )
+        grad_states = run_chunk_states(
+            launch, dout, z, C, cum, cumj, exits, end, seq=seq, reverse=True
+        )
+        _run_gradients(launch, operands, dout, (cum, cumj, dt), seq, states, grad_states, gradients)
     given = dict(zip(Operands.__dataclass_fields__, operands.all(), strict=True))
     return {
         name: gradient if gradient.dtype == given[name].dtype else gradient.to(given[name].dtype)
@@ -394,6 +423,7 @@ def _run_gradients(
     operands: Operands,
     dout: Tensor,
     times: tuple[Tensor, Tensor, Tensor],
+    seq: Tensor | None,
     states: Tensor,
     grad_states: Tensor,
     gradients: dict[str, Tensor],
@@ -433,18 +463,18 @@ def _run_gradients(
         columns_c = {"BLOCK_P": tiles.grad_c_block_p, "P_BLOCKS": blocks_c}
     options: dict[str, Any] = {
         "P": launch.headdim, "N": launch.d_state, "Q": launch.chunk, "BLOCK_N": tiles.block_n,
-        "D_DIMS": 0 if D is None else D.dim(), "HAS_Z": z is not None,
+        "D_DIMS": 0 if D is None else D.dim(), "HAS_Z": z is not None, "HAS_SEQ": seq is not None,
         "PRECISION": tiles.precision,
     }  # fmt: skip
     grid = (launch.nchunks, launch.ngroups * blocks, launch.batch)
     grad_c_kernel[grid](
-        x, z, B, C, D, dout, cum, cumj, states, grad_states, partial_C, v, gradients.get("z"),
+        x, z, B, C, D, dout, cum, cumj, seq, states, grad_states, partial_C, v, gradients.get("z"),
         *sizes, *strides, *strides3(dout), **options, **columns_c,
         STAGES=tiles.grad_c_stages if z is None else 1, num_warps=tiles.grad_c_warps,
     )  # fmt: skip
     grad_b_kernel[grid](
         x, z, B, C, D, operands.A, operands.dt, operands.dt_bias,
-        dout, cum, dt, v, grad_states, partial_C,
+        dout, cum, dt, seq, v, grad_states, partial_C,
         gradients["x"], gradients["dt"],
         gradients["B"] if partial_B is None else partial_B,
         gradients["C"] if partial_B is None else partial_C,

@@ -4,6 +4,7 @@ Run as a script it judges the Triton kernels in Triton's interpreter, which need
 own (TRITON_INTERPRET is read when a kernel is defined), and prints every case's errors as JSON.
 """
 
+import functools
 import json
 import math
 import runpy
@@ -72,6 +73,41 @@ def loop(
     return (y if z is None else y * F.silu(z)), state
 
 
+def one_by_one(lengths, *, initial_states=None, **inputs):
+    """Run the loop over every sequence alone; lengths has those of each row of the batch.
+
+    The initial states are those of each row's first sequence, the final ones of its last.
+    """
+    timed = ("x", "dt", "B", "C", "z")
+    rows, finals = [], []
+    for b, row in enumerate(lengths):
+        outs, state, begin = [], None, 0
+        for number, length in enumerate(row):
+            span = slice(begin, begin + length)
+            part = {k: v[b : b + 1, span] if k in timed else v for k, v in inputs.items()}
+            if number == 0 and initial_states is not None:
+                part["initial_states"] = initial_states[b : b + 1]
+            out, state = loop(**part)
+            outs.append(out)
+            begin += length
+        rows.append(torch.cat(outs, 1))
+        finals.append(state)
+    return torch.cat(rows), torch.cat(finals)
+
+
+def sequences(case, device):
+    """Return how an implementation is told of a case's sequences: cu_seqlens or seq_idx."""
+    lengths = case.get("lengths")
+    if lengths is None:
+        return {}
+    if case.get("cumulative"):
+        ends = torch.tensor([0, *lengths[0]]).cumsum(0)
+        return {"cu_seqlens": ends.to(device, torch.int32)}
+    names = torch.arange(max(map(len, lengths))) * 5 % 3  # only where they change is meant
+    rows = [names[: len(row)].repeat_interleave(torch.tensor(row)) for row in lengths]
+    return {"seq_idx": torch.stack(rows).to(device, torch.int32)}
+
+
 def cast(inputs, dtype, device):
     """Return the inputs as an implementation takes them: parameters and states stay fp32."""
     wide = ("A", "D", "dt_bias", "initial_states")
@@ -110,7 +146,9 @@ def errors(op, case, *, device="cpu", **keywords):
     final = case.get("final", True)
     shared = options(case)
     exact = {name: value.clone().requires_grad_() for name, value in inputs.items()}
-    want = evaluate(lambda **given: loop(**given, **shared), exact, case, final=final)
+    alone = loop if "lengths" not in case else functools.partial(one_by_one, case["lengths"])
+    want = evaluate(lambda **given: alone(**given, **shared), exact, case, final=final)
+    keywords |= sequences(case, device)
 
     def call(**given):
         chunk = case.get("chunk_size", 64)

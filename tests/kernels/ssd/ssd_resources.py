@@ -44,6 +44,7 @@ def usages(dtype, headdim, d_state, arch, *, gated):
         "P": headdim, "N": d_state, "BLOCK_N": tiles.block_n, "PRECISION": tiles.precision,
         "HAS_Z": gated, "nheads": NHEADS, "ngroups": NGROUPS, "D_DIMS": 1, "HAS_BIAS": True,
         "SOFTPLUS": True, "STORE_FINAL": True, "HAS_ENTRY": True, "STORE_END": True,
+        "HAS_SEQ": False,
     }  # fmt: skip
     walk = {"BLOCK_P": tiles.block_p}
     block_p = tiles.grad_block_p
@@ -110,6 +111,8 @@ def constant(kernel, name, constants):
         return (NGROUPS * constants["N"]) if group else NHEADS * constants["P"]
     if parameter.is_constexpr:
         return constants[name]
+    if name == "seq_ptr":
+        return None
     return None if name in OPTIONAL and not constants["HAS_Z"] else NotImplemented
 
 

@@ -23,8 +23,8 @@ def test_a_tile_that_is_too_large_is_seen_to_spill(resources, monkeypatch):
     tiles = replace(triton_config.tiling(2, 64, 128, wgmma=True), block_p=64)
     constants = {
         "P": 64, "N": 128, "BLOCK_N": 128, "PRECISION": "tf32", "HAS_Z": False, "nheads": 32,
-        "D_DIMS": 1, "STORE_FINAL": True, "HAS_ENTRY": True, "BLOCK_P": 64, "Q": tiles.chunk,
-        "STAGES": 2,
+        "D_DIMS": 1, "STORE_FINAL": True, "HAS_SEQ": False, "HAS_ENTRY": True,
+        "BLOCK_P": 64, "Q": tiles.chunk, "STAGES": 2,
     }  # fmt: skip
     usage = resources.compiled(triton_ssd.scan_kernel, constants, 4, dtype="bf16", arch=80)
     assert usage.stack_bytes > FEW_BYTES

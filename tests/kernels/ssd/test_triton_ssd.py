@@ -26,6 +26,19 @@ INTERPRETED = [
     {"seqlen": 33, "headdim": 48, "dt_softplus": False, "bias": False, "final": False},
     {"seqlen": 70, "dtype": "float16", "nheads": 3, "D": 2, "segments": 2, "headdim": 80},
     {"seqlen": 100, "dtype": "float16", "long_memory": True, "start": False, "gated": False},
+    {"seqlen": 70, "lengths": [[16, 15, 1, 38]], "segments": 2, "long_memory": True},
+    {
+        "batch": 2,
+        "seqlen": 50,
+        "lengths": [[1, 16, 33], [17, 31, 2]],
+        "nheads": 4,
+        "ngroups": 2,
+        "segments": 3,
+        "gated": False,
+        "D": 2,
+        "long_memory": True,
+    },
+    {"seqlen": 40, "lengths": [[20, 20]], "cumulative": True, "dtype": "float16", "start": False},
 ]
 
 
