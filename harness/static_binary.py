@@ -3,6 +3,10 @@
 Imports triton lazily.
 """
 
+# Triton has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 import hashlib
 import re
 import subprocess

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mambench
 from mambench.harness import accept, machine_cache, sides
@@ -99,13 +99,14 @@ def read(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict) or "kernels" not in found:
+    document = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+    if "kernels" not in document:
         raise UsageError(f"{path} holds no kernels: expected a static.json of an earlier check.")
-    if found.get("schema") != 1:
+    if document.get("schema") != 1:
         raise MeasurementError(
-            f"{path} has schema {found.get('schema')}, this Mambench reads 1: make it anew"
+            f"{path} has schema {document.get('schema')}, this Mambench reads 1: make it anew"
         )
-    return found
+    return document
 
 
 def _inventory(side: Side, request: Request) -> Path:

@@ -4,6 +4,10 @@
 cache by everything that decides the machine code; the binaries themselves are not kept.
 """
 
+# Triton has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 import argparse
 import hashlib
 import importlib.util

@@ -4,6 +4,11 @@ Triton's own binding of arguments decides types, alignment and compile-time valu
 only the compilation and the launch are left out. Imports torch and triton lazily.
 """
 
+# Triton has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false
+
 import contextlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
