@@ -34,7 +34,7 @@ class Shared:
         """Any row: the question is the same in all."""
         return next(row for row in self.rows if row is not None)
 
-    def speedup(self, machine: int, reference: int = 0) -> "curves.Speedup | None":
+    def speedup(self, machine: int, reference: int = 0) -> curves.Speedup | None:
         """How many times faster the case is on one machine than on another; None if not both."""
         ours, theirs = self.rows[machine], self.rows[reference]
         if ours is None or theirs is None or not ours.ok or not theirs.ok:
@@ -42,7 +42,7 @@ class Shared:
         return ratio(ours, theirs)
 
 
-def ratio(ours: Row, theirs: Row) -> "curves.Speedup | None":
+def ratio(ours: Row, theirs: Row) -> curves.Speedup | None:
     """Return their time over ours with an interval combined from both rows' own intervals.
 
     The limits on the logarithm are combined as by the method of variance estimates recovery (Zou

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -51,7 +51,7 @@ def build(run_folders: Sequence[Path], output: Path) -> Path:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def _uncollected() -> Generator[None]:
     """Hold the cyclic garbage collector: half the time goes to it, and nothing here is cyclic."""
     was = gc.isenabled()
     gc.disable()
@@ -234,15 +234,13 @@ def _over_state(report: Report, part: Slice, lengths: Sequence[int]) -> list[dic
         figure = figures.over_state(report, part, length)
         data: list[list[Any]] = []
         for trace in figure["data"]:
-            own = {key: trace[key] for key in ("rows", "x", "y", "text") if key in trace}
-            look = {key: value for key, value in trace.items() if key not in own}
+            own = {key: trace[key] for key in ("x", "y", "text") if key in trace}
+            look = {k: v for k, v in trace.items() if k not in own and k != "rows"}
             place = shared.setdefault(json.dumps(look), len(styles_of))
             if place == len(styles_of):
                 styles_of.append(look)
-            own = {k: v for k, v in own.items() if not isinstance(v, dict)} | {
-                k: v["column"] for k, v in own.items() if isinstance(v, dict)
-            }
-            data.append([place, own | {"rows": packed(own["rows"])}])
+            own = {k: v["column"] if isinstance(v, dict) else v for k, v in own.items()}
+            data.append([place, own | {"rows": packed(trace["rows"])}])
         found.append({"seqlen": length, "data": data, "layout": figure["layout"]})
     return found and [{"looks": styles_of, "lengths": found}]
 

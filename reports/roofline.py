@@ -6,8 +6,9 @@ own, from the run's manifest; the datasheet's stand beside them and never in the
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mambench.harness import datasheets
 from mambench.harness.analysis import Source
@@ -31,9 +32,11 @@ class Limits:
 def limits(source: Source, dtype: str) -> tuple[Limits, ...]:
     """Return what is known of a machine: measured first, then its datasheet's."""
     found: list[Limits] = []
-    recorded = next((run.ceilings for run in reversed(source.runs) if run.ceilings), {})
-    rates = {
-        key: [(recorded.get(name) or {}).get(key) for name in (COPY, f"{MATRIX}-{dtype}")]
+    none: Mapping[str, Any] = {}
+    recorded = next((run.ceilings for run in reversed(source.runs) if run.ceilings), none)
+    names = (COPY, f"{MATRIX}-{dtype}")
+    rates: dict[str, list[float | None]] = {
+        key: [(recorded.get(name) or none).get(key) for name in names]
         for key in ("value", "datasheet")
     }
     if any(rates["value"]):
