@@ -4,16 +4,14 @@ As a script it prints a table for every configuration, or of those given as
 family,dtype,d_state,elements,warps,sequences,architecture.
 """
 
-import re
+import functools
 import runpy
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 HEADS, HEADDIM, CHANNELS = 80, 64, 4096
-FP32 = ("A_ptr", "D_ptr", "bias_ptr")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,59 +33,54 @@ class Usage:
 
 
 def usage(family, dtype, d_state, config, arch, *, gated=True):
-    """Compile the kernel of a family for an architecture and return its Usage."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    """Compile the kernel of a family for an architecture, as launched, and return its Usage."""
+    from mambench.harness.static_binary import Binary
+    from mambench.harness.static_record import record
 
-    from mambench.kernels.state_update import triton_kernels
-    from mambench.kernels.state_update.config import padded
-
-    ssd = family == "ssd"
-    kernel = triton_kernels.ssd_update_kernel if ssd else triton_kernels.s6_update_kernel
-    available = HEADDIM if ssd else CHANNELS
-    constants = {
-        "HEADS": HEADS if ssd else CHANNELS, "P": HEADDIM if ssd else 1, "N": d_state, "GROUPS": 1,
-        "ROWS": config.rows(d_state=d_state, available=available), "N_PADDED": padded(d_state),
-        "SEQUENCES": config.sequences, "SOFTPLUS": True,
-        "EVICTION": "evict_first" if config.stream else "",
-    }  # fmt: skip
-    if not gated:
-        constants["z_ptr"] = None
-    signature, constexprs, attributes = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], constexprs[(index,)] = "constexpr", constants[name]
-            continue
-        pointer = "*fp32" if name in FP32 else f"*{dtype}"
-        signature[name] = pointer if name.endswith("_ptr") else "i32"
-        attributes[(index,)] = [["tt.divisibility", 16]]
-    result = triton.compile(
-        ASTSource(kernel, signature, constexprs, attributes),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": config.warps},
+    call = functools.partial(
+        update, family=family, dtype=dtype, d_state=d_state, config=config, gated=gated
     )
-    resources, assembly = (dumped(result.asm["cubin"], flag) for flag in ("-res-usage", "-sass"))
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", resources).groups()
+    (launch,) = record(call, arch)
+    found = Binary.of(launch.compile())
     return Usage(
-        registers=int(registers),
-        stack_bytes=int(stack),
-        shared_bytes=result.metadata.shared,
-        wide_loads=len(re.findall(r"LDG\.E\S*\.128", assembly)),
-        wide_stores=len(re.findall(r"STG\.E\S*\.128", assembly)),
+        registers=found.registers,
+        stack_bytes=found.stack_bytes,
+        shared_bytes=found.shared_bytes,
+        wide_loads=wide(found, "LDG.E"),
+        wide_stores=wide(found, "STG.E"),
     )
 
 
-def dumped(cubin, flag):
-    """Ask cuobjdump, which comes with Triton, about a cubin."""
-    import triton
+def update(draw, *, family, dtype, d_state, config, gated):
+    """Update a state; `draw` makes tensors without memory."""
+    import torch
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [tool, flag, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    from mambench.kernels.state_update.triton_update import selective_state_update
+
+    narrow = functools.partial(draw, dtype=getattr(torch, DTYPES[dtype]))
+    fp32 = functools.partial(draw, dtype=torch.float32)
+    batch = 128
+    rows = (HEADS, HEADDIM) if family == "ssd" else (CHANNELS,)
+    decay = (HEADS,) if family == "ssd" else (CHANNELS, d_state)
+    selective_state_update(
+        narrow(batch, *rows, d_state),
+        narrow(batch, *rows),
+        narrow(batch, rows[0]),
+        fp32(*decay),
+        *(narrow(batch, 1, d_state), narrow(batch, 1, d_state)),
+        fp32(rows[0]),
+        narrow(batch, *rows) if gated else None,
+        fp32(rows[0]),
+        True,
+        config=config,
+    )
+
+
+def wide(binary, begin):
+    """Count the instructions of a kind that move 16 bytes a thread."""
+    return sum(
+        count for name, count in binary.opcodes.items() if name.startswith(begin) and ".128" in name
+    )
 
 
 def main():
