@@ -50,7 +50,11 @@ class BackwardConfig:
 
 # Measured configurations, by the padded number of states and whether channels alone fill the GPU;
 # where there is none, the portable backward runs.
-CHOSEN: dict[tuple[int, bool], BackwardConfig] = {}
+CHOSEN: dict[tuple[int, bool], BackwardConfig] = {
+    (16, False): BackwardConfig(channels=2, tile=8, warps=2, chunk=64, resident=4),
+    (16, True): BackwardConfig(channels=2, tile=8, warps=2, chunk=64, resident=4),
+    (128, False): BackwardConfig(channels=2, tile=8, warps=4, chunk=32, resident=2),
+}
 
 
 def supported(*, d_state: int, dtype: torch.dtype) -> str | None:
@@ -85,7 +89,9 @@ def configuration(u: Tensor, d_state: int) -> BackwardConfig | None:
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """Return how many multiprocessors a device has."""
+    """Return how many multiprocessors a device has; 1 for one that is no GPU."""
+    if device.type != "cuda":
+        return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
