@@ -295,6 +295,8 @@ def test_every_entry_of_ours_launches_something():
         for architecture in entry.architectures
     }
     assert all(launched.values())
+    again = {entry.name: entry for entry in ENTRIES}["s6 hopper serial bf16 N=16"]
+    assert [launch.name for launch in record(again.call, 90)] == ["serial_scan_kernel"]
     assert {"scan_forward", "scan_backward"} <= set(launched["s6 triton bf16 N=16", 120])
     assert "grad_b_kernel" in launched["ssd triton bf16 P=64 N=128", 80]
     assert launched["s6 hopper serial bf16 N=16", 90] == ["serial_scan_kernel"]
