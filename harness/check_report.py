@@ -67,6 +67,7 @@ class CheckReport:
             return 4
         counts = self.assessment.counts()
         present = {verdict: counts[verdict] > 0 for verdict in Verdict}
+        present[Verdict.UNSTABLE] = self.assessment.unstable
         blind = self.assessment.blind or bool(self.assessment.suspects)
         for name, code in FAILURES.items():
             if name in self.fail_on and (blind if name == BLIND else present[Verdict(name)]):

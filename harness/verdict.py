@@ -118,6 +118,14 @@ class Assessment:
         return worst if math.isfinite(worst) else None
 
     @property
+    def unstable(self) -> bool:
+        """Whether a time is unstable. Call times are what a busy host makes them: they are shown."""
+        return any(
+            p.verdict is Verdict.UNSTABLE and p.metric == "time_s" and p.accepted is None
+            for p in self.points
+        )
+
+    @property
     def blind(self) -> bool:
         """Whether the run could not have seen the slowdown it promises to see."""
         seen = self.smallest_seen_frac

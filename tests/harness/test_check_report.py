@@ -56,6 +56,7 @@ EXITS = {
     "failed": (report(a_point(Verdict.FAILED)), 4),
     "missing": (report(a_point(Verdict.MISSING)), 4),
     "unstable": (report(a_point(Verdict.UNSTABLE)), 3),
+    "unstable call time": (report(a_point(Verdict.UNSTABLE, metric="call_time_s")), 0),
     "accepted": (report(a_point(Verdict.REGRESSED, accepted="meant")), 0),
     "blind": (report(assessment=BLIND), 3),
     "suspects not measured again": (report(assessment=PENDING), 3),
