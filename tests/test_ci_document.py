@@ -149,3 +149,29 @@ def test_a_run_is_held_to_the_budget_and_added_to_the_history(repository, tmp_pa
     store = str(tmp_path / "history")
     assert call(repository, "history", "add", run, "--store", store).returncode == 0
     assert "1 runs, now" in call(repository, "history", "show", "--store", store).stdout
+
+
+@pytest.mark.parametrize(
+    ("static", "timing", "code"), [(0, 0, 0), (1, 0, 1), (4, 0, 1), (0, 1, 1), (0, 3, 0), (0, 4, 0)]
+)
+def test_our_own_gate_fails_for_what_regressed_alone(tmp_path, static, timing, code):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.example"]
+    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
+    (tmp_path / "kernels").mkdir()
+    subprocess.run([*git, "init", "-q"], check=True)
+    for text in ("one", "two"):
+        (tmp_path / "kernels" / "k.py").write_text(text)
+        subprocess.run([*git, "add", "."], check=True)
+        subprocess.run([*git, "commit", "-q", "-m", text], check=True)
+    stands_for_python = tmp_path / "python"
+    stands_for_python.write_text(
+        f'#!/bin/sh\ncase "$*" in *--static*) exit {static};; esac\nexit {timing}\n'
+    )
+    stands_for_python.chmod(0o755)
+    command = [str(tmp_path / ".ci" / "gate"), str(stands_for_python)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert ("no verdict" in done.stdout) is (timing in (3, 4))
+    shallow = {**os.environ, "GATE_BASE": "HEAD~9"}
+    done = subprocess.run(command, capture_output=True, text=True, env=shallow)
+    assert (done.returncode, "nothing to compare" in done.stdout) == (0, True)
