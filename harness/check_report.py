@@ -371,7 +371,8 @@ def _junit_case(suite: ElementTree.Element, point: Point, report: CheckReport) -
 
 
 def _fails(point: Point, report: CheckReport) -> bool:
-    return report.judged and point.accepted is None and point.verdict in report.fail_on
+    excused = point.accepted is not None or point.tolerated
+    return report.judged and not excused and point.verdict in report.fail_on
 
 
 def _xml(text: str) -> str:

@@ -85,6 +85,11 @@ class Point:
     accepted: str | None = None  # why a regression is meant
 
     @property
+    def tolerated(self) -> bool:
+        """Whether it is unstable, but a call time: a busy host makes those, and no change did."""
+        return self.verdict is Verdict.UNSTABLE and self.metric == "call_time_s"
+
+    @property
     def key(self) -> str:
         """Identity across checks."""
         return digest([self.kind, self.case.case_id if self.case else self.name, self.metric])
@@ -119,9 +124,9 @@ class Assessment:
 
     @property
     def unstable(self) -> bool:
-        """Whether a time is unstable. Call times are what a busy host makes them: they are shown."""
+        """Whether a point is unstable that is not tolerated so."""
         return any(
-            p.verdict is Verdict.UNSTABLE and p.metric == "time_s" and p.accepted is None
+            p.verdict is Verdict.UNSTABLE and not p.tolerated and p.accepted is None
             for p in self.points
         )
 
