@@ -4,9 +4,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from mambench.kernels.registered import (
+    Operation,
+    Options,
+    Results,
+    Tensors,
+    is_traced,
+    needs_gradient,
+    register,
+)
 from mambench.kernels.s6 import hopper_backward
-from mambench.kernels.s6.arguments import check_arguments
+from mambench.kernels.s6.arguments import S6_OPTIONS, S6_TENSORS, check_arguments
 from mambench.kernels.s6.hopper_scan import scan_forward, supported
 from mambench.kernels.s6.triton_config import chunk_size
 from mambench.kernels.s6.triton_scan import (
@@ -26,8 +36,10 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    *,
+    initial_state: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return the selective scan of u, differentiable in every tensor argument.
+    """Return the selective scan of u, differentiable once in every tensor argument.
 
     Args:
         u, delta, z: (B, D, L), all fp32, fp16 or bf16; copied where they are not contiguous.
@@ -36,6 +48,7 @@ def selective_scan(
         D, delta_bias: (D,) fp32.
         delta_softplus: apply softplus to delta + delta_bias.
         return_last_state: also return the state after the last step.
+        initial_state: refused; the Triton variant starts from one.
 
     Returns:
         out (B, D, L) in u's dtype, or (out, last state (B, D, N) fp32).
@@ -43,14 +56,21 @@ def selective_scan(
     Raises:
         ValueError, TypeError: see `check_arguments`; u is of none of the dtypes above.
     """
+    if initial_state is not None:
+        raise ValueError(
+            "the Hopper scan starts from zero, got initial_state: "
+            "use the Triton variant (mambench.kernels.s6.triton_scan)"
+        )
     B = B.unsqueeze(1) if B.dim() == 3 else B
     C = C.unsqueeze(1) if C.dim() == 3 else C
     check_arguments(u, delta, A, B, C, D, z, delta_bias)
     if (reason := supported(d_state=A.shape[1], dtype=u.dtype)) is not None:
         raise TypeError(reason)
     tensors = (u, delta, A, B, C, D, z, delta_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        out, last = _SelectiveScan.apply(*tensors, delta_softplus)
+    if is_traced():
+        out, last = _traced(tensors, (delta_softplus,))
+    elif needs_gradient(tensors):
+        out, last = _SelectiveScan.apply(delta_softplus, *tensors)
     else:  # without the cost of a graph node, and without states for a backward
         with torch.cuda.device_of(u):
             out, last, _ = scan_forward(*tensors, delta_softplus)
@@ -58,39 +78,76 @@ def selective_scan(
 
 
 class _SelectiveScan(torch.autograd.Function):
+    """Saves the inputs and the states that the backward replays from."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-    ) -> tuple[Tensor, Tensor]:
-        tensors = (u, delta, A, B, C, D, z, delta_bias)
-        config = hopper_backward.configuration(u, A.shape[1])
-        every = chunk_size(A.shape[1]) if config is None else config.chunk
-        with torch.cuda.device_of(u):
-            out, last, kept = scan_forward(*tensors, delta_softplus, checkpoint_every=every)
-        ctx.backward_config = config
-        ctx.save_for_backward(*tensors, kept)
+    def forward(ctx: Any, delta_softplus: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, last, kept = _forward(tensors, (delta_softplus,), True)
+        ctx.save_for_backward(kept, *tensors)
         ctx.delta_softplus = delta_softplus
         ctx.set_materialize_grads(False)
         return out, last
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, kept = ctx.saved_tensors
-        inputs = Inputs(*tensors, ctx.delta_softplus)
-        if dout is None:
-            dout = torch.zeros_like(inputs.u)
-        elif dout.stride(-1) != 1:
-            dout = dout.contiguous()
-        config = ctx.backward_config
-        if config is None:
-            return (*scan_backward(inputs, kept, dout, dlast)[:8], None)
-        return (*hopper_backward.scan_backward(inputs, kept, dout, dlast, config=config), None)
+        kept, *tensors = ctx.saved_tensors
+        return (None, *_gradients(dout, dlast, kept, tuple(tensors), (ctx.delta_softplus,)))
+
+
+def _forward(tensors: Tensors, options: Options, keep: bool) -> Results:
+    """Return out, the last state and, if `keep`, the states that the backward starts from."""
+    u, A = tensors[0], tensors[2]
+    every = _checkpoint_every(u, A) if keep else None
+    with torch.cuda.device_of(u):
+        out, last, kept = scan_forward(*tensors, *options, checkpoint_every=every)
+    return out, last, last.new_empty(0) if kept is None else kept
+
+
+def _checkpoint_every(u: Tensor, A: Tensor) -> int:
+    config = hopper_backward.configuration(u, A.shape[1])
+    return chunk_size(A.shape[1]) if config is None else config.chunk
+
+
+def _gradients(
+    dout: Tensor | None, dlast: Tensor | None, kept: Tensor, tensors: Tensors, options: Options
+) -> tuple[Tensor | None, ...]:
+    """Return the gradient of every tensor, None for those not given."""
+    inputs = Inputs(*tensors, *options)
+    if dout is None:
+        dout = torch.zeros_like(inputs.u)
+    elif dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    config = hopper_backward.configuration(tensors[0], tensors[2].shape[1])
+    if config is None:
+        return scan_backward(inputs, kept, dout, dlast)[:8]
+    return hopper_backward.scan_backward(inputs, kept, dout, dlast, config=config)
+
+
+def _traced_shapes(tensors: Tensors, options: Options, keep: bool) -> Results:
+    u, A = tensors[0], tensors[2]
+    batch, d_inner, seqlen = u.shape
+    states = (d_inner, A.shape[1])
+    every = _checkpoint_every(u, A)
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": u.device}
+    kept = (batch, (seqlen + every - 1) // every, *states) if keep else (0,)
+    return u.new_empty(u.shape), torch.empty((batch, *states), **fp32), torch.empty(kept, **fp32)
+
+
+def _traced_backward(
+    dout: Tensor | None, dlast: Tensor | None, kept: Tensor, tensors: Tensors, options: Options
+) -> list[Tensor]:
+    gradients = _gradients(dout, dlast, kept, tensors, options)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+_traced = register(
+    Operation(
+        name="s6_hopper",
+        tensors=S6_TENSORS[:-1],
+        options=S6_OPTIONS,
+        forward=_forward,
+        shapes=_traced_shapes,
+        backward=_traced_backward,
+    )
+)

@@ -12,6 +12,7 @@ SSD_TENSORS = (
     *("Tensor x", "Tensor dt", "Tensor A", "Tensor B", "Tensor C"),
     *("Tensor? D", "Tensor? z", "Tensor? dt_bias", "Tensor? initial_states", "Tensor? sequences"),
 )
+SSD_SEGMENTED = ("bool dt_softplus", "float dt_lowest", "float dt_highest", "int? segments")
 
 
 def check_arguments(

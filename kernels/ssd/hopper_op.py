@@ -7,9 +7,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mambench.kernels.ssd.arguments import check_arguments
+from mambench.kernels.registered import (
+    Operation,
+    Options,
+    Results,
+    Tensors,
+    is_traced,
+    needs_gradient,
+    register,
+)
+from mambench.kernels.ssd.arguments import SSD_SEGMENTED, SSD_TENSORS, check_arguments
 from mambench.kernels.ssd.hopper_ssd import DEFAULT, Config, plan_hopper, run_forward
 from mambench.kernels.ssd.triton_launch import Launch, Operands
+from mambench.kernels.ssd.triton_ssd import traced_shapes
 
 
 def ssd(
@@ -28,8 +38,10 @@ def ssd(
     return_final_states: bool = False,
     *,
     segments: int | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute the SSD operation, differentiable in every tensor argument.
+    """Compute the SSD operation, differentiable once in every tensor argument.
 
     Args:
         x: (B, L, H, P), bf16 or fp16; P a multiple of 8 up to 128.
@@ -45,6 +57,7 @@ def ssd(
         dt_limit: range that dt is clamped to, last.
         return_final_states: whether to return the final states too.
         segments: into how many segments time is divided; None: as fills the device.
+        seq_idx, cu_seqlens: refused; the Triton variant takes several sequences in a row.
 
     Returns:
         out (B, L, H, P) in x's dtype, or (out, final_states (B, H, P, N) fp32).
@@ -52,16 +65,30 @@ def ssd(
     Raises:
         ValueError: an argument has a wrong shape, dtype or device, or is beyond the kernels' sizes.
     """
+    if seq_idx is not None or cu_seqlens is not None:
+        raise ValueError(
+            "the Hopper SSD takes one sequence a row, got seq_idx or cu_seqlens: "
+            "use the Triton variant (mambench.kernels.ssd.triton_ssd)"
+        )
     check_arguments(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_limit)
-    config = DEFAULT if segments is None else Config(segments=segments)
-    plan = plan_hopper(x, B, dt_softplus=dt_softplus, dt_limit=dt_limit, config=config)
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    options = (dt_softplus, *dt_limit, segments)
+    if is_traced():
+        out, final = _traced(tensors, options)
+        return (out, final) if return_final_states else out
+    plan = _plan(x, B, options)
+    if needs_gradient(tensors):
         out, final = _Ssd.apply(plan, return_final_states, *tensors)
     else:  # without the cost of a graph node
         operands = Operands.laid_out(*tensors)
         out, final, _ = run_forward(plan, operands, return_final_states=return_final_states)
-    return (out, final) if return_final_states else out
+    return (out, final) if return_final_states else out  # type: ignore[return-value]
+
+
+def _plan(x: Tensor, B: Tensor, options: Options) -> Launch:
+    dt_softplus, lowest, highest, segments = options
+    config = DEFAULT if segments is None else Config(segments=segments)
+    return plan_hopper(x, B, dt_softplus=dt_softplus, dt_limit=(lowest, highest), config=config)
 
 
 class _Ssd(torch.autograd.Function):
@@ -87,3 +114,40 @@ class _Ssd(torch.autograd.Function):
         wanted = dict(zip(names, ctx.needs_input_grad[2:], strict=True))
         gradients = run_backward(ctx.plan, operands, entries, dout, dfinal)
         return None, None, *(gradients.get(name) if wanted[name] else None for name in names)
+
+
+def _traced_forward(tensors: Tensors, options: Options, keep: bool) -> Results:
+    plan, operands = _plan(tensors[0], tensors[3], options), Operands.laid_out(*tensors)
+    out, final, entries = run_forward(plan, operands, return_final_states=True)
+    assert final is not None
+    if not keep or entries is None or plan.nsegments == 1:  # it is the initial states then
+        entries = final.new_empty(0)
+    return out, final, entries
+
+
+def _traced_shapes(tensors: Tensors, options: Options, keep: bool) -> Results:
+    x, B = tensors[0], tensors[3]
+    return traced_shapes(x, B, segments=_plan(x, B, options).nsegments if keep else 1)
+
+
+def _traced_backward(
+    dout: Tensor | None, dfinal: Tensor | None, kept: Tensor, tensors: Tensors, options: Options
+) -> list[Tensor]:
+    from mambench.kernels.ssd.triton_ssd_backward import run_backward
+
+    plan, operands = _plan(tensors[0], tensors[3], options), Operands.laid_out(*tensors)
+    entries = kept if plan.nsegments > 1 else operands.initial_states
+    found = run_backward(plan, operands, entries, dout, dfinal)
+    return [found[name] for name in Operands.__dataclass_fields__ if name in found]
+
+
+_traced = register(
+    Operation(
+        name="ssd_hopper",
+        tensors=SSD_TENSORS[:-1],
+        options=SSD_SEGMENTED,
+        forward=_traced_forward,
+        shapes=_traced_shapes,
+        backward=_traced_backward,
+    )
+)

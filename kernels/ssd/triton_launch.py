@@ -112,8 +112,9 @@ def plan_launch(
     segments: int | None,
 ) -> Launch:
     """Choose the tiling and the division of time; `segments` overrides how many there should be."""
-    batch, seqlen, nheads, headdim = x.shape
-    ngroups, d_state = B.shape[2:]
+    # A compiler may not know the sizes yet: the division of time is made for these alone.
+    batch, seqlen, nheads, headdim = map(int, x.shape)
+    ngroups, d_state = map(int, B.shape[2:])
     tiles = tiling(x.element_size(), headdim, d_state, wgmma=has_wgmma(x.device))
     nchunks = -(-seqlen // tiles.chunk)
     if segments is None:

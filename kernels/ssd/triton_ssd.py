@@ -42,7 +42,12 @@ from mambench.kernels.registered import (
     register,
 )
 from mambench.kernels.ssd import triton_parts as parts
-from mambench.kernels.ssd.arguments import SSD_TENSORS, check_arguments, check_dtype
+from mambench.kernels.ssd.arguments import (
+    SSD_SEGMENTED,
+    SSD_TENSORS,
+    check_arguments,
+    check_dtype,
+)
 from mambench.kernels.ssd.triton_launch import (
     Launch,
     Operands,
@@ -319,13 +324,17 @@ def _traced_forward(tensors: Tensors, options: Options, keep: bool) -> Results:
 
 def _traced_shapes(tensors: Tensors, options: Options, keep: bool) -> Results:
     x, B = tensors[0], tensors[3]
-    out = x.new_empty(x.shape)
+    return traced_shapes(x, B, segments=_plan(x, B, options).nsegments if keep else 1)
+
+
+def traced_shapes(x: Tensor, B: Tensor, *, segments: int) -> Results:
+    """Return the results without values: out, the final states, what enters each segment."""
     batch, _, nheads, headdim = x.shape
-    fp32 = {"dtype": torch.float32, "device": x.device}
-    final = torch.empty((batch, nheads, headdim, B.shape[3]), **fp32)
-    segments = _plan(x, B, options).nsegments if keep else 1
-    shape = (batch, nheads, segments, headdim, B.shape[3]) if segments > 1 else (0,)
-    return out, final, torch.empty(shape, **fp32)
+    states = (headdim, B.shape[3])
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    kept = (batch, nheads, segments, *states) if segments > 1 else (0,)
+    out, final = x.new_empty(x.shape), torch.empty((batch, nheads, *states), **fp32)
+    return out, final, torch.empty(kept, **fp32)
 
 
 def _traced_backward(
@@ -345,7 +354,7 @@ _traced = register(
     Operation(
         name="ssd_triton",
         tensors=SSD_TENSORS,
-        options=("bool dt_softplus", "float dt_lowest", "float dt_highest", "int? segments"),
+        options=SSD_SEGMENTED,
         forward=_traced_forward,
         shapes=_traced_shapes,
         backward=_traced_backward,
