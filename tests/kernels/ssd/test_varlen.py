@@ -35,7 +35,7 @@ def case_of(lengths, **changes):
 def random_case(seed, *, most=300, **changes):
     """Draw sizes and options, and sequences of lengths from 1 to the whole row."""
     draw = random.Random(seed)
-    batch, seqlen, ngroups = draw.randint(1, 3), draw.randint(1, most), draw.choice([1, 2, 4])
+    batch, seqlen, ngroups = draw.randint(1, 3), draw.randint(20, most), draw.choice([1, 2, 4])
     rows = []
     for _ in range(batch):
         cuts = sorted(draw.sample(range(1, seqlen), draw.randint(0, min(seqlen - 1, 6))))
