@@ -163,7 +163,7 @@ def _transformable(
         def backward(ctx: Any, *grads: Any) -> Any:
             return differentiate(ctx, *grads)
 
-    return Forward.apply  # pyright: ignore[reportReturnType]
+    return Forward.apply
 
 
 def _has_gradient(tensor: Tensor | None) -> bool:

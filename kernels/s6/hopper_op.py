@@ -128,7 +128,9 @@ def _traced_shapes(tensors: Tensors, options: Options, keep: bool) -> Results:
     u, A = tensors[0], tensors[2]
     batch, d_inner, seqlen = u.shape
     states = (d_inner, A.shape[1])
-    every = _checkpoint_every(u, A)
+    # A compiler may not know the sizes yet: what is kept how often is decided for these alone.
+    sized = (t.new_empty(tuple(map(int, t.shape))) for t in (u, A))
+    every = _checkpoint_every(*sized)
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": u.device}
     kept = (batch, (seqlen + every - 1) // every, *states) if keep else (0,)
     return u.new_empty(u.shape), torch.empty((batch, *states), **fp32), torch.empty(kept, **fp32)

@@ -82,7 +82,7 @@ def ssd(
     else:  # without the cost of a graph node
         operands = Operands.laid_out(*tensors)
         out, final, _ = run_forward(plan, operands, return_final_states=return_final_states)
-    return (out, final) if return_final_states else out  # type: ignore[return-value]
+    return (out, final) if return_final_states else out
 
 
 def _plan(x: Tensor, B: Tensor, options: Options) -> Launch:
@@ -127,7 +127,11 @@ def _traced_forward(tensors: Tensors, options: Options, keep: bool) -> Results:
 
 def _traced_shapes(tensors: Tensors, options: Options, keep: bool) -> Results:
     x, B = tensors[0], tensors[3]
-    return traced_shapes(x, B, segments=_plan(x, B, options).nsegments if keep else 1)
+    segments = 1
+    if keep:  # a compiler may not know the sizes yet: the plan is made for these alone
+        sized = (t.new_empty(tuple(map(int, t.shape))) for t in (x, B))
+        segments = _plan(*sized, options).nsegments
+    return traced_shapes(x, B, segments=segments)
 
 
 def _traced_backward(

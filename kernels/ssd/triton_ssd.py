@@ -293,7 +293,7 @@ def ssd(
     if more_p or more_n:
         out = out[..., :headdim]
         final = None if final is None else final[..., :headdim, :d_state]
-    return (out, final) if return_final_states else out  # type: ignore[return-value]
+    return (out, final) if return_final_states else out
 
 
 def _plan(x: Tensor, B: Tensor, options: Options) -> Launch:

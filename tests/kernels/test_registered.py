@@ -21,6 +21,7 @@ WAYS = ("torch.compile", "torch.func.grad", "torch.func.vjp", "checkpoint")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torch"),
 ]
 
 

@@ -107,10 +107,11 @@ def test_what_the_scans_on_a_gpu_keep_is_less_than_one_input(variant, d_state):
     assert kept.nbytes <= u_bytes * max(1, d_state // 64) / (2 if d_state <= 16 else 1)
 
 
-@pytest.mark.parametrize("variant", ["ssd_triton"])
+@pytest.mark.parametrize("variant", ["ssd_triton", "ssd_hopper"])
 def test_what_the_ssd_on_a_gpu_keeps_is_the_segments_states(variant):
-    pytest.importorskip("triton")
-    importlib.import_module("mambench.kernels.ssd.triton_ssd")
+    pytest.importorskip("triton.experimental.gluon")
+    module = {"ssd_triton": "triton_ssd", "ssd_hopper": "hopper_op"}[variant]
+    importlib.import_module(f"mambench.kernels.ssd.{module}")
     sizes = {"batch": 1, "nheads": 32, "headdim": 64, "ngroups": 1, "d_state": 128}
     given = ssd_inputs(1 << 20, **sizes, device="meta", dtype=torch.bfloat16)
     order = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
@@ -118,7 +119,8 @@ def test_what_the_ssd_on_a_gpu_keeps_is_the_segments_states(variant):
     limits = (0.0, float("inf"))
     operator = getattr(torch.ops.mambench, variant).default
     for segments in (1, 7):
-        _, _, kept = operator(*tensors, None, None, True, *limits, segments, True)
+        absent = (None,) * (2 if variant == "ssd_triton" else 1)
+        _, _, kept = operator(*tensors, *absent, True, *limits, segments, True)
         assert kept.nbytes == (4 * 32 * 64 * 128 * segments if segments > 1 else 0)
         tensors = (given[name].detach() for name in order)
 
@@ -150,6 +152,7 @@ def step(op, inputs, grad):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_training_step_launches_few_kernels(name, batch):
@@ -166,6 +169,7 @@ def test_a_training_step_launches_few_kernels(name, batch):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_memory_of_a_training_step_does_not_hold_states_over_time(name):
     seqlen = 1 << 15
@@ -184,6 +188,7 @@ def test_memory_of_a_training_step_does_not_hold_states_over_time(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_a_million_tokens_train_on_one_gpu():
     """2048 channels, 16 states, bf16: what the peer's peak memory leaves no room for."""
     total = torch.cuda.get_device_properties(0).total_memory
