@@ -2,10 +2,10 @@
 
 Time is held against a kernel that waits and keeps a record of its own by the GPU's global timer,
 and that timer against the host's clock. Measured times hold one thing more than what a kernel does:
-what the GPU, and for call time the host, needs to start it. That is constant; it is found as the
-median difference over the short waits, shown, bounded, and taken off before a time is judged. The
-call time of a wait that is over before the host has launched it is that of the launch: it is shown,
-and not judged.
+what the GPU needs to start it. That is constant; it is found as the median difference over the
+short waits, shown, bounded, and taken off before a time is judged. A call time holds the host's
+launch too, which is not constant (it is longer after a long wait): it must lie between the wait and
+the wait with two calls of nothing.
 
 Other timers' starts hold the events around a call besides: they are found on a short wait, shown,
 bounded, and taken off before longer kernels are compared.
@@ -41,9 +41,12 @@ WARM_UP_S = 0.3
 HOST_SPAN_S = 0.5
 HOST_RATE = 1e-3
 TIMER_STEP_S = 2e-6
-# Largest cost of starting a kernel that is plausible; more hides an error of the timer.
 CALL_TIME = "call time"
-STARTS_S = {"graph replay": 3e-6, CALL_TIME: 200e-6, "profiler sum": 3e-6}
+MOST_LAUNCH_S = (
+    200e-6  # of a call of nothing; more is no launch, but a fault or a host at its limit
+)
+# Largest cost of starting a kernel that is plausible; more hides an error of the timer.
+STARTS_S = {"graph replay": 3e-6, "profiler sum": 3e-6}
 AGREEMENT = 0.02  # two timers, above 50 us
 OTHER_STARTS_S = 8e-6  # what another timer's start may be beyond ours
 SHORT_WAIT = "wait-20us"
@@ -166,25 +169,39 @@ def timer(device: Device) -> Iterator[Check]:
             )
         if len(waits) < len(WAITS_S):
             yield selftest.skipped("GPU timer", method, "the profiler sees no kernels here")
+        elif method == CALL_TIME:
+            yield from judge_calls(waits, launch_s)
         else:
-            yield from judge_waits(method, waits, launch_s)
+            yield from judge_waits(method, waits)
 
 
-def judge_waits(method: str, waits: list[Wait], launch_s: float = 0.0) -> Iterator[Check]:
-    """Check the start that measured times share, and what is left of each without it.
-
-    Waits that are shorter than `launch_s`, what a call of nothing takes, are skipped.
-    """
-    judged = [wait for wait in waits if wait.own_s > launch_s]
-    short = [wait for wait in judged if wait.asked_s <= SHORT_S] or judged[:1]
+def judge_calls(waits: list[Wait], launch_s: float) -> Iterator[Check]:
+    """Check that a call of each wait takes the wait and at most two calls of nothing more."""
+    yield selftest.between(
+        "GPU timer",
+        f"{CALL_TIME}: call of nothing",
+        low=0.0,
+        high=MOST_LAUNCH_S,
+        got=launch_s,
+        show=si_time,
+        unit="s",
+    )
     for wait in waits:
-        if wait not in judged:
-            yield selftest.skipped(
-                "GPU timer",
-                f"{method}: wait of {si_time(wait.asked_s)}",
-                f"over before it is launched: {si_time(wait.measured_s)}, of nothing "
-                f"{si_time(launch_s)}",
-            )
+        tolerance_s = selftest.time_tolerance_s(wait.own_s) + wait.uncertainty_s
+        yield selftest.between(
+            "GPU timer",
+            f"{CALL_TIME}: wait of {si_time(wait.asked_s)}",
+            low=wait.own_s - tolerance_s,
+            high=wait.own_s + 2 * launch_s + wait.uncertainty_s,
+            got=wait.measured_s,
+            show=si_time,
+            unit="s",
+        )
+
+
+def judge_waits(method: str, waits: list[Wait]) -> Iterator[Check]:
+    """Check the start that measured times share, and what is left of each without it."""
+    short = [wait for wait in waits if wait.asked_s <= SHORT_S]
     start_s = median(wait.measured_s - wait.own_s for wait in short)
     yield selftest.between(
         "GPU timer",
@@ -195,7 +212,7 @@ def judge_waits(method: str, waits: list[Wait], launch_s: float = 0.0) -> Iterat
         show=_signed_time,
         unit="s",
     )
-    for wait in judged:
+    for wait in waits:
         yield selftest.near(
             "GPU timer",
             f"{method}: wait of {si_time(wait.asked_s)}",

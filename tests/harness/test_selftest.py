@@ -174,7 +174,7 @@ def waits(factor: float = 1.0, start_s: float = 1.2e-6):
     ]
 
 
-@pytest.mark.parametrize("method", ["graph replay", "call time", "profiler sum"])
+@pytest.mark.parametrize("method", ["graph replay", "profiler sum"])
 def test_known_waits_pass_and_a_timer_three_per_cent_off_fails(method: str) -> None:
     from mambench.harness import selftest_gpu
 
@@ -245,20 +245,28 @@ def test_what_another_timer_s_events_take_is_taken_off_and_bounded() -> None:
     assert [check.passed for check in found] == [True, False]
 
 
-def test_a_call_of_a_wait_shorter_than_its_launch_is_shown_and_not_judged() -> None:
+def test_a_call_takes_the_wait_and_a_launch_and_a_timer_that_is_off_fails() -> None:
     from mambench.harness import selftest_gpu
 
-    launch_s, start_s = 31e-6, 21e-6
+    launch_s = 31e-6
     made = [
-        replace(wait, measured_s=max(wait.own_s + start_s, launch_s))
-        for wait in waits(start_s=start_s)
+        replace(wait, measured_s=max(wait.own_s + 21e-6, launch_s)) for wait in waits(start_s=21e-6)
     ]
-    found = verdicts(selftest_gpu.judge_waits("call time", made, launch_s))
-    assert [what for what, passed in found.items() if passed is None] == [
-        f"call time: wait of {text}" for text in ("5 us", "10 us", "20 us")
-    ]
-    assert all(passed is not False for passed in found.values())
-    assert found["call time: wait of 50 us"] is True
+    found = verdicts(selftest_gpu.judge_calls(made, launch_s))
+    assert len(found) == 1 + len(selftest_gpu.WAITS_S)
+    assert all(found.values())
+    for factor, caught in ((1.03, ["5 ms"]), (0.95, ["500 us", "1 ms", "5 ms"])):
+        off = [replace(wait, measured_s=factor * wait.measured_s) for wait in made]
+        found = verdicts(selftest_gpu.judge_calls(off, launch_s))
+        failed = [what for what, passed in found.items() if passed is False]
+        assert failed == [f"call time: wait of {text}" for text in caught]
+
+
+def test_a_host_that_takes_long_to_call_nothing_fails() -> None:
+    from mambench.harness import selftest_gpu
+
+    first, *_ = selftest_gpu.judge_calls(waits(), 300e-6)
+    assert first.passed is False
 
 
 def test_nvbench_results_are_read() -> None:
