@@ -147,6 +147,16 @@ class _Chunk:
             gap.masked_fill_(self.apart, -math.inf)
         return gap.exp_()
 
+    def sum_after(self, values: Tensor) -> Tensor:
+        """Sum (B, H, q) over the tokens of the sequence from each one on."""
+        if self.apart is None:
+            return values.flip(2).cumsum(2).flip(2)
+        # A sum for each token: differences of sums would mix in other sequences' rounding.
+        q = values.shape[2]
+        earlier = torch.ones(q, q, dtype=torch.bool, device=values.device).tril_(-1)
+        rows = values[:, :, None, :].expand(-1, -1, q, -1)
+        return rows.masked_fill(self.apart | earlier, 0.0).sum(3)
+
     def next_state(self, s: _Sizes, state: Tensor, x: Tensor) -> Tensor:
         """Return the state that leaves the chunk; x is (B, H, q, P)."""
         weighted = _by_group(x * (self.dt * self.to_end)[..., None], s)
@@ -277,7 +287,7 @@ class _Gradients:
         rows = _decay_rows(chunk.total, s)
         decayed = grad_state * rows
         passed = (decayed * state).sum(2).view(s.batch, s.nheads, s.headdim).sum(2)
-        after = (outgoing + written - read * chunk.dt).flip(2).cumsum(2).flip(2)
+        after = chunk.sum_after(outgoing + written - read * chunk.dt)
         before = (kept * chunk.dt).cumsum(2) - kept * chunk.dt
         grad_a = after + before + passed[:, :, None]
         self.grad_A += (grad_a * chunk.dt).sum((0, 2))

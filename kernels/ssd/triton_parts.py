@@ -95,9 +95,10 @@ def sequence_masks(seq_ptr, first, q, rows, seqlen, Q: tl.constexpr):
     and whether the one state goes into the other. The decay between two sequences is zero, and the
     running sums of log-decay know nothing of them: weights are masked instead.
     """
-    seq = tl.load(seq_ptr + first + q, mask=rows, other=-1)
+    seq = tl.load(seq_ptr + first + q, mask=rows, other=0)
     entered = tl.load(seq_ptr + tl.maximum(first - 1, 0))
     left = tl.load(seq_ptr + tl.minimum(first + Q, seqlen) - 1)
+    seq = tl.where(rows, seq, left)  # what lies past the end goes with the last sequence
     return seq, seq == entered, seq == left, entered == left
 
 

@@ -268,7 +268,11 @@ def grad_b_kernel(
             tl.store(grad_x_ptr + tile_out, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask_p)
 
         v = tl.load(v_ptr + token + q)
-        after = tl.cumsum(v + written - read * dt, 0, reverse=True)
+        if HAS_SEQ:  # a sum for each token: differences would mix in other sequences' rounding
+            own = (v + written - read * dt)[None, :]
+            after = tl.sum(tl.where(causal, own, 0.0), 1)
+        else:
+            after = tl.cumsum(v + written - read * dt, 0, reverse=True)
         before = tl.cumsum(kept * dt, 0) - kept * dt
         grad_a = after + before
         A = tl.load(A_ptr + h).to(tl.float32)

@@ -85,6 +85,26 @@ def test_random_sequences(cases, seed):
     assert not cases.failures(ssd, random_case(seed, most=150, dtype="float64"))
 
 
+def test_a_loud_sequence_leaves_no_rounding_in_a_quiet_one(cases):
+    """All in one chunk: the gradient of dt of a quiet one is as accurate as where it is alone."""
+    inputs = cases.cast(cases.draw(seqlen=30, long_memory=True, start=False), torch.float32, "cpu")
+    inputs = {name: value.detach() for name, value in inputs.items()}
+    inputs["x"][:, 10:20] *= 1e6
+    timed = ("x", "dt", "B", "C", "z")
+
+    def gradient(span, seq_idx):
+        part = {k: v[:, span] if k in timed else v for k, v in inputs.items()}
+        part["dt"] = part["dt"].clone().requires_grad_()
+        ssd(**part, chunk_size=64, dt_softplus=True, seq_idx=seq_idx).square().sum().backward()
+        return part["dt"].grad
+
+    together = gradient(slice(0, 30), torch.arange(30)[None] // 10)
+    for first in (0, 20):
+        span = slice(first, first + 10)
+        error = cases.relative_error(together[:, span], gradient(span, None).double())
+        assert error < cases.tolerance("float32")
+
+
 def test_a_boundary_that_is_forgotten_is_noticed(cases):
     def forgetful(seq_idx, **given):
         seq_idx = seq_idx.clone()
