@@ -91,6 +91,18 @@ def test_very_strong_decay_neither_overflows_nor_loses_the_gradient(cases):
     assert all(value.grad.isfinite().all() for value in inputs.values())
 
 
+def test_same_bits_on_every_run(cases):
+    inputs = cases.cast(cases.draw(seqlen=150, nheads=4, ngroups=2, batch=2), torch.float32, "cpu")
+
+    def run():
+        out, final = ssd(**inputs, chunk_size=32, dt_softplus=True, return_final_states=True)
+        loss = out.square().sum() + final.sum()
+        return out, final, *torch.autograd.grad(loss, tuple(inputs.values()))
+
+    first = run()
+    assert all(torch.equal(a, b) for _ in range(3) for a, b in zip(first, run(), strict=True))
+
+
 def test_without_gradients_no_states_are_kept(cases, monkeypatch):
     kept = []
     forward = torch_ssd._forward
