@@ -47,9 +47,8 @@ def test_operators_keep_what_they_declare(cases, variant, bare):
     assert not cases.by_opcheck(cases.draw(variant, bare=bare))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("s6_triton:bare", marks=pytest.mark.slow), "ssd_triton:varied"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["s6_triton:bare", "ssd_triton:varied"])
 def test_kernels_of_the_interpreter_keep_what_they_declare(name):
     done = subprocess.run(
         [sys.executable, str(SCRIPT), name],
