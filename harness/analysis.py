@@ -335,7 +335,12 @@ def _fold_case(source: str, entries: Sequence[tuple[str, Observation]]) -> Resul
     for measurement, round in sorted(latest):
         by_measurement[measurement].append(latest[measurement, round])
     outcome, reason = _outcome(by_measurement)
-    result = Result(
+    if outcome is Outcome.OK:
+        values = _values(by_measurement)
+    else:
+        why = f"the case ended as {outcome}"
+        values = {"missing": {t: why for t in _TAGS if t not in _MODELLED}}
+    return Result(
         source=source,
         run_id=owner,
         case=newest.case,
@@ -344,12 +349,9 @@ def _fold_case(source: str, entries: Sequence[tuple[str, Observation]]) -> Resul
         measured_at=newest.started_at,
         details=_merged(by_measurement, lambda o: o.details),
         found={name: observed[-1].details for name, observed in by_measurement.items()},
+        **_modelled(by_measurement),
+        **values,
     )
-    result = replace(result, **_modelled(by_measurement))
-    if outcome is not Outcome.OK:
-        why = f"the case ended as {outcome}"
-        return replace(result, missing={t: why for t in _TAGS if t not in _MODELLED})
-    return _with_values(result, by_measurement)
 
 
 def _outcome(by_measurement: Mapping[str, list[Observation]]) -> tuple[Outcome, str | None]:
@@ -368,8 +370,8 @@ def _outcome(by_measurement: Mapping[str, list[Observation]]) -> tuple[Outcome, 
     return worst.outcome, reason
 
 
-def _with_values(result: Result, by_measurement: Mapping[str, list[Observation]]) -> Result:
-    """Add measured values, the reasons of those that are missing, and the time's interval."""
+def _values(by_measurement: Mapping[str, list[Observation]]) -> dict[str, Any]:
+    """Return measured values, the reasons of those that are missing, and the time's interval."""
     values: dict[str, Any] = {}
     others: dict[str, float] = {}
     missing: dict[str, str] = {}
@@ -393,19 +395,17 @@ def _with_values(result: Result, by_measurement: Mapping[str, list[Observation]]
     else:
         missing |= dict.fromkeys(("time_s", "tokens_per_s"), _why_no_time(timed))
     converged = [c for c in (_converged(o) for o in timed) if c is not None]
-    return replace(
-        result,
-        **values,
-        values=others,
-        interval=_time_interval(timed, medians),
-        method=", ".join(sorted({o.method for o in timed if o.method})) or None,
-        rounds=len(timed),
-        round_medians_s=tuple(medians),
-        converged=all(converged) if converged else None,
-        missing=missing,
-        flags=tuple(dict.fromkeys(flags)),
-        telemetry=_merged({"time": timed}, lambda o: _mapping(o.details.get("telemetry"))),
-    )
+    return values | {
+        "values": others,
+        "interval": _time_interval(timed, medians),
+        "method": ", ".join(sorted({o.method for o in timed if o.method})) or None,
+        "rounds": len(timed),
+        "round_medians_s": tuple(medians),
+        "converged": all(converged) if converged else None,
+        "missing": missing,
+        "flags": tuple(dict.fromkeys(flags)),
+        "telemetry": _merged({"time": timed}, lambda o: _mapping(o.details.get("telemetry"))),
+    }
 
 
 def _time_interval(timed: Sequence[Observation], medians: Sequence[float]) -> Interval | None:

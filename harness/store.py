@@ -55,7 +55,7 @@ class RunFolder:
         self.manifest = manifest
         self.warnings: list[str] = []
         self._observations: list[Observation] = []
-        self._newest: dict[Key, Observation] = {}
+        self._index: dict[Key, Observation] | None = None
         self._descriptor: int | None = None
 
     @classmethod
@@ -99,7 +99,6 @@ class RunFolder:
             folder.close()
             raise
         folder._observations = found
-        folder._newest = {_key(o): o for o in found}
         return folder
 
     def observations(self) -> list[Observation]:
@@ -109,6 +108,13 @@ class RunFolder:
     def newest(self) -> Mapping[Key, Observation]:
         """Return the newest observation of every case, measurement and round."""
         return MappingProxyType(self._newest)
+
+    @property
+    def _newest(self) -> dict[Key, Observation]:
+        """Made when first asked for: reports do not, and it takes as long as reading the file."""
+        if self._index is None:
+            self._index = {_key(o): o for o in self._observations}
+        return self._index
 
     def finished(self) -> set[Key]:
         """Return what need not be measured again: all but what was skipped."""
@@ -120,8 +126,8 @@ class RunFolder:
             raise RunFolderError(f"{self.path} was opened for reading only.")
         _write_all(self._descriptor, observation.to_line().encode() + b"\n")
         os.fsync(self._descriptor)
-        self._observations.append(observation)
         self._newest[_key(observation)] = observation
+        self._observations.append(observation)
 
     def close(self) -> None:
         """Release the file; the folder can still be read."""

@@ -135,10 +135,10 @@ def over_length(report: Report, part: Slice, chart: Chart, d_state: int | None =
     """Return a chart over seqlen at one d_state, or at each series' usual one."""
     looks = styles(report.implementations)
     curves = [(series, _rows_over_length(series, d_state)) for series in part.series]
-    traces = [_line(series, rows, chart, part, looks) for series, rows in curves]
-    traces = [trace for trace in traces if trace["rows"]]
+    kept = [(series, [row for row in rows if _shown(row, chart)]) for series, rows in curves]
+    traces = [_line(series, rows, chart, part, looks) for series, rows in kept if rows]
     failures = _failures(curves, part, looks)
-    shown = [row for _, rows in curves for row in rows if _shown(row, chart)]
+    shown = [row for _, rows in kept for row in rows]
     failed = [row for _, rows in curves for row in rows if row.outcome not in _HIDDEN_IN_STRIP]
     lengths = sorted({row.seqlen for row in (*shown, *failed) if row.seqlen is not None})
     return {
@@ -158,7 +158,7 @@ def over_state(report: Report, part: Slice, seqlen: int) -> Figure:
     states = sorted({row.d_state for _, rows in curves for row in rows if row.d_state})
     traces: list[Figure] = []
     for series, rows in curves:
-        trace = _line(series, rows, chart, part, looks)
+        trace = _line(series, [row for row in rows if _shown(row, chart)], chart, part, looks)
         trace["x"] = {"column": "d_state"}
         if series.is_attention and trace["rows"] and states:
             trace |= {"x": [states[0], states[-1]], "rows": trace["rows"][:1] * 2, "mode": "lines"}
@@ -222,12 +222,13 @@ def _shown(row: Row, chart: Chart) -> bool:
 def _line(
     series: Series, rows: Sequence[Row], chart: Chart, part: Slice, looks: Mapping[str, Style]
 ) -> Figure:
+    """Return the line through rows that all have a value to show."""
     look = looks[series.key.implementation]
     trace: Figure = {
         "type": "scatter",
         "mode": "lines+markers",
         "name": series.label,
-        "rows": [row.index for row in rows if _shown(row, chart)],
+        "rows": [row.index for row in rows],
         "x": {"column": "seqlen"},
         "y": {"column": chart.metric},
         "line": {"dash": look.dash, "width": 2},
@@ -235,7 +236,7 @@ def _line(
         "meta": {"implementation": series.key.implementation, "series": series.label},
     }
     if series.is_level:  # the case has no length of its own to be drawn at
-        trace["x"] = [row.seqlen or 1 for row in rows if _shown(row, chart)]
+        trace["x"] = [row.seqlen or 1 for row in rows]
         trace["mode"] = "lines" if len(trace["x"]) > 1 else "markers"
     if chart.interval:
         trace["interval"] = list(chart.interval)

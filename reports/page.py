@@ -10,7 +10,6 @@ import gc
 import gzip
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -25,16 +24,26 @@ import jinja2
 from mambench.harness import analysis
 from mambench.harness.analysis import flatten
 from mambench.harness.spec import METRICS
-from mambench.reports import figures, machines, roofline, rows, summary, units, verdicts
+from mambench.reports import (
+    figures,
+    machines,
+    packing,
+    roofline,
+    rows,
+    summary,
+    svg,
+    units,
+    verdicts,
+)
 from mambench.reports.rows import Report, Row, Slice
 from mambench.reports.style import Style, styles
 
 HERE = Path(__file__).resolve().parent
 PLOTLY = "plotly-cartesian-4.1.1.min.js.gz"
-# Digits of embedded numbers: finer than any measurement, and half the size.
-SIGNIFICANT = 7
-SIGNIFICANT_BOUNDS = 5
 SHARED = 300  # cases in the static table of several machines
+STATIC = 60  # selections with static tables
+# Runs where scripts run at all: what is for those without is then never laid out.
+EARLY = 'document.documentElement.dataset.script = "on";'
 # The script makes these from time and what it is divided by.
 DERIVED = ("tokens_per_s", "model_flop_per_s", "modelled_bytes_per_s")
 
@@ -79,7 +88,7 @@ def render(report: Report) -> str:
     script = (HERE / "assets" / "report.js").read_text(encoding="utf-8")
     looks = styles(report.implementations)
     summaries = summary.summarise(report)
-    return _without_indents(
+    return _smaller(
         environment()
         .get_template("report.html.j2")
         .render(
@@ -95,24 +104,44 @@ def render(report: Report) -> str:
             looks=looks,
             css=stylesheet(),
             script=script,
+            early=EARLY,
+            still=_still(report),
+            static_most=STATIC,
             policy=_policy(script),
-            payload=_packed(json.dumps(payload(report), separators=(",", ":")).encode()),
+            payload=packing.compressed(json.dumps(payload(report), separators=(",", ":")).encode()),
             plotly=base64.b64encode((HERE / "assets" / PLOTLY).read_bytes()).decode(),
         )
     )
 
 
-def _without_indents(html: str) -> str:
-    """Drop the template's indents, a third of the tables' size, but leave the scripts alone."""
-    markup, script, rest = html.partition("<script")
-    return re.sub(r"\n\s+", "\n", markup) + script + rest
+def _smaller(html: str) -> str:
+    """Drop the template's indents and the end tags that HTML lets one leave out, not scripts'."""
+    markup, script, rest = html.partition('<script type="application')
+    markup = re.sub(r"\n\s+", "\n", markup)
+    return re.sub(r"</(?:td|th|tr|tbody|thead|dt|dd)>\s*", "", markup) + script + rest
+
+
+def _still(report: Report) -> str:
+    """Return the first chart as a picture: there at once, and without script."""
+    for part in report.slices[:1]:
+        drawn = figures.over_length(report, part, figures.CHARTS[0])["data"]
+        lines = [trace for trace in drawn if not trace["meta"].get("failure")]
+        if any(row.seqlen is not None for trace in lines for row in _rows(report, trace)):
+            return svg.chart(report, part, inline=True)
+    return ""
+
+
+def _rows(report: Report, trace: figures.Figure) -> list[Row]:
+    return [report.rows[index] for index in trace["rows"]]
 
 
 def payload(report: Report) -> dict[str, Any]:
     """Return everything the page's script needs, as plain JSON values."""
     looks = styles(report.implementations)
     return {
-        "columns": columns(report.rows),
+        "columns": {
+            name: packing.repeated(values) for name, values in columns(report.rows).items()
+        },
         "slices": [_slice(report, part, looks) for part in report.slices],
         "looks": {name: [look.light, look.dark, look.dash] for name, look in looks.items()},
         "runs": {
@@ -159,12 +188,18 @@ def columns(found: Sequence[Row]) -> dict[str, list[Any]]:
     table: dict[str, list[Any]] = {"label": names, "commit": [row.commit for row in found]}
     records = [analysis.record(row.result, {row.slice.source: row.device}) for row in found]
     for key in records[0] if records else ():
-        digits = SIGNIFICANT_BOUNDS if key in ("time_low_s", "time_high_s") else SIGNIFICANT
         if key not in DERIVED:
-            table[key] = [_number(record[key], digits) for record in records]
+            found_here = [record[key] for record in records]
+            table[key] = [packing.number(v) if type(v) is float else v for v in found_here]
     table = {name: values for name, values in table.items() if any(v is not None for v in values)}
     table["coverage"] = table.pop("interval_coverage", [None] * len(found))
-    table["quantiles_s"] = [_beside_median(row.result.quantiles_s) for row in found]
+    for name in ("time_low_s", "time_high_s"):
+        if name in table:
+            table[name] = [packing.beside_time(getattr(row, name), row.time_s) for row in found]
+    table["quantiles_s"] = [
+        packing.beside_median(row.result.quantiles_s, row.time_s) for row in found
+    ]
+    table["case_id"] = [packing.short_id(row.case_id) for row in found]
     table["missing"] = [_missing(row) for row in found]
     table["flags"] = [list(row.result.flags) for row in found]
     table["telemetry"] = [_telemetry(row) for row in found]
@@ -184,7 +219,7 @@ def _slice(report: Report, part: Slice, looks: Mapping[str, Style]) -> dict[str,
         "pass": part.key.pass_,
         "dtype": part.key.dtype,
         "size": part.size_label,
-        "rows": packed([row.index for row in part.rows]),
+        "rows": [packing.packed([row.index for row in series.rows]) for series in part.series],
         "legend": [
             {
                 "label": series.label,
@@ -200,22 +235,8 @@ def _slice(report: Report, part: Slice, looks: Mapping[str, Style]) -> dict[str,
     }
 
 
-def _beside_median(quantiles: Sequence[float] | None) -> list[float] | None:
-    """Return the median, and each quantile's distance from it in ten-thousandths: half the size."""
-    if quantiles is None or not (middle := quantiles[len(quantiles) // 2]):
-        return None
-    return [_number(middle), *(round((value / middle - 1) * 1e4) for value in quantiles)]
-
-
-def packed(rows: Sequence[int]) -> list[int]:
-    """Return row numbers that follow each other as their first and minus their count."""
-    if len(rows) > 2 and list(rows) == list(range(rows[0], rows[0] + len(rows))):
-        return [rows[0], -len(rows)]
-    return list(rows)
-
-
 def _packed_rows(figure: figures.Figure) -> figures.Figure:
-    data = [trace | {"rows": packed(trace["rows"])} for trace in figure["data"]]
+    data = [trace | {"rows": packing.packed(trace["rows"])} for trace in figure["data"]]
     return figure | {"data": data}
 
 
@@ -240,8 +261,8 @@ def _over_state(report: Report, part: Slice, lengths: Sequence[int]) -> list[dic
             if place == len(styles_of):
                 styles_of.append(look)
             own = {k: v["column"] if isinstance(v, dict) else v for k, v in own.items()}
-            data.append([place, own | {"rows": packed(trace["rows"])}])
-        found.append({"seqlen": length, "data": data, "layout": figure["layout"]})
+            data.append([place, own | {"rows": packing.packed(trace["rows"])}])
+        found.append({"seqlen": length, "data": data, "layout": packing.rounded(figure["layout"])})
     return found and [{"looks": styles_of, "lengths": found}]
 
 
@@ -256,7 +277,7 @@ def _over_length(report: Report, part: Slice, state: int | None) -> dict[str, An
         "d_state": state,
         "data": _packed_rows(figures.over_length(report, part, _ANY, state))["data"],
         "layouts": {
-            name: figure["layout"]
+            name: packing.rounded(figure["layout"])
             for name, figure in made.items()
             if any(not trace["meta"].get("failure") for trace in figure["data"])
         },
@@ -269,19 +290,8 @@ def _telemetry(row: Row) -> dict[str, str]:
     return found | flatten({} if gate is None else {"gate": gate})
 
 
-def _number(value: Any, digits: int = SIGNIFICANT) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
-    return value
-
-
-def _packed(data: bytes) -> str:
-    """Return gzip in base64; without a time stamp, so that equal runs give equal files."""
-    return base64.b64encode(gzip.compress(data, 9, mtime=0)).decode()
-
-
 def _policy(script: str) -> str:
-    hashes = [script, _plotly_source()]
+    hashes = [EARLY, script, _plotly_source()]
     sources = " ".join(f"'sha256-{_sha256(text)}'" for text in hashes)
     return (
         f"default-src 'none'; script-src {sources}; style-src 'unsafe-inline'; "

@@ -112,22 +112,29 @@ class Series:
     rows: tuple[Row, ...]
     lengths: tuple[int, ...] = ()  # of the slice, over which a series without lengths is level
 
-    @property
+    @cached_property
     def is_attention(self) -> bool:
         """Whether this is the reference that has no d_state."""
         return self.key.family == Family.ATTENTION.value
+
+    @cached_property
+    def _by_state(self) -> Mapping[int | None, Sequence[Row]]:
+        found: dict[int | None, list[Row]] = defaultdict(list)
+        for row in self.rows:
+            found[row.d_state].append(row)
+        return dict(found)
 
     def at_state(self, d_state: int | None) -> tuple[Row, ...]:
         """Rows over seqlen at one d_state (attention: all).
 
         A row without a length stands at every length of the slice.
         """
-        chosen = [r for r in self.rows if self.is_attention or r.d_state == d_state]
+        chosen = self.rows if self.is_attention else self._by_state.get(d_state, ())
         if self.is_level and self.lengths:
             chosen = [row.at(length) for row in chosen for length in self.lengths]
         return tuple(sorted(chosen, key=lambda row: row.seqlen or 0))
 
-    @property
+    @cached_property
     def is_level(self) -> bool:
         """Whether its cases have no length: what an SSM's decode costs does not depend on it."""
         return all(row.seqlen is None for row in self.rows)

@@ -49,8 +49,13 @@ class Curve:
         return [_marker(self.marker, x, y) for x, y in self.points]
 
 
-def chart(report: Report, part: Slice, kind: Chart = figures.CHARTS[0]) -> str:
-    """Return one chart over sequence length; equal rows give an equal file."""
+def chart(
+    report: Report, part: Slice, kind: Chart = figures.CHARTS[0], *, inline: bool = False
+) -> str:
+    """Return one chart over sequence length; equal rows give an equal file.
+
+    `inline` leaves out title and background and takes the page's colours: for use in HTML.
+    """
     figure = figures.resolve(figures.over_length(report, part, kind), report.rows)
     layout = figure["layout"]
     ticks = {name: _ticks(layout[name], name) for name in ("xaxis", "yaxis")}
@@ -61,6 +66,7 @@ def chart(report: Report, part: Slice, kind: Chart = figures.CHARTS[0]) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("chart.svg.j2").render(
+        inline=inline,
         width=WIDTH,
         height=HEIGHT,
         box=(LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM),

@@ -7,7 +7,8 @@
     return element;
   };
   const unpack = async (id) => {
-    const bytes = Uint8Array.from(atob($(id).textContent), (c) => c.charCodeAt(0));
+    const text = atob($(id).textContent), bytes = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i += 1) bytes[i] = text.charCodeAt(i);
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     return new Response(stream).text();
   };
@@ -38,13 +39,18 @@
   const seconds = (value) => si(value, "s");
   window.mambenchUnits = { si, memory, seconds };
 
-  if (typeof DecompressionStream === "undefined") return;
-  const data = JSON.parse(await unpack("data"));
+  if (typeof DecompressionStream === "undefined") { delete document.documentElement.dataset.script; return; }
+  const packed = unpack("data"), plotly = unpack("plotly"); // both off this thread, at once
+  const data = JSON.parse(await packed);
+  performance.mark("data");
   const columns = data.columns, slices = data.slices;
-  // Runs of row numbers travel as [first, count], and quantiles as ten-thousandths beside the median.
-  const range = (rows) => (rows.length === 2 && rows[1] < 0 ? Array.from({ length: -rows[1] }, (_, i) => rows[0] + i) : rows);
-  for (const slice of slices) {
-    slice.rows = range(slice.rows);
+  // Columns with few distinct values travel as those and each row's number among them.
+  const spread_out = {};
+  const column = (name) => (spread_out[name] ??= Array.isArray(columns[name]) ? columns[name] : columns[name].at.map((place) => columns[name].distinct[place]));
+  // Evenly spaced row numbers travel as [first, -count, step].
+  const range = (rows) => (rows[1] < 0 ? Array.from({ length: -rows[1] }, (_, i) => rows[0] + i * (rows[2] ?? 1)) : rows);
+  const expand = (slice) => {
+    if (slice.expanded) return slice;
     const [shared] = slice.over_state;
     slice.over_state = (shared?.lengths || []).map(({ seqlen, data: traces, layout }) => ({ seqlen, figure: { layout, data: traces.map(([place, own]) => {
       const trace = { ...shared.looks[place], ...own };
@@ -53,25 +59,34 @@
     }) } }));
     const figures = [...slice.over_length, ...slice.over_state.map((entry) => entry.figure), slice.roofline];
     for (const figure of figures) for (const trace of figure?.data || []) trace.rows = range(trace.rows);
-  }
-  if (columns.quantiles_s) {
-    columns.quantiles_s = columns.quantiles_s.map((q) => q && q.slice(1).map((share) => Number((q[0] * (1 + share / 1e4)).toPrecision(5))));
-  }
-  const over = (numerator) => columns.time_s.map((time, row) => (time === null || numerator(row) === null ? null : numerator(row) / time));
-  if (columns.time_s) {
-    const tokens = (row) => columns.batch[row] * (columns.pass[row] === "decode" || columns.seqlen[row] === null ? 1 : columns.seqlen[row]);
-    columns.tokens_per_s = over(tokens);
-    columns.model_flop_per_s = over((row) => columns.model_flop?.[row] ?? null);
-    columns.modelled_bytes_per_s = over((row) => columns.compulsory_bytes?.[row] ?? null);
-    const term = (name, row) => (name === "tokens" ? tokens(row) : columns[name]?.[row] ?? null);
-    data.ratios = {};
-    for (const [name, [above, below]] of Object.entries(data.derived)) {
-      data.ratios[name] = columns.time_s.map((_, row) => (term(above, row) === null || !term(below, row) ? null : term(above, row) / term(below, row)));
-    }
-  }
+    slice.expanded = true;
+    return slice;
+  };
+  for (const slice of slices) slice.rows = slice.rows.flatMap(range);
+  // What is made from other columns, row by row, when it is asked for.
+  const over = (numerator, row) => (numerator === null || value("time_s", row) === null ? null : numerator / value("time_s", row));
+  const tokens = (row) => value("batch", row) * (value("pass", row) === "decode" || value("seqlen", row) === null ? 1 : value("seqlen", row));
+  const bound = (name, row) => {
+    const share = columns[name] ? column(name)[row] : null;
+    return share === null ? null : Number((value("time_s", row) * (1 + share / 1e6)).toPrecision(6));
+  };
+  const MADE = {
+    tokens_per_s: (row) => over(tokens(row), row),
+    model_flop_per_s: (row) => over(value("model_flop", row), row),
+    modelled_bytes_per_s: (row) => over(value("compulsory_bytes", row), row),
+    case_id: (row) => Array.from(atob(column("case_id")[row]), (c) => c.charCodeAt(0).toString(16).padStart(2, "0")).join(""),
+    time_low_s: (row) => bound("time_low_s", row),
+    time_high_s: (row) => bound("time_high_s", row),
+    quantiles_s: (row) => {
+      const q = column("quantiles_s")[row];
+      if (!q) return null;
+      const [median, ...shares] = q, middle = shares.length / 2;
+      return [...shares.slice(0, middle), 0, ...shares.slice(middle)].map((share) => Number(((median || value("time_s", row)) * (1 + share / 1e4)).toPrecision(5)));
+    },
+  };
   // Columns without any value are not embedded.
-  const value = (name, row) => { const found = columns[name]?.[row]; return found === undefined ? null : found; };
-  const total = columns.case_id ? columns.case_id.length : 0;
+  const value = (name, row) => (MADE[name] ? MADE[name](row) : columns[name] ? column(name)[row] ?? null : null);
+  const total = columns.case_id ? column("case_id").length : 0;
   if (!slices.length) return;
 
   // State, kept in the address.
@@ -135,7 +150,12 @@
     }
     return lines.join("<br>");
   };
-  const drawnValue = (name, row) => (data.ratios[name] ? data.ratios[name][row] : value(name, row));
+  const term = (name, row) => (name === "tokens" ? tokens(row) : value(name, row));
+  const drawnValue = (name, row) => {
+    if (!data.derived[name]) return value(name, row);
+    const [above, below] = data.derived[name].map((part) => term(part, row));
+    return above === null || !below ? null : above / below;
+  };
   // One chart over length: the curves that all charts share, with its own metric and layout.
   const overLength = (entry, [name, , metric, , bounds]) => {
     if (!entry.layouts[name]) return null;
@@ -201,16 +221,20 @@
   const cards = new Map();
   let ready = false;
   const addCard = (name, title, wide) => {
-    const plot = make("div", { className: "plot" });
+    // The first chart is there already, as a picture, until Plotly has drawn it.
+    const still = $("chart-grid").querySelector(`[data-card="${name}"]`);
+    const plot = still?.querySelector(".plot") || make("div", { className: "plot" });
     const note = make("small");
     const caption = make("figcaption", {}, title, note);
-    const figure = make("figure", { className: wide ? "card wide" : "card" }, caption, plot);
+    const figure = still || make("figure", { className: wide ? "card wide" : "card" });
+    figure.replaceChildren(caption, plot);
     $("chart-grid").append(figure);
     cards.set(name, { plot, caption, note, figure, name, title, spec: null, seen: false });
     observer.observe(figure);
   };
   const draw = (card) => {
     if (!ready || !card.seen || !card.spec) return;
+    card.plot.querySelector(".still")?.remove();
     const drawn = Plotly.react(card.plot, card.spec.data.map((trace) => resolve(trace, card.plot.clientWidth)), layoutOf(card.spec), {
       ...CONFIG, toImageButtonOptions: { filename: `mambench-${card.name}`, scale: 2 },
     });
@@ -221,10 +245,15 @@
       card.plot.on("plotly_click", (event) => { if (event.points[0].customdata !== undefined) showDetail(event.points[0].customdata); });
     });
   };
+  // Work that is not above the fold, a piece at a time, when the page is at rest.
+  const waiting = [];
+  const atRest = window.requestIdleCallback ? (work) => requestIdleCallback(work, { timeout: 300 }) : (work) => setTimeout(work, 1);
+  const proceed = () => { waiting.shift()(); if (waiting.length) atRest(proceed); };
+  const later = (work) => { waiting.push(work); if (waiting.length === 1) atRest(proceed); };
   const observer = new IntersectionObserver((entries) => {
     for (const entry of entries) {
       const card = [...cards.values()].find((other) => other.figure === entry.target);
-      if (entry.isIntersecting && card && !card.seen) { card.seen = true; draw(card); }
+      if (entry.isIntersecting && card && !card.seen) { card.seen = true; if (ready) later(() => draw(card)); }
     }
   }, { rootMargin: "300px" });
 
@@ -309,11 +338,16 @@
     if (focused) $("controls").querySelector(`input[name="${CSS.escape(focused)}"]:checked`)?.focus();
   };
 
+  let first = true;
   const update = () => {
+    expand(state.slice);
     writeAddress();
     showControls();
     showLegend();
-    document.querySelectorAll("[data-slice]").forEach((part) => { part.hidden = part.dataset.slice !== state.slice.key; });
+    document.querySelectorAll("[data-slice]").forEach((part) => {
+      part.hidden = part.dataset.slice !== state.slice.key;
+      part.classList.remove("later");
+    });
     document.querySelectorAll("[data-group]").forEach((part) => { part.hidden = part.dataset.group !== group(state.slice); });
     const lengths = state.slice.over_length.find((entry) => entry.d_state === state.d_state) || state.slice.over_length[0];
     for (const chart of data.charts) {
@@ -334,26 +368,25 @@
       describe(roofline, "Work rate against arithmetic intensity");
       draw(roofline);
     }
-    showWins();
-    showMachines();
-    showKernels();
+    for (const part of [showStates, showWins, showMachines, showKernels, showCases]) first ? later(part) : part();
+    first = false;
+  };
+  const showStates = () => {
     const states = state.slice.over_state, card = cards.get("state");
     card.figure.hidden = !states.length;
-    if (states.length) {
-      const chosen = states.find((entry) => entry.seqlen === state.seqlen) || states[0];
-      card.spec = chosen.figure;
-      card.note.textContent = `against state size at L = ${count(chosen.seqlen)}`;
-      describe(card, `Time against state size at length ${count(chosen.seqlen)}`);
-      card.caption.querySelector(".field")?.remove();
-      if (states.length > 1) {
-        card.caption.append(choice("at L = ", states.map((entry) => [String(entry.seqlen), count(entry.seqlen)]), String(chosen.seqlen), (text) => {
-          state.seqlen = Number(text);
-          update();
-        }));
-      }
-      draw(card);
+    if (!states.length) return;
+    const chosen = states.find((entry) => entry.seqlen === state.seqlen) || states[0];
+    card.spec = chosen.figure;
+    card.note.textContent = `against state size at L = ${count(chosen.seqlen)}`;
+    describe(card, `Time against state size at length ${count(chosen.seqlen)}`);
+    card.caption.querySelector(".field")?.remove();
+    if (states.length > 1) {
+      card.caption.append(choice("at L = ", states.map((entry) => [String(entry.seqlen), count(entry.seqlen)]), String(chosen.seqlen), (text) => {
+        state.seqlen = Number(text);
+        update();
+      }));
     }
-    showCases();
+    draw(card);
   };
   // Who wins where: every implementation and state size against one of them, by length.
   const near = (end, row) => Math.log(value(end, row) / value("time_s", row));
@@ -565,7 +598,7 @@
   };
   for (const id of ["search", "outcome", "scope"]) $(id).addEventListener("input", () => { table.limit = PAGE; showCases(); });
   $("more").addEventListener("click", () => { table.limit += 5 * PAGE; showCases(); });
-  $("outcome").append(...["", ...new Set(columns.outcome)].map((name) => make("option", { value: name, textContent: name || "all" })));
+  $("outcome").append(...["", ...new Set(column("outcome"))].map((name) => make("option", { value: name, textContent: name || "all" })));
 
   // Where a number comes from.
   const spread = (row) => {
@@ -673,13 +706,14 @@
     const text = typeof cell === "object" ? JSON.stringify(cell) : typeof cell === "string" && /^[=+@\t\r-]/.test(cell) ? `'${cell}` : String(cell);
     return /[",\n\r]/.test(text) ? `"${text.replace(/"/g, '""')}"` : text;
   };
+  const columnNames = () => [...new Set([...Object.keys(columns), ...Object.keys(MADE)])];
   $("csv").addEventListener("click", () => {
-    const names = Object.keys(columns);
-    const lines = [...Array(total).keys()].map((row) => names.map((name) => quoted(columns[name][row])).join(","));
+    const names = columnNames();
+    const lines = [...Array(total).keys()].map((row) => names.map((name) => quoted(value(name, row))).join(","));
     save("mambench.csv", "text/csv", [names.join(","), ...lines].join("\n") + "\n");
   });
   $("json").addEventListener("click", () => {
-    const rows = [...Array(total).keys()].map((row) => Object.fromEntries(Object.keys(columns).map((name) => [name, columns[name][row]])));
+    const rows = [...Array(total).keys()].map((row) => Object.fromEntries(columnNames().map((name) => [name, value(name, row)])));
     save("mambench.json", "application/json", JSON.stringify(rows, null, 1));
   });
 
@@ -716,13 +750,23 @@
   addCard("state", "Time", true);
   addCard("roofline", "Roofline", true);
   addCard("machines", "Machine against machine", true);
+  for (const name of ["state", "machines"]) cards.get(name).figure.hidden = true; // until known
   $("differing")?.addEventListener("change", (event) => $("environment").classList.toggle("only-differing", event.target.checked));
   readAddress();
+  if (state.slice !== slices[0] || state.d_state !== null || state.hidden.size) document.querySelector(".still")?.remove();
   update();
+  performance.mark("controls");
   const library = document.createElement("script");
-  library.textContent = await unpack("plotly");
+  library.textContent = await plotly;
+  await new Promise((painted) => requestAnimationFrame(() => setTimeout(painted)));
+  performance.mark("painted");
   document.head.append(library);
+  performance.mark("plotly");
   ready = true;
-  cards.forEach(draw);
-  document.documentElement.dataset.ready = "true";
+  const [top] = cards.values();
+  top.seen = true;
+  draw(top);
+  performance.mark("chart");
+  cards.forEach((card) => { if (card !== top) later(() => draw(card)); });
+  later(() => { document.documentElement.dataset.ready = "true"; });
 })();

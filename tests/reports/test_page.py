@@ -12,7 +12,7 @@ from mambench import reports
 from mambench.harness import analysis
 from mambench.harness.errors import RunFolderError
 from mambench.harness.spec import METRICS
-from mambench.reports import figures, page, rows
+from mambench.reports import figures, packing, page, rows
 
 
 class Outline(HTMLParser):
@@ -74,14 +74,32 @@ def test_the_policy_admits_the_pages_own_scripts_only(html):
         assert base64.b64encode(hashlib.sha256(text).digest()).decode() in policy
 
 
+def column(data, name):
+    """A column's values, as the script unpacks them."""
+    found = data["columns"][name]
+    if isinstance(found, dict):
+        found = [found["distinct"][place] for place in found["at"]]
+    if name == "case_id":
+        return [base64.b64decode(text).hex() for text in found]
+    if name in ("time_low_s", "time_high_s"):
+        times = column(data, "time_s")
+        return [
+            None if share is None else time * (1 + share / 1e6)
+            for share, time in zip(found, times, strict=True)
+        ]
+    return found
+
+
 def test_embedded_numbers_are_the_rows(report, html):
-    columns = embedded(html)["columns"]
+    data = embedded(html)
+    names = ("case_id", "time_s", "peak_memory_bytes", "time_low_s", "time_high_s")
+    columns = {name: column(data, name) for name in names}
     assert len(columns["case_id"]) == len(report.rows)
     for row in report.rows:
         assert columns["case_id"][row.index] == row.case_id
         for name in ("time_s", "peak_memory_bytes", "time_low_s", "time_high_s"):
             expected = getattr(row, name)
-            near = 5e-5 if name in ("time_low_s", "time_high_s") else 5e-7
+            near = 2e-6 if name in ("time_low_s", "time_high_s") else 5e-7
             assert columns[name][row.index] == (
                 None if expected is None else pytest.approx(expected, rel=near)
             )
@@ -90,7 +108,10 @@ def test_embedded_numbers_are_the_rows(report, html):
 def rows_of(trace):
     """Row numbers as the script unpacks them."""
     rows = trace["rows"]
-    return range(rows[0], rows[0] - rows[1]) if len(rows) == 2 and rows[1] < 0 else rows
+    if len(rows) < 2 or rows[1] >= 0:
+        return rows
+    first, count, step = *rows, *([1] if len(rows) == 2 else [])
+    return range(first, first - count * step, step)
 
 
 def test_every_reference_of_a_figure_is_a_column(html):
@@ -104,7 +125,7 @@ def test_every_reference_of_a_figure_is_a_column(html):
     for looks, entry in states:
         for place, own in entry["data"]:
             assert looks[place]["meta"]["implementation"] in data["looks"]
-            assert max(rows_of(own)) < len(data["columns"]["case_id"])
+            assert max(rows_of(own)) < len(column(data, "case_id"))
             assert {own[axis] for axis in "xy" if isinstance(own[axis], str)} <= known
     charts += [s["roofline"] for s in data["slices"] if s["roofline"]]
     assert len(charts) > 8
@@ -112,7 +133,7 @@ def test_every_reference_of_a_figure_is_a_column(html):
         for trace in figure["data"]:
             names = {trace[a]["column"] for a in "xy" if isinstance(trace[a], dict)}
             assert names <= known
-            assert max(rows_of(trace), default=0) < len(data["columns"]["case_id"])
+            assert max(rows_of(trace), default=0) < len(column(data, "case_id"))
     assert {chart[2] for chart in data["charts"]} <= {m.tag for m in METRICS} | set(data["derived"])
 
 
@@ -129,10 +150,56 @@ def test_charts_share_their_curves_and_lose_no_row(report, html):
 
 
 def test_rows_that_follow_each_other_are_packed_and_others_are_not():
-    assert page.packed([4, 5, 6]) == [4, -3]
-    assert page.packed([4, 6, 7]) == [4, 6, 7]
-    assert page.packed([4, 5]) == [4, 5]
-    assert page.packed([]) == []
+    assert packing.packed([4, 5, 6]) == [4, -3]
+    assert packing.packed([4, 6, 7]) == [4, 6, 7]
+    assert packing.packed([4, 7, 10]) == [4, -3, 3]
+    assert packing.packed([9, 6, 3]) == [9, 6, 3]
+    assert packing.packed([7, 7, 7]) == [7, 7, 7]
+    assert packing.packed([4, 5]) == [4, 5]
+    assert packing.packed([]) == []
+
+
+def test_a_column_of_few_values_names_each_once_and_keeps_types_apart():
+    values = ["a", None, "a", 1, 1.0, True, "a", "a", "a", "a", "a", "a", "a", "a", "a", "a"]
+    values *= 2
+    found = packing.repeated(values)
+    assert isinstance(found, dict)
+    restored = [found["distinct"][place] for place in found["at"]]
+    assert [(type(v), v) for v in restored] == [(type(v), v) for v in values]
+    assert packing.repeated([1, 2, 3, 4, 5]) == [1, 2, 3, 4, 5]
+
+
+def test_quantiles_stand_beside_the_median_and_the_times_own_is_not_repeated():
+    quantiles = (0.9, 0.95, 0.99, 1.0, 1.01, 1.1, 2.0)
+    shares = [-1000, -500, -100, 100, 1000, 10000]
+    assert packing.beside_median(quantiles, 1.0) == [0, *shares]
+    assert packing.beside_median(quantiles, 1.5) == [1.0, *shares]
+    assert packing.beside_median(None, 1.0) is None
+
+
+def test_the_first_chart_is_there_as_a_picture_in_the_pages_colours(report, html):
+    still = html[html.index('<svg xmlns="http://www.w3.org/2000/svg" class="still"') :]
+    still = still[: still.index("</svg>")]
+    lines = [
+        trace
+        for trace in figures.over_length(report, report.slices[0], figures.CHARTS[0])["data"]
+        if not trace["meta"].get("failure")
+    ]
+    assert still.count('fill="none" stroke-width="2"') == len(lines)
+    assert "var(--ink)" in still
+    assert "#ffffff" not in still, "the page's own background, also in the dark"
+    assert ' id="' not in still
+
+
+def test_selections_beyond_the_most_have_no_static_tables_and_it_says_so(report, monkeypatch):
+    assert len(report.slices) > 3
+    monkeypatch.setattr(page, "STATIC", 2)
+    parsed = outline(page.render(report))
+    tables = [a for tag, a in parsed.tags if a.get("class", "").startswith("tables")]
+    answers = [a for tag, a in parsed.tags if (a.get("class") or "").split(" ")[0] == "answer"]
+    assert len(tables) == 2
+    assert len(answers) == len(report.slices)
+    assert "of the first 2 of" in " ".join(parsed.text)
 
 
 def test_static_tables_hold_the_results_without_script(report, html):
@@ -151,7 +218,7 @@ def test_hostile_records_are_shown_as_text(hostile_run):
     parsed = outline(hostile)
     tags = {tag for tag, _ in parsed.tags}
     assert not tags & {"img", "b"}
-    assert sum(tag == "script" for tag, _ in parsed.tags) == 3
+    assert sum(tag == "script" for tag, _ in parsed.tags) == 4
     assert "<b>bold</b>" in " ".join(parsed.text), "it is there, as text"
     assert "{{ 7 * 7 }}" in json.dumps(embedded(hostile))
     assert not [name for _, a in parsed.tags for name in a if name.startswith("on")]
@@ -193,6 +260,6 @@ def test_a_run_without_results_is_a_page(tmp_path, write_run):
 
 
 def test_numbers_that_json_cannot_hold_become_null():
-    assert page._number(float("nan")) is None
-    assert page._number(float("inf")) is None
-    assert page._number(1.23456789e-5) == 1.234568e-5
+    assert packing.number(float("nan")) is None
+    assert packing.number(float("inf")) is None
+    assert packing.number(1.23456789e-5) == 1.234568e-5
