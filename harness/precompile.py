@@ -12,11 +12,10 @@ from collections.abc import Iterable, Sequence
 from mambench.harness import registry
 from mambench.harness.errors import UsageError
 from mambench.harness.pool import Pool, Worker
-from mambench.harness.progress import Listener
+from mambench.harness.progress import PRECOMPILE, Listener
 from mambench.harness.protocol import Done, Precompile, WorkerConfig
 from mambench.harness.spec import Case, DeviceKind, digest
 
-PHASE = "precompile"
 POLL_S = 0.02
 MAX_PARALLEL = 8  # each may hold a CUDA context
 
@@ -37,7 +36,7 @@ def compile_ahead(
         while waiting or active:
             while waiting and len(active) < parallel:
                 group = waiting.pop(0)
-                listener.on_phase(group[0], PHASE)
+                listener.on_phase(group[0], PRECOMPILE)
                 worker = pool.worker(config)
                 limit_s = config.settings.compile_limit_s * len(group)
                 active[worker] = group, time.monotonic() + limit_s

@@ -197,12 +197,20 @@ class Case:
     def label(self) -> str:
         """One line for a person."""
         p = self.problem
-        sizes = [f"B={p.batch}"]
-        sizes += [f"L={p.seqlen}"] if p.seqlen is not None else []
-        sizes += [f"d_model={p.d_model}"] if p.d_model else [f"D={p.d_inner}"]
-        sizes += [f"N={p.d_state}"] if p.d_state else []
+        length = [f"L={p.seqlen}"] if p.seqlen is not None else []
+        return self._line(f"B={p.batch}", *length)
+
+    @property
+    def without_sizes(self) -> str:
+        """The same line for all cases of its kind."""
+        return self._line()
+
+    def _line(self, *sizes: str) -> str:
+        p = self.problem
+        widths = [f"d_model={p.d_model}"] if p.d_model else [f"D={p.d_inner}"]
+        widths += [f"N={p.d_state}"] if p.d_state else []
         who = f"{self.implementation}:{self.variant} {p.family}/{p.level}"
-        return f"{who} {self.pass_} {' '.join(sizes)} {self.dtype}"
+        return f"{who} {self.pass_} {' '.join([*sizes, *widths])} {self.dtype}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; the key of `pass_` is `pass`."""

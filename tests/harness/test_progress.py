@@ -11,6 +11,7 @@ from contextlib import suppress
 import pytest
 
 from mambench.harness.progress import (
+    PRECOMPILE,
     PRIOR_S,
     BarProgress,
     Eta,
@@ -125,6 +126,7 @@ def test_plain_lines():
     assert type(listener) is PlainProgress
     with listener:
         listener.on_plan(6, 4)
+        listener.on_phase(CASES[0], PRECOMPILE)
         listener.on_case_start(CASES[0])
         listener.on_phase(CASES[0], "gate")
         memory = observation(CASES[0], values={"peak_memory_bytes": 3.0})
@@ -132,8 +134,9 @@ def test_plain_lines():
         listener.on_case_end(CASES[0], [timed, memory])
         listener.on_case_end(CASES[1], [observation(CASES[1], Outcome.TIMEOUT)])
         listener.on_note("careful")
-    first, second, third, fourth = stream.getvalue().splitlines()
+    first, ahead, second, third, fourth = stream.getvalue().splitlines()
     assert first == "4 cases to run (2 of 6 need no run), about 40 s"
+    assert ahead == "compiling ahead: scan:v s6/op forward D=64 N=16 fp32"
     assert second.startswith("[1/4] ok          scan:v s6/op forward B=1 L=1 ")
     assert " 1.235 ms | " in second
     assert second.endswith(" left")

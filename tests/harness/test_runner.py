@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import mambench
-from mambench.harness import precompile, runner
+from mambench.harness import progress, runner
 from mambench.harness.errors import DeviceBusyError, RunFolderError
 from mambench.harness.lock import device_lock
 from mambench.harness.plan import PlannedCase
@@ -250,7 +250,7 @@ def test_only_the_missing_measurement_is_repeated(tmp_path: Path, pool: WorkerPo
     ]
     assert summary.counts == {Outcome.OK: 1, Outcome.ERROR: 1}
     # The good case was proven right before, and the other is known to fail.
-    phases = {phase for name, phase in listener.phases if phase != precompile.PHASE}
+    phases = {phase for name, phase in listener.phases if phase != progress.PRECOMPILE}
     assert phases == {"build", "compile", "memory"}
 
 
@@ -307,7 +307,7 @@ def test_failing_to_compile_ahead_is_told_and_harmless(tmp_path: Path, pool: Wor
     listener = Listener()
     _, summary = run(tmp_path / "run", cases, pool, listener=listener)
     assert summary.counts == {Outcome.OK: 2}
-    assert {n for n, phase in listener.phases if phase == precompile.PHASE} == {
+    assert {n for n, phase in listener.phases if phase == progress.PRECOMPILE} == {
         "compiles_badly",
         "dies_compiling",
     }

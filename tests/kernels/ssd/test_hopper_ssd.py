@@ -275,6 +275,23 @@ def test_time_is_divided_only_where_it_is_long():
     assert planned(1, 512, 32).nsegments == 1
 
 
+def segments(seqlen, nheads):
+    per_segment = hopper_config.chunks_per_segment(
+        batch=1, seqlen=seqlen, nheads=nheads, headdim=64, ngroups=1, multiprocessors=132
+    )
+    return -(-seqlen // 64 // per_segment)
+
+
+@pytest.mark.parametrize("seqlen", [2048, 32768, 131072, 1 << 20])
+def test_one_wave_that_fills_the_device_is_taken_before_several(seqlen):
+    assert segments(seqlen, 32) == 8  # of 16 blocks each, on 132 multiprocessors
+
+
+def test_where_one_wave_leaves_much_idle_there_are_several():
+    assert segments(65536, 132) == 2  # of 66 blocks
+    assert segments(65536, 200) > 1  # of 100 blocks: one is 76 % of the device
+
+
 GPU_CASES = (
     *CASES.values(),
     {
