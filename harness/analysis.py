@@ -72,6 +72,7 @@ class Run:
     code: Mapping[str, Any]
     device: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
     ceilings: Mapping[str, Any] = field(default_factory=dict[str, Any])  # measured, by name
 
     @property
@@ -226,6 +227,7 @@ def make_run(
         code=code,
         device=device,
         notes=(*(str(note) for note in manifest.get("notes") or ()), *notes),
+        plugins=tuple(str(plugin) for plugin in manifest.get("plugins") or ()),
         ceilings=_mapping(_mapping(manifest.get("ceilings")).get("ceilings")),
     )
 
@@ -335,6 +337,7 @@ def _fold_case(source: str, entries: Sequence[tuple[str, Observation]]) -> Resul
     for measurement, round in sorted(latest):
         by_measurement[measurement].append(latest[measurement, round])
     outcome, reason = _outcome(by_measurement)
+    values: dict[str, Any]
     if outcome is Outcome.OK:
         values = _values(by_measurement)
     else:

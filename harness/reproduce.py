@@ -26,20 +26,31 @@ _OWN_OPTION = {
 
 def command(case: Case, plan: Plan, *, program: Sequence[str]) -> str:
     """Return a shell command that plans exactly this case with the plan's device and settings."""
+    device, settings = plan.device.torch_name, plan.settings
+    words = [*program, "run", *_case_words(case), *run_words(device, plan.plugins, settings)]
+    return shlex.join(words)
+
+
+def run_words(device: str, plugins: Sequence[str], settings: Settings) -> list[str]:
+    """Return the options that all cases of a run share: device, plugins and settings."""
+    words = ["--device", device]
+    for plugin in plugins:
+        words += ["--plugin", plugin]
+    words += ["--measure", ",".join(settings.measurements)]
+    return [*words, *_settings(settings)]
+
+
+def _case_words(case: Case) -> list[str]:
     problem = case.problem
-    words = [*program, "run", "--suite", BASE_SUITE]
+    words = ["--suite", BASE_SUITE]
     words += ["-i", f"{case.implementation}:{case.variant}"]
     for name in APPLICABLE[problem.level, problem.family]:
         value = getattr(problem, name)
         if value is None:  # a state update has no length, whatever lengths the suite has
             continue
         words += ["-a", f"{name}={str(value).lower()}"]
-    words += ["--pass", case.pass_, "--dtype", case.dtype, "--device", plan.device.torch_name]
-    words += ["--filter", f"family={problem.family}", "--filter", f"level={problem.level}"]
-    for plugin in plan.plugins:
-        words += ["--plugin", plugin]
-    words += ["--measure", ",".join(plan.settings.measurements)]
-    return shlex.join([*words, *_settings(plan.settings)])
+    words += ["--pass", case.pass_, "--dtype", case.dtype]
+    return [*words, "--filter", f"family={problem.family}", "--filter", f"level={problem.level}"]
 
 
 def _settings(settings: Settings) -> list[str]:

@@ -12,18 +12,19 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from mambench.harness import analysis
+from mambench.harness import analysis, reproduce
 from mambench.harness.analysis import flatten
-from mambench.harness.spec import METRICS
+from mambench.harness.spec import METRICS, DeviceKind, Settings
 from mambench.reports import (
     figures,
     machines,
@@ -145,7 +146,12 @@ def payload(report: Report) -> dict[str, Any]:
         "slices": [_slice(report, part, looks) for part in report.slices],
         "looks": {name: [look.light, look.dark, look.dash] for name, look in looks.items()},
         "runs": {
-            run.run_id: {"suite": run.suite, "started": run.created_at, "commit": run.code_version}
+            run.run_id: {
+                "suite": run.suite,
+                "started": run.created_at,
+                "commit": run.code_version,
+                "repeat": _repeat(run),
+            }
             for run in report.analysis.runs
         },
         "charts": [
@@ -159,6 +165,17 @@ def payload(report: Report) -> dict[str, Any]:
         },
         "extras": _extras(report.rows),
     }
+
+
+def _repeat(run: analysis.Run) -> str:
+    """Return what a command that repeats one of the run's cases ends with."""
+    known = {field.name for field in fields(Settings)}
+    settings: dict[str, Any] = {k: v for k, v in run.settings.items() if k in known}
+    if "measurements" in settings:
+        settings["measurements"] = tuple(settings["measurements"])
+    gpu = run.device.get("kind") == DeviceKind.CUDA
+    device = f"cuda:{run.device.get('index') or 0}" if gpu else "cpu"
+    return shlex.join(reproduce.run_words(device, run.plugins, Settings(**settings)))
 
 
 def _extras(found: Sequence[Row]) -> dict[str, dict[str, Any]]:

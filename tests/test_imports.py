@@ -22,7 +22,7 @@ ALLOWED = {
         "reports",
         *("harness.spec", "harness.records", "harness.store", "harness.errors"),
         *("harness.analysis", "harness.curves", "harness.verdict", "harness.datasheets"),
-        "harness.history",
+        *("harness.history", "harness.reproduce"),
     ),
     "harness": ("harness", "implementations", "kernels"),
 }

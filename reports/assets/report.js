@@ -649,15 +649,16 @@
     return ["Power, clock (dashed)", make("div", {}, svg, make("small", { textContent: said }))];
   };
   const word = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${String(text).replace(/'/g, "'\"'\"'")}'`);
-  // As reproduce.command without the run's settings.
+  // As reproduce.command; what all cases of a run share is made there.
   const command = (row) => {
     const has = (name) => value(name, row) !== null;
     const names = ["batch", "seqlen", value("level", row) === "block" ? "d_model" : "d_inner", "d_state", "headdim", "ngroups"].filter(has);
     if (value("level", row) === "op" && value("family", row) !== "attention") names.push("gated");
     return ["python run_bench.py run --suite custom", "-i", word(`${value("implementation", row)}:${value("variant", row)}`),
       ...names.flatMap((name) => ["-a", `${name}=${value(name, row)}`]), "--pass", value("pass", row), "--dtype", value("dtype", row),
-      "--filter", `family=${value("family", row)}`, "--filter", `level=${value("level", row)}`].join(" ");
+      "--filter", `family=${value("family", row)}`, "--filter", `level=${value("level", row)}`, data.runs[value("run_id", row)].repeat].join(" ");
   };
+  window.mambenchCommand = command;
   const showDetail = (row) => {
     const run = data.runs[value("run_id", row)] || {};
     const entries = [
@@ -688,7 +689,7 @@
     ].filter(([, text]) => text !== null && text !== undefined && text !== "");
     $("detail-title").textContent = `${value("label", row)}, L = ${count(value("seqlen", row))}`;
     const list = make("dl", {}, ...[boxplot(row), traceOf(row)].filter(Boolean).flatMap(([name, picture]) => [make("dt", { textContent: name }), make("dd", {}, picture)]), ...entries.flatMap(([name, text]) => [make("dt", { textContent: name }), make("dd", { textContent: text })]),
-      make("dt", { textContent: "Repeat" }), make("dd", {}, make("code", { textContent: command(row) })), make("dt", { textContent: "With the run's settings" }), make("dd", {}, make("code", { textContent: `run_bench.py show ${value("case_id", row)}` })));
+      make("dt", { textContent: "Repeat" }), make("dd", {}, make("code", { textContent: command(row) })));
     $("detail-body").replaceChildren(list);
     $("detail").showModal();
   };

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from mambench import reports
-from mambench.harness import analysis
+from mambench.harness import analysis, reproduce
+from mambench.harness.plan import Plan
+from mambench.harness.spec import Device, DeviceKind, Settings
 from mambench.reports import machines, rows, units
 
 pytestmark = pytest.mark.browser
@@ -125,7 +127,22 @@ def test_table_sorts_filters_and_shows_where_a_number_comes_from(open_page, page
     tab.locator("#case-table tbody button").click()
     said = tab.locator("#detail").inner_text()
     assert "needs 128 GiB of 79 GiB" in said
-    assert "run_bench.py show" in said
+    assert "run_bench.py run --suite custom" in said
+
+
+def test_the_command_that_repeats_a_case_is_the_programs_own(open_page, page_file, report):
+    tab = open_page(page_file)
+    devices = {"gpu-run": "cuda:0", "cpu-run": "cpu"}
+    settings = Settings(seed=0, target_s=0.5)
+    rows = report.rows[:: len(report.rows) // 40]
+    assert {row.result.run_id for row in rows} == set(devices)
+    for row in rows:
+        name = devices[row.result.run_id]
+        kind = DeviceKind(name.partition(":")[0])
+        device = Device(kind=kind, name="any", memory_bytes=1)
+        plan = Plan(suite="any", device=device, settings=settings, cases=())
+        expected = reproduce.command(row.result.case, plan, program=["python", "run_bench.py"])
+        assert tab.evaluate("row => mambenchCommand(row)", row.index) == expected
 
 
 def test_downloads_hold_all_cases(open_page, page_file, report):
