@@ -13,7 +13,7 @@ from typing import Any
 from mambench.harness.spec import Outcome
 from mambench.reports import units
 from mambench.reports.rows import Report, Row, Series, Slice
-from mambench.reports.style import Style, marker, styles
+from mambench.reports.style import DASHES, Style, marker, styles
 
 Figure = dict[str, Any]
 Looks = Mapping[str, Style]
@@ -231,7 +231,7 @@ def _line(
         "rows": [row.index for row in rows],
         "x": {"column": "seqlen"},
         "y": {"column": chart.metric},
-        "line": {"dash": look.dash, "width": 2},
+        "line": {"dash": series_dash(part, series, looks), "width": 2},
         "marker": {"symbol": _symbol(series, part, look), "size": 8},
         "meta": {"implementation": series.key.implementation, "series": series.label},
     }
@@ -285,17 +285,26 @@ def series_symbol(part: Slice, series: Series, looks: Mapping[str, Style]) -> st
     return _symbol(series, part, looks[series.key.implementation])
 
 
+def series_dash(part: Slice, series: Series, looks: Looks) -> str:
+    """Return the dash of a series: the implementation's own, of further variants the next ones."""
+    own = looks[series.key.implementation].dash
+    _, rank = _ranks(series, part)
+    return DASHES[(DASHES.index(own) + rank) % len(DASHES)]
+
+
 def _symbol(series: Series, part: Slice, look: Style) -> str:
+    family, variant = _ranks(series, part)
+    return marker(look, family_rank=family, variant_rank=variant)
+
+
+def _ranks(series: Series, part: Slice) -> tuple[int, int]:
+    """Return the place of a series among its implementation's families, and variants of its own."""
     own = [s.key for s in part.series if s.key.implementation == series.key.implementation]
     families = sorted({key.family for key in own})
     variants = sorted(
         {key[1:2] + key[3:] for key in own if key.family == series.key.family}, key=str
     )
-    return marker(
-        look,
-        family_rank=families.index(series.key.family),
-        variant_rank=variants.index(series.key[1:2] + series.key[3:]),
-    )
+    return families.index(series.key.family), variants.index(series.key[1:2] + series.key[3:])
 
 
 def _layout(x: Figure, y: Figure, *, strips: int) -> Figure:

@@ -24,7 +24,7 @@ import jinja2
 
 from mambench.harness import analysis, reproduce
 from mambench.harness.analysis import flatten
-from mambench.harness.spec import METRICS, DeviceKind, Settings
+from mambench.harness.spec import METRICS, DeviceKind, Outcome, Settings
 from mambench.reports import (
     figures,
     machines,
@@ -242,9 +242,12 @@ def _slice(report: Report, part: Slice, looks: Mapping[str, Style]) -> dict[str,
                 "label": series.label,
                 "implementation": series.key.implementation,
                 "symbol": figures.series_symbol(part, series, looks),
+                "dash": figures.series_dash(part, series, looks),
                 "state": series.usual_state,
             }
             for series in part.series
+            # What is not on this device has no curve; the table of what did not end ok says why.
+            if any(row.outcome is not Outcome.UNAVAILABLE for row in series.rows)
         ],
         "over_length": [_over_length(report, part, state) for state in choices],
         "roofline": (drawn := roofline.figure(report, part)) and _packed_rows(drawn),

@@ -90,7 +90,7 @@ def _points(
         "rows": [row.index for row in rows],
         "x": {"column": column},
         "y": {"column": "flop_rate"},
-        "line": {"dash": looks[series.key.implementation].dash, "width": 1},
+        "line": {"dash": figures.series_dash(part, series, looks), "width": 1},
         "marker": {"symbol": figures.series_symbol(part, series, looks), "size": 8},
         "meta": {"implementation": series.key.implementation, "series": series.label},
     }

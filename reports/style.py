@@ -7,6 +7,7 @@ at least 3:1 to the page in both schemes (tested). Marker and dash say the same 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 LIGHT_PAGE, DARK_PAGE = "#ffffff", "#14171c"
 
 

@@ -20,6 +20,9 @@ CROSSED: Mapping[str, str] = {
 }
 
 
+_CLOSE = " At L = "
+
+
 @dataclass(frozen=True, kw_only=True)
 class LengthSummary:
     """One length of a slice: each series' row (None: not asked), and the fastest."""
@@ -81,12 +84,16 @@ def summarise_slice(part: Slice) -> SliceSummary:
     reference = _reference(part)
     series = tuple(_series(s, reference) for s in part.series)
     crossing, evidence = _crossing(series, reference)
+    headline = _headline(lengths)
+    if reference is None:  # without a rival the best news is who is fastest
+        said, close, where = headline.partition(_CLOSE)
+        crossing, headline = said, f"{crossing}{close}{where}"
     return SliceSummary(
         part=part,
         lengths=lengths,
         series=series,
         reference=reference,
-        headline=_headline(lengths),
+        headline=headline,
         crossing=crossing,
         evidence=evidence,
         weights=_weights(part),
@@ -263,14 +270,14 @@ def _headline(lengths: Sequence[LengthSummary]) -> str:
 def _undecided(lengths: Sequence[LengthSummary]) -> str:
     """Name the lengths at which the fastest is not told apart from others."""
     close = [units.count(entry.seqlen) for entry in lengths if entry.tied]
-    return f" At L = {', '.join(close)} intervals overlap." if close else ""
+    return f"{_CLOSE}{', '.join(close)} intervals overlap." if close else ""
 
 
 def _crossing(series: Sequence[SeriesSummary], reference: Series | None) -> tuple[str, str]:
     """Say how the SSM that is fastest at the longest common length stands against attention."""
     rivals = [s for s in series if s.crossover is not None and s.speedup is not None]
     if reference is None:
-        return "No attention was measured here, so there is nothing to overtake.", ""
+        return "No attention was measured here, so no crossover is given.", ""
     if not rivals:
         return f"No state-space model was measured at a length of {reference.label}.", ""
     best = max(rivals, key=lambda s: (s.speedup_at or 0, s.speedup.ratio if s.speedup else 0))
@@ -295,8 +302,8 @@ def _verdict(best: SeriesSummary, found: Crossover, attention: str) -> str:
     if found.kind is CrossoverKind.AT and found.seqlen:
         return f"{name} overtakes {attention} at {_length(found.seqlen)}."
     return {
-        CrossoverKind.CHALLENGER_FASTER: f"{name} is faster than {attention} at every length.",
-        CrossoverKind.INCUMBENT_FASTER: f"{attention} is faster than {name} at every length.",
+        CrossoverKind.CHALLENGER_FASTER: f"{name} is faster than {attention} {_where(found)}.",
+        CrossoverKind.INCUMBENT_FASTER: f"{attention} is faster than {name} {_where(found)}.",
         CrossoverKind.SEVERAL: f"{name} and {attention} cross at "
         + " and ".join(_length(length) for length in found.crossings)
         + ".",
@@ -304,11 +311,16 @@ def _verdict(best: SeriesSummary, found: Crossover, attention: str) -> str:
     }[found.kind]
 
 
+def _where(found: Crossover) -> str:
+    """Say over which lengths both were measured."""
+    return f"from L = {_span(*found.range)}" if found.range else "at every length"
+
+
 def _found_by(found: Crossover) -> str:
     """The crossover's interval, and the measured lengths between which it was interpolated."""
     none = (CrossoverKind.CHALLENGER_FASTER, CrossoverKind.INCUMBENT_FASTER)
     if found.kind in none and found.range is not None:
-        return f"Crossover: none in range, L = {_span(*found.range)}."
+        return "Crossover: none in the range that both were measured in."
     if found.kind is not CrossoverKind.AT:
         return ""
     parts = [_interval_text(found).strip().strip("()")]

@@ -37,11 +37,7 @@ class Curve:
     label_y: float
     open: bool
     marker: str
-
-    @property
-    def dash(self) -> str:
-        """SVG's stroke-dasharray."""
-        return _DASHES[self.look.dash]
+    dash: str  # SVG's stroke-dasharray
 
     @property
     def shapes(self) -> list[str]:
@@ -98,6 +94,7 @@ def _curves(figure: Figure, looks: Any) -> list[Curve]:
             label_y=round(height, 1),
             open=trace["marker"]["symbol"].endswith("-open"),
             marker=trace["marker"]["symbol"].removesuffix("-open"),
+            dash=_DASHES[trace["line"]["dash"]],
         )
         for rank, (trace, points, height) in enumerate(zip(lines, placed, heights, strict=True))
     ]

@@ -266,7 +266,7 @@
     return shapes[symbol.replace("-open", "")] || shapes.circle;
   };
   const DASHES = { solid: "", dash: "5 3", dot: "1.5 2.5", dashdot: "5 2 1.5 2", longdash: "8 3", longdashdot: "8 2 1.5 2" };
-  const sample = (implementation, symbol) => {
+  const sample = ({ implementation, symbol, dash }) => {
     const tint = colour(implementation), open = symbol.endsWith("-open");
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     const part = (tag, attributes) => {
@@ -275,13 +275,13 @@
       svg.append(element);
     };
     Object.entries({ width: 28, height: 16, "aria-hidden": "true" }).forEach(([key, text]) => svg.setAttribute(key, text));
-    part("line", { x1: 0, x2: 28, y1: 8, y2: 8, stroke: tint, "stroke-width": 2, "stroke-dasharray": DASHES[data.looks[implementation][2]] || "" });
+    part("line", { x1: 0, x2: 28, y1: 8, y2: 8, stroke: tint, "stroke-width": 2, "stroke-dasharray": DASHES[dash] || "" });
     part("path", { d: symbolPath(symbol), fill: open ? css("page") : tint, stroke: tint, "stroke-width": open ? 2 : 1 });
     return svg;
   };
   const showLegend = () => {
     const buttons = state.slice.legend.map((entry) => {
-      const button = make("button", { type: "button" }, sample(entry.implementation, entry.symbol), entry.label,
+      const button = make("button", { type: "button" }, sample(entry), entry.label,
         entry.state && state.d_state === null ? make("small", { textContent: `N = ${entry.state}` }) : null);
       button.setAttribute("aria-pressed", String(!state.hidden.has(entry.label)));
       button.addEventListener("click", () => {
@@ -427,7 +427,7 @@
     $("wins-baseline").replaceChildren(choice("Speed-up over", labels.map((name) => [name, name]), state.baseline, (name) => { state.baseline = name; update(); }));
     const head = make("tr", {}, make("th", { scope: "col", className: "text", textContent: "Implementation" }), make("th", { scope: "col", textContent: "N" }),
       ...lengths.map((length) => make("th", { scope: "col", textContent: count(length) })));
-    const body = [];
+    const body = [], sparse = [];
     for (const label of labels) {
       if (label === state.baseline || state.hidden.has(label)) continue;
       const states = [...new Set(rows.filter((row) => value("label", row) === label).map((row) => value("d_state", row)))].sort((a, b) => a - b);
@@ -458,11 +458,13 @@
             cell.dataset.baseline = theirs;
           }
         }
-        body.push(line);
+        const asked = line.querySelectorAll("button").length;
+        (2 * asked < lengths.length && states.length > 1 ? sparse : body).push(line);
       });
     }
     $("wins-table").tHead.replaceChildren(head);
-    $("wins-table").tBodies[0].replaceChildren(...body);
+    if (sparse.length && body.length) body.push(make("tr", { className: "first" }, make("th", { scope: "rowgroup", colSpan: lengths.length + 2, className: "text few", textContent: "Measured at few lengths" })));
+    $("wins-table").tBodies[0].replaceChildren(...body, ...sparse);
   };
 
   // The same cases on another machine.

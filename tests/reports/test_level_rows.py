@@ -96,7 +96,7 @@ def test_without_any_length_everything_is_still_said_and_drawn(others: list[Resu
     (part,) = report.slices
     said = summary.summarise_slice(part)
     assert [entry.seqlen for entry in said.lengths] == [None]
-    assert said.headline == ("s6 is the fastest." if others else "Only ssd was asked for.")
+    assert said.crossing == ("s6 is the fastest." if others else "Only ssd was asked for.")
     drawn = figures.resolve(figures.over_length(report, part, figures.CHARTS[0]), report.rows)
     assert [trace["x"] for trace in drawn["data"]] == [[1]] * (1 + len(others))
     assert "ssd" in text.render(report)

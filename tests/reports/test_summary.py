@@ -76,16 +76,17 @@ def test_an_overtaking_is_said_with_its_length():
 def test_none_in_range_is_said_both_ways():
     attention = results("fa", Family.ATTENTION, lambda n: 1e-9 * n)
     slower = summarise(results("ssd", Family.SSD, linear), attention)
-    assert slower.crossing == "fa · v is faster than ssd at every length."
-    assert slower.evidence.startswith("Crossover: none in range, L = 512 to 8,192.")
+    assert slower.crossing == "fa · v is faster than ssd from L = 512 to 8,192."
+    assert slower.evidence.startswith("Crossover: none in the range")
     assert "10.0\u00d7 slower" in slower.evidence
     faster = summarise(results("ssd", Family.SSD, lambda n: 1e-10 * n), attention)
-    assert faster.crossing == "ssd is faster than fa · v at every length."
+    assert faster.crossing == "ssd is faster than fa · v from L = 512 to 8,192."
 
 
 def test_without_attention_nothing_is_claimed():
     said = summarise(results("ssd", Family.SSD, linear))
-    assert "No attention was measured" in said.crossing
+    assert said.crossing.startswith("Only ssd was asked for")
+    assert "No attention was measured" in said.headline
     assert said.reference is None
 
 
@@ -94,7 +95,8 @@ def test_attention_that_failed_everywhere_is_no_reference():
         results("ssd", Family.SSD, linear), results("fa", Family.ATTENTION, lambda n: None)
     )
     assert said.reference is None
-    assert said.headline.startswith("ssd is the fastest at every measured length")
+    assert said.crossing.startswith("ssd is the fastest at every measured length")
+    assert "No attention was measured" in said.headline
 
 
 def test_the_reference_is_the_attention_that_reaches_furthest_and_fastest():
