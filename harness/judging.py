@@ -340,28 +340,34 @@ def _exact(
             reason = f"the {side} has no {metric}"
             points.append(replace(point, verdict=verdict, reason=reason))
             continue
-        verdict, again = _compare(base, head, EXACT[metric], rule)
-        if again:
+        # A stored run is not measured again: its few values stand for every round.
+        rounds = len(head) if evidence.base.repeated else min(len(base), len(head))
+        verdict, reason = _compare(base, head, EXACT[metric], rounds, rule)
+        if verdict is Verdict.INCONCLUSIVE:
             suspects.add(case.case_id)
         middle = _middle(base)
         change = (_middle(head) or 0.0) / middle - 1 if middle else None
-        points.append(replace(point, verdict=verdict, change_frac=change))
+        points.append(replace(point, verdict=verdict, reason=reason, change_frac=change))
     return points, suspects
 
 
 def _compare(
-    base: Sequence[float], head: Sequence[float], tolerance: Tolerance, rule: Rule
-) -> tuple[Verdict, bool]:
-    """Judge by the most favourable of all rounds; returns whether they must be repeated first."""
+    base: Sequence[float], head: Sequence[float], tolerance: Tolerance, rounds: int, rule: Rule
+) -> tuple[Verdict, str | None]:
+    """Judge by the most favourable of all rounds; inconclusive: they must be repeated first."""
     if min(head) > tolerance.limit(max(base)):
-        rounds = min(len(base), len(head))
         if rounds > rule.confirmations:
-            return Verdict.REGRESSED, False
-        return Verdict.INCONCLUSIVE, True
+            return Verdict.REGRESSED, None
+        return Verdict.INCONCLUSIVE, "more than allowed, and not measured again"
     if min(base) > tolerance.limit(max(head)):
-        return Verdict.IMPROVED, False
-    spread = max(max(base) / max(min(base), 1e-300), max(head) / max(min(head), 1e-300)) - 1
-    return (Verdict.UNSTABLE if spread > UNSTABLE_FRAC else Verdict.SAME), False
+        return Verdict.IMPROVED, None
+    for side in (base, head):
+        # Also beyond the tolerated amount: a quarter of little is little.
+        least = max(min(side) * (1 + UNSTABLE_FRAC), tolerance.limit(min(side)))
+        if max(side) > least:
+            said = f"rounds of the same code differ: {min(side):,.6g} to {max(side):,.6g}"
+            return Verdict.UNSTABLE, said
+    return Verdict.SAME, None
 
 
 def _middle(values: Sequence[float]) -> float | None:

@@ -239,6 +239,29 @@ def test_memory_within_its_tolerance(sizes: list[int], expected: Verdict):
     assert point(found, CASES[0].label, "peak_memory_bytes").verdict is expected
 
 
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([64 * MIB, 90 * MIB, 64 * MIB], Verdict.UNSTABLE),
+        ([MIB, 2 * MIB, MIB], Verdict.SAME),  # a quarter more, and within the tolerated amount
+    ],
+)
+def test_rounds_of_the_same_code_that_differ(sizes: list[int], expected: Verdict):
+    base, head = memory(side(ALL), sizes), memory(side(ALL, seed=1), sizes)
+    found = point(assess(evidence(base, head), RULE), CASES[0].label, "peak_memory_bytes")
+    assert found.verdict is expected
+    assert (found.reason is not None) == (expected is Verdict.UNSTABLE)
+
+
+def test_more_memory_than_a_stored_run_is_confirmed_by_the_candidate_alone():
+    base, head = memory(side(ALL), [64 * MIB]), memory(side(ALL, seed=1), [80 * MIB] * 3)
+    made = evidence(base, head)
+    asked = (CASES[0].label, "peak_memory_bytes")
+    assert point(assess(made, RULE), *asked).verdict is Verdict.INCONCLUSIVE
+    made = replace(made, base=replace(made.base, repeated=True))
+    assert point(assess(made, RULE), *asked).verdict is Verdict.REGRESSED
+
+
 def test_one_more_kernel_is_a_regression():
     def launches(found: list[Observation], count: int) -> list[Observation]:
         return found + [
