@@ -22,10 +22,10 @@ TEST_STAMP := $(VENV)/.installed-test-$(KEY)
 DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench test gate docs lint format dev clean
+.PHONY: help install bench test gate docs screenshots lint format dev clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=python3.12 chooses the interpreter, TORCH_PIP_ARGS another index for torch,"
 	@echo "  PYTEST_ARGS='-k store' what is tested."
@@ -43,6 +43,9 @@ gate: $(RUN_STAMP) ## compare performance with the parent commit: kernels compil
 
 docs: $(RUN_STAMP) ## make the figures in the documents from the published runs
 	@$(PY) -P mambench/_start.py reports.readme README.md docs/*.md
+
+screenshots: $(TEST_STAMP) ## take the pictures of the published report (needs Chromium)
+	@$(PY) -P mambench/_start.py reports.screenshots published/h100-quick docs/images
 
 lint: $(DEV_STAMP) ## check style and types
 	@$(VENV)/bin/ruff check .

@@ -431,6 +431,7 @@
     for (const label of labels) {
       if (label === state.baseline || state.hidden.has(label)) continue;
       const states = [...new Set(rows.filter((row) => value("label", row) === label).map((row) => value("d_state", row)))].sort((a, b) => a - b);
+      const lines = [];
       states.forEach((n, i) => {
         const line = make("tr", { className: i ? "" : "first" }, make("th", { scope: "row", className: "text", textContent: label }), make("td", { textContent: n === null ? MISSING : count(n) }));
         for (const length of lengths) {
@@ -458,9 +459,10 @@
             cell.dataset.baseline = theirs;
           }
         }
-        const asked = line.querySelectorAll("button").length;
-        (2 * asked < lengths.length && states.length > 1 ? sparse : body).push(line);
+        lines.push([line, line.querySelectorAll("button").length]);
       });
+      const most = Math.max(...lines.map(([, asked]) => asked));
+      for (const [line, asked] of lines) (2 * asked <= most ? sparse : body).push(line);
     }
     $("wins-table").tHead.replaceChildren(head);
     if (sparse.length && body.length) body.push(make("tr", { className: "first" }, make("th", { scope: "rowgroup", colSpan: lengths.length + 2, className: "text few", textContent: "Measured at few lengths" })));
