@@ -113,6 +113,7 @@ def check(context: click.Context, **asked: Any) -> None:
         context.exit(report.exit_code)
     if (asked["base"] is None) == (asked["baseline"] is None):
         raise UsageError("name what to compare with: either --base REF or --baseline RUN_DIR.")
+    promised = cli_gate.read_budgets(asked)  # a mistake in them is told before anything is measured
     if asked["static"]:
         report, folder = cli_gate.static_check(asked, _fail_on)
     else:
@@ -120,7 +121,7 @@ def check(context: click.Context, **asked: Any) -> None:
         request = _request(asked)
         with check_progress.make(quiet=asked["quiet"], environment=os.environ) as progress:
             report, folder = checking.check(request, progress)
-        report = cli_gate.with_budgets(report, folder, asked["budgets"])
+        report = cli_gate.with_budgets(report, folder, promised)
     _write(report, folder)
     _show(report, asked["form"])
     click.echo(f"results: {folder.resolve()}", err=True)

@@ -1,7 +1,7 @@
 """What `check` does besides timing two sides: `--static` and `--budgets`. Imports only click."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from mambench.harness import cli_options as options
 from mambench.harness.errors import UsageError
 
 if TYPE_CHECKING:
+    from mambench.harness.budgets import Budget
     from mambench.harness.check_report import CheckReport
 
 OWN = ("static", "inventory", "static_cache", "architectures", "entries")
@@ -121,15 +122,28 @@ def judge_stored(asked: dict[str, Any], fail_on: Callable[[str | None], Any]) ->
     )
 
 
-def with_budgets(report: "CheckReport", folder: Path, file: Path | None) -> "CheckReport":
+def read_budgets(asked: dict[str, Any]) -> "Sequence[Budget]":
+    """Read the file of `--budgets`, () without one; raises UsageError where none can be judged."""
+    from mambench.harness import budgets
+
+    if asked["budgets"] is None:
+        return ()
+    if asked["static"]:
+        raise UsageError("--budgets judges what was measured, and --static measures nothing.")
+    return budgets.read(asked["budgets"])
+
+
+def with_budgets(
+    report: "CheckReport", folder: Path, promised: "Sequence[Budget]"
+) -> "CheckReport":
     """Add what the budgets say of the head that a check has just measured."""
     from dataclasses import replace
 
     from mambench.harness import budgets
 
-    if file is None or report.problem is not None:
+    if not promised or report.problem is not None:
         return report
-    points = budgets.judge_runs(budgets.read(file), [head_of(folder)])
+    points = budgets.judge_runs(promised, [head_of(folder)])
     found = report.assessment
     return replace(report, assessment=replace(found, points=(*found.points, *points)))
 

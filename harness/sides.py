@@ -7,7 +7,9 @@ or any other: then each side supplies its plugin files and what they import.
 import hashlib
 import os
 import shlex
+import signal
 import subprocess
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -75,36 +77,58 @@ def is_folder(ref: str) -> bool:
 
 
 @contextmanager
+def _terminable() -> Generator[None]:
+    """Let SIGTERM end what is inside as Ctrl-C does, so that everything is cleaned up."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what a signal does
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def prepared(
     wanted: Wanted, folder: Path, note: Callable[[str], None]
 ) -> Generator[tuple[Side, Side]]:
     """Check out and build both sides below a temporary folder, and remove them in the end.
 
+    They are removed on SIGTERM too, with which CI cancels a job: SystemExit is raised then.
+
     Raises UsageError for a reference that is not there, MeasurementError if a build fails.
     """
     made: list[Path] = []
-    try:
-        sides: list[Side] = []
-        for name, ref in (("base", wanted.base), ("head", wanted.head)):
-            if ref == WORKTREE:
-                root = wanted.repository
-            elif is_folder(ref):
-                root = Path(ref).resolve()
-            else:
-                root = folder / name
-                _check_out(wanted.repository, ref, root)
-                made.append(root)
-            command = wanted.build_base if name == "base" and wanted.build_base else wanted.build
-            if command:
-                note(f"building the {name}: {command}")
-                _build(command, root, name)
-            sides.append(_side(name, ref, root, wanted))
-        yield sides[0], sides[1]
-    finally:
-        for root in made:
-            _quietly(wanted.repository, "worktree", "remove", "--force", str(root))
-        if made:
-            _quietly(wanted.repository, "worktree", "prune")
+    with _terminable():
+        try:
+            sides: list[Side] = []
+            for name, ref in (("base", wanted.base), ("head", wanted.head)):
+                if ref == WORKTREE:
+                    root = wanted.repository
+                elif is_folder(ref):
+                    root = Path(ref).resolve()
+                else:
+                    root = folder / name
+                    made.append(root)
+                    _check_out(wanted.repository, ref, root)
+                command = (
+                    wanted.build_base if name == "base" and wanted.build_base else wanted.build
+                )
+                if command:
+                    note(f"building the {name}: {command}")
+                    _build(command, root, name)
+                sides.append(_side(name, ref, root, wanted))
+            yield sides[0], sides[1]
+        finally:
+            for root in made:
+                _quietly(wanted.repository, "worktree", "remove", "--force", str(root))
+            if made:
+                _quietly(wanted.repository, "worktree", "prune")
 
 
 def is_mambench(root: Path) -> bool:

@@ -82,6 +82,8 @@ def test_a_regression_exits_with_1_and_leaves_its_files(asked: list[Request], tm
         (("--base", "a", "--baseline", "b"), "either --base REF or --baseline"),
         (("--base", "a", "--fail-on", "regresed"), "Did you mean 'regressed'"),
         (("--base", "a", "--accept", "nothing.yaml"), "cannot be read"),
+        (("--base", "a", "--budgets", "nothing.yaml"), "cannot be read"),
+        (("--base", "a", "--static", "--budgets", "b.yaml"), "--static measures nothing"),
     ],
 )
 def test_a_mistake_is_a_usage_error(asked: list[Request], options: tuple[str, ...], said: str):

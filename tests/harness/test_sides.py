@@ -1,6 +1,8 @@
 """Both sides of a check in a real git repository."""
 
+import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -50,6 +52,23 @@ def test_each_side_has_its_own_files_and_nothing_is_left(repository: Path, tmp_p
         root = base.root
     assert not root.exists()
     assert len(git(repository, "worktree", "list").splitlines()) == 1
+
+
+def test_a_side_is_removed_when_the_job_is_cancelled(repository: Path, tmp_path: Path):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def cancelled() -> None:
+        wanted = Wanted(repository=repository, base="HEAD~1")
+        with prepared(wanted, tmp_path / "t") as (base, _):
+            assert base.root.exists()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as raised:
+        cancelled()
+    assert raised.value.code == 143
+    assert not (tmp_path / "t/base").exists()
+    assert len(git(repository, "worktree", "list").splitlines()) == 1
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_side_is_removed_when_something_fails(repository: Path, tmp_path: Path):
