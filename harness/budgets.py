@@ -25,7 +25,7 @@ from pathlib import Path
 
 from mambench.harness import analysis
 from mambench.harness.analysis import ROUNDS_FOR_INTERVAL, Analysis, Result
-from mambench.harness.curves import speedup
+from mambench.harness.curves import PROCESS_FRAC, speedup
 from mambench.harness.errors import SuiteError, UsageError, unknown_name
 from mambench.harness.filters import Predicate, compile_filter
 from mambench.harness.spec import METRICS, Case, Outcome
@@ -34,8 +34,6 @@ from mambench.harness.yaml_nodes import Reader, parse_yaml
 
 _FIELDS = ("name", "cases", "metric", "at_most", "at_least", "of", "device")
 _NOISY = ("time_s", "tokens_per_s")  # have an interval
-# What one process' interval does not include: that the next one is a little faster or slower.
-PROCESS_FRAC = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)

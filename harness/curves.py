@@ -17,6 +17,8 @@ from mambench.harness.analysis import ROUNDS_FOR_INTERVAL, Result
 
 DRAWS = 2000
 LEVEL = 0.95
+# What one process' interval does not include: that the next one is a little faster or slower.
+PROCESS_FRAC = 0.02
 FLOOR_FACTORS = (10.0, 5.0)  # a fitted point takes at least this many times the curve's shortest
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (standard table).
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

@@ -3,7 +3,8 @@
 A question is a problem, pass and dtype that one of ours and a peer were both asked on one machine.
 Best is the one with the least of the metric among those that ended ok. The ratio is the peer's
 value over ours, so above one ours is ahead. Its interval takes the ends of both intervals that lie
-farthest apart; where it contains one, the table names no winner.
+farthest apart. The table names no winner where it contains one, nor where it comes as near to one
+as two processes differ anyhow, unless both were measured in enough processes to know.
 """
 
 import fnmatch
@@ -12,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from mambench.harness.analysis import Analysis, Result
+from mambench.harness.analysis import ROUNDS_FOR_INTERVAL, Analysis, Result
+from mambench.harness.curves import PROCESS_FRAC
 from mambench.harness.errors import UsageError, unknown_name
 from mambench.harness.spec import METRICS, DType, Family, Outcome, Pass, Problem
 from mambench.reports import units
@@ -65,6 +67,9 @@ class Ratio:
         if self.value is None:
             return None
         low, high = self.interval or (self.value, self.value)
+        results = (self.ours, self.peer)
+        if self.interval and any(r is None or r.rounds < ROUNDS_FOR_INTERVAL for r in results):
+            low, high = low / (1 + PROCESS_FRAC), high * (1 + PROCESS_FRAC)
         return self.ours if low > 1 else self.peer if high < 1 else None
 
     @property

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mambench.harness.analysis import Analysis, Interval, Result, Source
+from mambench.harness.analysis import ROUNDS_FOR_INTERVAL, Analysis, Interval, Result, Source
 from mambench.harness.errors import UsageError
 from mambench.harness.records import Observation
 from mambench.harness.spec import Case, DeviceKind, DType, Family, Outcome, Pass, Problem
@@ -83,6 +83,17 @@ def test_no_winner_where_the_intervals_meet():
     assert made[0].winner is None
     assert "No difference shows at s6 forward" in ratios.table(made)
     assert "**" not in ratios.table(made)
+
+
+@pytest.mark.parametrize(("rounds", "told"), [(1, False), (ROUNDS_FOR_INTERVAL, True)])
+def test_no_winner_within_what_two_processes_differ_by(rounds: int, told: bool):
+    ratio = only(
+        result("selective_scan:hopper", 1e-3, width=0.001, rounds=rounds),
+        result("mamba_ssm_scan:cuda", 1.015e-3, width=0.001, rounds=rounds),
+    )
+    assert ratio.interval[0] > 1
+    assert (ratio.winner is ratio.ours) == told
+    assert (ratio.winner is None) == (not told)
 
 
 def test_without_intervals_the_medians_decide_and_none_is_shown():
