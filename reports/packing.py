@@ -22,8 +22,9 @@ def number(value: Any) -> Any:
 def repeated(values: list[Any]) -> list[Any] | dict[str, list[Any]]:
     """Return a column with few distinct values as those and, per row, the number of its own."""
     # Equal values of different types, and lists and dicts, are told apart by how they print.
-    kinds: set[type] = {type(value) for value in values} - {type(None)}
-    keys = values if len(kinds) <= 1 and not kinds & {list, dict} else list(map(repr, values))
+    kinds = {type(value).__name__ for value in values if value is not None}
+    alike = len(kinds) <= 1 and not kinds & {"list", "dict"}
+    keys = values if alike else list(map(repr, values))
     places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
     if 4 * len(places) > len(values):
         return values

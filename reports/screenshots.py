@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mambench import reports
 from mambench.harness.errors import UsageError
+from mambench.reports import page as pages
 
 HOW = "screenshots need Playwright (pip install 'mambench[test]') and Chromium."
 CHROMIUM = Path("/usr/bin/chromium")  # Debian's; else Playwright's own, where it is installed
 # Name, width, height, scheme, and the element that stands at the top (None: the page's).
 VIEWS: Sequence[tuple[str, int, int, str, str | None]] = (
-    ("report-light", 1200, 980, "light", None),
+    ("report-light", 1200, 1140, "light", None),
     ("report-heatmap", 1200, 640, "light", "#wins"),
-    ("report-dark", 1200, 980, "dark", None),
+    ("report-dark", 1200, 1140, "dark", None),
     ("report-phone", 360, 740, "light", None),
 )
 
@@ -26,7 +26,7 @@ def write(run_folder: Path, folder: Path) -> tuple[Path, ...]:
     Raises RunFolderError where the folder is not a sound run, UsageError without a browser.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    page = reports.build([run_folder], folder / ".report.html")
+    page = pages.build([run_folder], folder / ".report.html")
     try:
         with _playwright() as playwright:
             path = str(CHROMIUM) if CHROMIUM.exists() else None
