@@ -34,6 +34,8 @@ from mambench.harness.yaml_nodes import Reader, parse_yaml
 
 _FIELDS = ("name", "cases", "metric", "at_most", "at_least", "of", "device")
 _NOISY = ("time_s", "tokens_per_s")  # have an interval
+# Vary as times do, and no interval is known of them; bytes and counts do not.
+_VARYING = {m.tag for m in METRICS if m.unit in ("s", "J", "W", "tokens/J")} | {"sol_frac"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +208,7 @@ def _value(budget: Budget, result: Result, other: Result | None) -> Value | None
     if other is not None:
         return _ratio(metric, result, other)
     if metric not in _NOISY:
-        return Value(value=ours, low=ours, high=ours)
+        return _known(metric, ours)
     interval = result.interval
     if interval is None or result.time_s is None:
         return Value(value=ours, low=None, high=None)
@@ -221,7 +223,7 @@ def _ratio(metric: str, result: Result, other: Result) -> Value | None:
     if ours is None or not theirs:
         return None
     if metric not in _NOISY:
-        return Value(value=ours / theirs, low=ours / theirs, high=ours / theirs)
+        return _known(metric, ours / theirs)
     # `speedup` is the baseline's time over the result's.
     first, second = (other, result) if metric == "time_s" else (result, other)
     found = speedup(first, second)
@@ -229,6 +231,12 @@ def _ratio(metric: str, result: Result, other: Result) -> Value | None:
         return Value(value=ours / theirs, low=None, high=None)
     value = Value(value=found.ratio, low=found.low, high=found.high)
     return _widened(value, result, other)
+
+
+def _known(metric: str, value: float) -> Value:
+    """Return a value that has no interval: exact, or as wide as processes differ."""
+    wide = 1 + PROCESS_FRAC if metric in _VARYING else 1.0
+    return Value(value=value, low=value / wide, high=value * wide)
 
 
 def _widened(value: Value, *results: Result) -> Value:

@@ -72,7 +72,7 @@ def check(request: Request, note: Callable[[str], None]) -> tuple[CheckReport, d
             folder = Path(name)
             with sides.prepared(wanted, folder, note) as (base_side, head_side):
                 if request.baseline is not None:
-                    base, label = read(request.baseline), str(request.baseline)
+                    base, label = _asked(read(request.baseline), request), str(request.baseline)
                 else:
                     own = _inventory(base_side, request)
                     files = [_required(head_side, request), *([own] if own.is_file() else [])]
@@ -107,6 +107,17 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} has schema {document.get('schema')}, this Mambench reads 1: make it anew"
         )
     return document
+
+
+def _asked(stored: dict[str, Any], request: Request) -> dict[str, Any]:
+    """Leave out of a stored file the kernels that this check was not asked for."""
+    kept = [
+        kernel
+        for kernel in stored["kernels"]
+        if (not request.architectures or kernel["architecture"] in request.architectures)
+        and (request.entries or "") in kernel["entry"]
+    ]
+    return {**stored, "kernels": kept}
 
 
 def _inventory(side: Side, request: Request) -> Path:

@@ -100,6 +100,21 @@ def test_memory_needs_no_interval(tmp_path):
     assert verdicts(asked, result("ssd", 1.0, peak_memory_bytes=1001)) == [Verdict.REGRESSED]
 
 
+@pytest.mark.parametrize("metric", ["call_time_s", "energy_j", "sol_frac"])
+@pytest.mark.parametrize(
+    ("value", "verdict"),
+    [(0.97, Verdict.SAME), (1.01, Verdict.INCONCLUSIVE), (1.03, Verdict.REGRESSED)],
+)
+def test_what_varies_and_has_no_interval_is_given_what_processes_differ_by(
+    tmp_path, metric, value, verdict
+):
+    asked = one(tmp_path, f"metric: {metric}", "at_most: 1.0")
+    measured = replace(result("ssd", 1e-3), values={metric: value})
+    if metric == "call_time_s":
+        measured = replace(measured, values={}, call_time_s=value)
+    assert verdicts(asked, measured) == [verdict]
+
+
 def test_what_cannot_be_judged_says_so(tmp_path):
     asked = one(tmp_path, "at_most: 0.5", "of: [implementation=mamba_ssm]")
     good = result("ssd", 1e-3)

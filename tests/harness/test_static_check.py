@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from mambench.harness import static_check, static_child
 from mambench.harness.errors import MeasurementError, UsageError
+from mambench.harness.sides import Wanted
 from mambench.harness.static_binary import Binary
 from mambench.harness.static_record import record
 from mambench.harness.verdict import Verdict
@@ -259,6 +260,23 @@ def test_a_baseline_that_is_not_one_is_refused(tmp_path):
     path.write_text('{"kernels": [], "schema": 7}')
     with pytest.raises(MeasurementError, match="schema 7"):
         static_check.read(path)
+
+
+def test_a_stored_baseline_is_cut_to_what_was_asked_for(tmp_path):
+    kernels = [
+        {"entry": entry, "architecture": architecture, "kernel": "k", "number": 1}
+        for entry in ("ssd bf16", "scan bf16")
+        for architecture in (80, 90)
+    ]
+    wanted = Wanted(repository=tmp_path, base="worktree")
+
+    def kept(**asked):
+        request = static_check.Request(wanted=wanted, **asked)
+        found = static_check._asked({"schema": 1, "kernels": kernels}, request)["kernels"]
+        return [(kernel["entry"], kernel["architecture"]) for kernel in found]
+
+    assert len(kept()) == 4
+    assert kept(architectures=(90,), entries="ssd") == [("ssd bf16", 90)]
 
 
 USAGE = "Function centre:\n  REG:40 STACK:16 SHARED:0 LOCAL:0"
