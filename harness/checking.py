@@ -23,10 +23,10 @@ from mambench.harness.plan import Plan
 from mambench.harness.rounds import Rounds
 from mambench.harness.rule import Rule
 from mambench.harness.sides import Side, Wanted
-from mambench.harness.spec import Device
+from mambench.harness.spec import METRICS, Device
 from mambench.harness.store import MANIFEST, RunFolder, new_run
 from mambench.harness.text import duration
-from mambench.harness.verdict import TIMES, Assessment, Point, Verdict, with_points
+from mambench.harness.verdict import EXACT, TIMES, Assessment, Point, Verdict, with_points
 
 CHECK_FILE = "check.json"
 _NOTHING = Assessment(points=())
@@ -106,6 +106,8 @@ def _checked(request: Request, path: Path, progress: Progress) -> CheckReport:
             wanted = replace(wanted, base=wanted.head)
         base, head = stack.enter_context(sides.prepared(wanted, temporary, progress.on_note))
         plan = side_plan.ask(head, request.asked)
+        if left := unjudged(plan):
+            progress.on_note(f"measured, and judged by budgets only: {', '.join(left)}")
         if request.baseline is not None:
             return _against_stored(request, path, head, plan, progress)
         notes: list[str] = []
@@ -150,6 +152,12 @@ def _checked(request: Request, path: Path, progress: Progress) -> CheckReport:
             alarm_rate=rate,
             wall_s=measured.wall_s,
         )
+
+
+def unjudged(plan: Plan) -> list[str]:
+    """Return the measurements that were asked for and of which no value is judged."""
+    judged = {m.measured_by for m in METRICS if m.tag in TIMES or m.tag in EXACT}
+    return [name for name in plan.settings.measurements if name not in judged]
 
 
 def _terms(request: Request, **more: Any) -> Terms:

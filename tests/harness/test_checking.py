@@ -126,6 +126,12 @@ def test_a_busy_device_is_not_measured(
     assert "in use by another run" in report.conclusion
 
 
+def test_what_is_measured_and_not_judged_is_named():
+    asked = ("time", "call_time", "memory", "traffic", "launches", "energy", "cold_time")
+    plan = replace(PLAN, settings=replace(PLAN.settings, measurements=asked))
+    assert checking.unjudged(plan) == ["energy", "cold_time"]
+
+
 def test_a_mistake_stays_a_mistake(
     check: Callable[..., CheckReport], monkeypatch: pytest.MonkeyPatch
 ):
