@@ -72,4 +72,4 @@ def rounded(layout: Figure) -> Figure:
 
 def compressed(data: bytes) -> str:
     """Return gzip in base64; without a time stamp, so that equal runs give equal files."""
-    return base64.b64encode(gzip.compress(data, 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
