@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mambench.harness.spec import Case, Device, DType, Family
 from mambench.implementations.base import Implementation, Variant
 from mambench.implementations.peers.availability import unavailable
+from mambench.implementations.peers.warm import forget_tuning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,8 +45,9 @@ class FlaSimpleGla(Implementation):
         return tuple(Variant(name=name, unavailable=missing) for name in _FUNCTIONS)
 
     def op(self, family: Family, variant: str) -> Callable[..., Any]:
-        """Import fla's function and return it as an SSD."""
+        """Import fla's function and return it as an SSD, to be tuned at the case's own sizes."""
         module = import_module(f"fla.ops.simple_gla.{variant}")
+        forget_tuning("fla")
         return as_ssd(getattr(module, _FUNCTIONS[variant]), compiled=True)
 
     def unsupported(self, case: Case, device: Device) -> str | None:

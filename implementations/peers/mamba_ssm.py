@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mambench.harness.spec import Case, Device, DType, Family, Pass
 from mambench.implementations.base import Implementation, Variant
 from mambench.implementations.peers.availability import unavailable
+from mambench.implementations.peers.warm import forget_tuning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,8 +97,10 @@ class MambaSsmSsd(Implementation):
         return (Variant(name="triton", unavailable=unavailable(device, _TRITON, INSTALL)),)
 
     def op(self, family: Family, variant: str) -> Callable[..., Any]:
-        """Import and return `mamba_chunk_scan_combined`."""
-        return import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+        """Import and return `mamba_chunk_scan_combined`, to be tuned at the case's own sizes."""
+        module = import_module("mamba_ssm.ops.triton.ssd_combined")
+        forget_tuning("mamba_ssm")
+        return module.mamba_chunk_scan_combined
 
     def decode_variants(self, device: Device) -> tuple[Variant, ...]:
         """Return `triton`: `selective_state_update` needs no extension."""
