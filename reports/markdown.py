@@ -33,8 +33,13 @@ def provenance(source: Source) -> str:
         versions += [(n, flat.get(f"libraries.{n}")) for n in ("torch", "triton", "flash-attn-4")]
         stack = ", ".join(f"{name} {escape(text)}" for name, text in versions if text)
         when = f"{escape(run.created_at[:10])}, code {escape(run.code_version)}"
-        lines.append(f"{when}, {stack}: {code(run.command)}")
+        lines.append(f"{when}, {stack}: {code(_repeatable(run.command))}")
     return "  \n".join(lines)
+
+
+def _repeatable(command: str) -> str:
+    """Leave out where the run was written: a folder of the machine that made it."""
+    return re.sub(r""" (?:-o|--output)[ =](?:'[^']*'|"[^"]*"|\S+)""", "", command)
 
 
 def block(entry: SliceSummary) -> str:

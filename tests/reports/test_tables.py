@@ -8,7 +8,7 @@ import pytest
 from mambench.harness.analysis import Analysis, Result, Source
 from mambench.harness.errors import RunFolderError, UsageError
 from mambench.harness.spec import Case, DeviceKind, DType, Family, Outcome, Pass, Problem
-from mambench.reports import readme, tables
+from mambench.reports import markdown, readme, tables
 from mambench.reports.units import TIMES
 
 
@@ -105,3 +105,9 @@ def test_a_misspelt_table_is_answered_with_the_names_there_are(tmp_path):
     published = readme.Path(readme.mambench.__file__).resolve().parents[1] / "published"
     with pytest.raises(UsageError, match="traffic"):
         readme.render(document, published)
+
+
+@pytest.mark.parametrize("output", ["-o /a", "--output=/a/b", "-o '/a b/c'", '-o "/a b"'])
+def test_a_command_in_a_document_names_no_folder_of_the_machine_that_ran_it(output: str):
+    said = markdown._repeatable(f"python run_bench.py run -s peers {output} --seed 1")
+    assert said == "python run_bench.py run -s peers --seed 1"
