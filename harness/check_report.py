@@ -114,9 +114,9 @@ class CheckReport:
         if rate is None:
             return "This machine's false-alarm rate is not known: it has too few A/A rounds."
         return (
-            f"By this machine's own A/A rounds ({rate['aa_rounds']} of {rate['cases']} cases), "
-            f"{rate['alarms']} of {rate['simulated_checks']} checks of equal code would raise a "
-            f"false alarm (at most {rate['bound_95']:.1%} with 95 % confidence)."
+            f"As far as this machine's own {rate['aa_rounds']} A/A rounds of {rate['cases']} cases "
+            f"stand for it, {rate['alarms']} of {rate['simulated_checks']} checks of equal code would "
+            f"raise a false alarm (at most {rate['bound_95']:.1%} with 95 % confidence)."
         )
 
     def ordered(self) -> list[Point]:

@@ -98,7 +98,7 @@ _side_options = options.all_of(
 @cli_gate.gate_options
 @click.pass_context
 def check(context: click.Context, **asked: Any) -> None:
-    """Did anything get slower, bigger or hungrier? Compare two commits on this machine.
+    """Did anything get slower or bigger, or move more bytes? Compare two commits on this machine.
 
     Exit codes: 0 passed, 1 regressed, 2 a mistake in the command, 3 could not have seen the
     promised slowdown, 4 could not measure.

@@ -18,7 +18,7 @@ from mambench.harness.spec import Case, digest
 class Verdict(StrEnum):
     """What is said of a point; a reason a person can act on goes with each but the first three."""
 
-    REGRESSED = "regressed"  # slower, bigger or hungrier, confirmed in fresh rounds
+    REGRESSED = "regressed"  # slower or bigger, confirmed in fresh rounds
     IMPROVED = "improved"
     SAME = "same"  # the 90 % interval of the change lies inside the margin
     INCONCLUSIVE = "inconclusive"  # neither the same nor different beyond doubt
