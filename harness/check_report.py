@@ -115,8 +115,8 @@ class CheckReport:
             return "This machine's false-alarm rate is not known: it has too few A/A rounds."
         return (
             f"As far as this machine's own {rate['aa_rounds']} A/A rounds of {rate['cases']} cases "
-            f"stand for it, {rate['alarms']} of {rate['simulated_checks']} checks of equal code would "
-            f"raise a false alarm (at most {rate['bound_95']:.1%} with 95 % confidence)."
+            f"stand for it, {rate['alarms']} of {rate['simulated_checks']} checks of equal code "
+            f"would raise a false alarm (at most {rate['bound_95']:.1%} with 95 % confidence)."
         )
 
     def ordered(self) -> list[Point]:

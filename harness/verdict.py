@@ -135,9 +135,7 @@ class Assessment:
         """Whether the run could not have seen the slowdown it promises to see."""
         seen = self.smallest_seen_frac
         # Where no time was asked for, nothing was promised of times.
-        compared = any(
-            p.metric == "time_s" and p.verdict not in _NOT_COMPARED for p in self.points
-        )
+        compared = any(p.metric == "time_s" and p.verdict not in _NOT_COMPARED for p in self.points)
         return compared and (seen is None or seen > self.promise_frac)
 
 
