@@ -11,7 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
+NOT_INSTALLED = (
+    "error: {} is not installed for this Python ({}): "
+    "`source .venv/bin/activate` after `make bench`, or `pip install -e .`"
+)
+
+try:
+    import click
+except ModuleNotFoundError as error:  # the first that a Python without Mambench lacks
+    print(NOT_INSTALLED.format(error.name, sys.executable), file=sys.stderr)
+    sys.exit(2)
 
 HERE = Path(__file__).resolve().parent
 if (HERE / "pyproject.toml").is_file():  # a checkout, not an installation
@@ -370,6 +379,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MambenchError as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
+    except ModuleNotFoundError as error:
+        if (error.name or "mambench").partition(".")[0] == "mambench":
+            raise  # ours to mend
+        click.echo(NOT_INSTALLED.format(error.name, sys.executable), err=True)
+        code = 2
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         code = 130

@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from mambench.harness.analysis import Analysis, Result
@@ -61,7 +61,7 @@ def repeat(first: Analysis, second: Analysis) -> str:
     close = sum(abs(value - 1) <= _CLOSE for value in values) / len(values)
     said = (
         f"{len(values)} cases, each measured in both runs: geometric mean of the ratios "
-        f"{_geometric_mean(values):.4f}; {close:.0%} of the cases within {_CLOSE:.0%}; "
+        f"{geometric_mean(values):.4f}; {close:.0%} of the cases within {_CLOSE:.0%}; "
         f"from {min(values):.3f} to {max(values):.3f}."
     )
     lines = [
@@ -73,7 +73,7 @@ def repeat(first: Analysis, second: Analysis) -> str:
         groups.setdefault(_name(case), []).append(value)
     for name, group in sorted(groups.items()):
         farthest = max(group, key=lambda value: abs(math.log(value)))
-        lines.append(f"| {name} | {len(group)} | {_geometric_mean(group):.4f} | {farthest:.3f} |")
+        lines.append(f"| {name} | {len(group)} | {geometric_mean(group):.4f} | {farthest:.3f} |")
     return "\n".join([said, "", *lines])
 
 
@@ -85,10 +85,6 @@ def _ratios(first: Analysis, second: Analysis) -> dict[Case, float]:
         for r in second.results
         if r.outcome is Outcome.OK and r.time_s and before.get(r.case)
     }
-
-
-def _geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def selftest(path: Path) -> str:

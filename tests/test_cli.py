@@ -434,3 +434,19 @@ def test_a_closed_pipe_is_no_traceback():
     script = f"{shlex.join(command)} | true"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("module", ["click", "psutil"])
+def test_a_python_without_the_dependencies_is_told_how_to_get_them(module):
+    script = (
+        "import runpy, sys\n"
+        "sys.modules[sys.argv[1]] = None  # as if it were not installed\n"
+        "sys.argv[:] = ['run_bench.py', 'plan', '-s', 'quick', '--device', 'cpu']\n"
+        f"runpy.run_path({str(ROOT / 'run_bench.py')!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, module], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {module} is not installed for this Python")
+    assert "Traceback" not in done.stderr

@@ -2,9 +2,11 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
+import mambench
 from mambench.harness.analysis import Analysis, Result, Source
 from mambench.harness.errors import RunFolderError, UsageError
 from mambench.harness.spec import Case, DeviceKind, DType, Family, Outcome, Pass, Problem
@@ -102,7 +104,7 @@ def test_another_file_is_no_selftest(tmp_path, text):
 def test_a_misspelt_table_is_answered_with_the_names_there_are(tmp_path):
     document = tmp_path / "a.md"
     document.write_text("<!-- figures:begin h100-quick table=trafic -->\n<!-- figures:end -->\n")
-    published = readme.Path(readme.mambench.__file__).resolve().parents[1] / "published"
+    published = Path(mambench.__file__).resolve().parents[1] / "published"
     with pytest.raises(UsageError, match="traffic"):
         readme.render(document, published)
 
