@@ -124,9 +124,9 @@ class _Child:
         name = case.implementation
         if name not in self._implementations:
             self._implementations[name] = registry.get(name, self._plugins)
-        workload = build(
-            case, self._implementations[name], self._device, seed=self._request["seed"]
-        )
+        implementation = self._implementations[name]
+        implementation.begin_case(case)
+        workload = build(case, implementation, self._device, seed=self._request["seed"])
         return workload.prepare(case.pass_)
 
     def _report(self, **values: Any) -> None:

@@ -66,8 +66,14 @@ class Run:
     warm: WarmUp = field(default=WarmUp(executions_s=(), stable=False))
 
     def warm_up(self) -> None:
-        """Execute until the time has settled; what was slow meanwhile is forgotten."""
-        self.warm = warm_up_for(lambda: call_s(self.execute, self.watch), self.rule)
+        """Execute until the time has settled; what was slow meanwhile is forgotten.
+
+        A first execution of seconds is not believed: by it a kernel of microseconds that autotunes
+        in it would be thought too long to capture.
+        """
+        self.warm = warm_up_for(
+            lambda: call_s(self.execute, self.watch), self.rule, doubt_first=True
+        )
         self.watch.reasons()
 
 

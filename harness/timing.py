@@ -267,6 +267,7 @@ def warm_up(
     *,
     least_s: float = WARM_UP_S,
     ceiling_s: float = WARM_UP_CEILING_S,
+    doubt_first: bool = False,
 ) -> WarmUp:
     """Execute for `least_s` seconds and until the time no longer drifts, at most `ceiling_s`.
 
@@ -274,9 +275,13 @@ def warm_up(
         timed: executes once and returns how long it took, in seconds.
         least_s: seconds to go on at least, for clocks and caches to settle.
         ceiling_s: seconds after which it ends though the time still drifts.
+        doubt_first: a first execution that would be the only one is not believed, as it may have
+            compiled or autotuned: the warm-up begins again after it.
     """
-    taken: list[float] = []
-    elapsed = 0.0
+    if doubt_first and (first_s := timed()) < min(ceiling_s, SLOW_EXECUTION_S):
+        taken, elapsed = [first_s], first_s
+    else:
+        taken, elapsed = [], 0.0
     while True:
         taken.append(timed())
         elapsed += taken[-1]
@@ -286,10 +291,11 @@ def warm_up(
             return WarmUp(executions_s=tuple(taken), stable=True)
 
 
-def warm_up_for(timed: Callable[[], float], rule: StopRule) -> WarmUp:
+def warm_up_for(timed: Callable[[], float], rule: StopRule, *, doubt_first: bool = False) -> WarmUp:
     """Warm up as long as befits the sampling that follows: a quick look is not preceded by more."""
     return warm_up(
         timed,
+        doubt_first=doubt_first,
         least_s=min(WARM_UP_S, rule.target_s),
         ceiling_s=min(WARM_UP_CEILING_S, 2 * max(WARM_UP_S, rule.target_s)),
     )

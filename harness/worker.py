@@ -248,6 +248,7 @@ class _CaseWork:
         self._replace = True
 
     def _measure(self) -> Done:
+        self._session.implementation(self.case.implementation).begin_case(self.case)
         self._first = self._session.first_of_kind(self.case)
         # What the first call of its kind loads, compiles and tries out is not the case's memory.
         if self._message.warm or self._first:

@@ -75,6 +75,12 @@ class Implementation(ABC):
         """Import and return the one-token operation of a variant; see the class."""
         raise NotImplementedError(f"{self.name} has no decode operation")
 
+    def begin_case(self, case: Case) -> None:  # noqa: B027 - optional
+        """Prepare a worker for a case, once and before anything of it is built or called.
+
+        What an earlier case left in the process (what its kernels were tuned to) is put away here.
+        """
+
     def unsupported(self, case: Case, device: Device) -> str | None:
         """Return why this case cannot be run (limits of sizes or dtypes), or None."""
         return None

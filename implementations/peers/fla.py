@@ -45,10 +45,14 @@ class FlaSimpleGla(Implementation):
         return tuple(Variant(name=name, unavailable=missing) for name in _FUNCTIONS)
 
     def op(self, family: Family, variant: str) -> Callable[..., Any]:
-        """Import fla's function and return it as an SSD, to be tuned at the case's own sizes."""
-        module = import_module(f"fla.ops.simple_gla.{variant}")
-        forget_tuning("fla")
+        """Import fla's function and return it as an SSD."""
+        module = _module(variant)
         return as_ssd(getattr(module, _FUNCTIONS[variant]), compiled=True)
+
+    def begin_case(self, case: Case) -> None:
+        """Let the kernels be tuned at the case's own sizes."""
+        _module(case.variant)
+        forget_tuning("fla")
 
     def unsupported(self, case: Case, device: Device) -> str | None:
         """Refuse float64, and the backward that fla itself refuses on Hopper."""
@@ -85,6 +89,10 @@ class FlaSimpleGla(Implementation):
         from mambench.implementations.peers.warm import call_once
 
         call_once(self, case)
+
+
+def _module(variant: str) -> Any:
+    return import_module(f"fla.ops.simple_gla.{variant}")
 
 
 def as_ssd(simple_gla: Callable[..., Any], *, compiled: bool) -> Callable[..., Any]:

@@ -24,6 +24,7 @@ _MAX_D_STATE = 256
 _MAX_GRID_Y = 65_535  # the scan launches one block for each channel along the grid's y
 _SCAN_CHUNK = 2048  # tokens between the states that the scan keeps
 _SSD_CHUNK = 256
+_SSD_MODULE = "mamba_ssm.ops.triton.ssd_combined"
 _FP32 = 4
 
 
@@ -97,10 +98,13 @@ class MambaSsmSsd(Implementation):
         return (Variant(name="triton", unavailable=unavailable(device, _TRITON, INSTALL)),)
 
     def op(self, family: Family, variant: str) -> Callable[..., Any]:
-        """Import and return `mamba_chunk_scan_combined`, to be tuned at the case's own sizes."""
-        module = import_module("mamba_ssm.ops.triton.ssd_combined")
+        """Import and return `mamba_chunk_scan_combined`."""
+        return import_module(_SSD_MODULE).mamba_chunk_scan_combined
+
+    def begin_case(self, case: Case) -> None:
+        """Let the kernels be tuned at the case's own sizes."""
+        import_module(_SSD_MODULE)
         forget_tuning("mamba_ssm")
-        return module.mamba_chunk_scan_combined
 
     def decode_variants(self, device: Device) -> tuple[Variant, ...]:
         """Return `triton`: `selective_state_update` needs no extension."""

@@ -171,5 +171,22 @@ class Allocates(_Planted):
         return _attention(q, k, v) + 0 * held[0]
 
 
+class Tunes(_Planted):
+    """Right only at the length for which it was begun last, and begun once for each case."""
+
+    name = "tunes"
+
+    def __init__(self) -> None:
+        self.begun: list[int | None] = []
+
+    def begin_case(self, case: Case) -> None:
+        self.begun.append(case.problem.seqlen)
+
+    def attention(self, q: Any, k: Any, v: Any) -> Any:
+        if self.begun[-1] != q.shape[1] or len(set(self.begun)) < len(self.begun):
+            raise RuntimeError(f"begun for {self.begun}, called with {q.shape[1]}")
+        return _attention(q, k, v)
+
+
 def _hang() -> None:
     ctypes.PyDLL(None).pause()  # holds the interpreter's lock: no thread, no handler can run

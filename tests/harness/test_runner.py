@@ -214,6 +214,12 @@ def test_all_passes_are_measured(tmp_path: Path, pool: WorkerPool) -> None:
     assert summary.counts == {Outcome.OK: 3}
 
 
+def test_an_implementation_begins_each_case_once(tmp_path: Path, pool: WorkerPool) -> None:
+    cases = [planning.case("tunes", seqlen=64), planning.case("tunes", seqlen=128)]
+    _, summary = run(tmp_path / "run", cases, pool)
+    assert summary.counts == {Outcome.OK: 2}
+
+
 def test_nothing_finished_is_run_again(tmp_path: Path, pool: WorkerPool) -> None:
     cases = [planning.case("good"), planning.case("raises")]
     run(tmp_path / "run", cases, pool)

@@ -295,3 +295,20 @@ def test_a_case_slower_than_three_tenths_of_a_second_needs_three_samples(target_
 def test_a_slow_execution_warms_up_once() -> None:
     assert len(warm_up(lambda: 0.35).executions_s) == 1
     assert len(warm_up(lambda: 0.2).executions_s) == 4
+
+
+def test_a_first_execution_that_autotunes_is_not_taken_for_the_others() -> None:
+    tuned = iter([5.0] + [0.001] * 1000)
+    warm = warm_up(lambda: next(tuned), doubt_first=True)
+    assert warm.estimate_s == 0.001
+    assert warm.stable
+    assert max(warm.executions_s) == 0.001
+    tuned = iter([5.0] + [0.001] * 1000)
+    assert warm_up(lambda: next(tuned)).estimate_s == 5.0  # what the doubt is for
+
+
+def test_a_slow_execution_that_is_doubted_is_executed_twice() -> None:
+    executed = []
+    warm = warm_up(lambda: executed.append(4.0) or 4.0, doubt_first=True)
+    assert warm.estimate_s == 4.0
+    assert len(executed) == 2
