@@ -230,7 +230,7 @@ def segment_entries(
     decay = torch.empty(outer, **options)
     grid = ((launch.nsegments - 1) * launch.blocks_p, launch.nheads, launch.batch)
     parts.state_kernel[grid](
-        v, z, m, cum, cumj, seq, None, None, slots, decay, *launch.sizes,
+        v, z, m, cum, cumj, seq, None, None, slots, decay, None, *launch.sizes,
         *strides3(v), *strides3(z), *strides3(m),
         P=launch.headdim, N=launch.d_state, Q=launch.chunk,
         BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n, STAGES=tiles.state_stages,

@@ -140,7 +140,7 @@ def dt_kernel(
 @triton.jit(do_not_specialize=_RUNTIME_SIZES)
 def state_kernel(
     v_ptr, z_ptr, m_ptr, cum_ptr, cumj_ptr, seq_ptr,
-    entry_ptr, chunk_states_ptr, end_ptr, decay_ptr,
+    entry_ptr, chunk_states_ptr, end_ptr, decay_ptr, passed_ptr,
     seqlen, nchunks, nsegments, segment_chunks, nheads, heads_per_group,
     stride_v_batch, stride_v_token: tl.constexpr, stride_v_head,
     stride_z_batch, stride_z_token: tl.constexpr, stride_z_head,
@@ -157,6 +157,10 @@ def state_kernel(
     in the slot of the segment it enters next, and the segment's log-decay. With it, the walk starts
     from the segment's slot and stores what enters each chunk; STORE_END then keeps the last value
     of the walk's last segment (in reverse, the gradient of the initial state).
+
+    In reverse, the chunks' slots hold the states of the walk forward in time, and get their
+    gradients instead. What is left of the states is <G, S> of each chunk and block of P, in
+    passed_ptr (B, H, chunks, blocks) fp32.
     """
     nblocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     segment = tl.program_id(0) // nblocks
@@ -181,6 +185,9 @@ def state_kernel(
         slot = (head * nsegments + segment) * P * N
         state = tl.load(entry_ptr + slot + tile, mask=tile_mask, other=0.0).to(tl.float32)
     log_decay = 0.0
+    if REVERSE and CHUNK_STATES:  # a chunk ahead: nothing else of the walk waits for memory so long
+        slot = (head * nchunks + first + count - 1) * P * N
+        ahead = tl.load(chunk_states_ptr + slot + tile, mask=tile_mask, other=0.0)
     for k in tl.range(0, count, num_stages=STAGES):
         chunk = first + k
         if REVERSE:
@@ -190,6 +197,12 @@ def state_kernel(
         mask_v = column_mask(rows, p, P, BLOCK_P * nblocks)
         if CHUNK_STATES:
             slot = (head * nchunks + chunk) * P * N
+            if REVERSE:
+                product = tl.sum(tl.sum(ahead.to(tl.float32) * state, 1), 0)
+                part = (head * nchunks + chunk) * nblocks + tl.program_id(0) % nblocks
+                tl.store(passed_ptr + part, product)
+                more = tile_mask & (k + 1 < count)
+                ahead = tl.load(chunk_states_ptr + slot - P * N + tile, mask=more, other=0.0)
             kept = state.to(chunk_states_ptr.dtype.element_ty)
             tl.store(chunk_states_ptr + slot + tile, kept, mask=tile_mask)
         cum_row = head * nchunks * Q + t0

@@ -17,9 +17,10 @@ The log-decay a_t of token t takes part in everything that passes from before t 
 so no sum runs longer than a chunk and nothing large cancels. Launches:
 
     dt_kernel               dt and its log-decay's running sum
-    state_kernel, prefix    gradient of the state that leaves each segment  (several segments only)
-    state_kernel twice      S of every chunk, from what entered the segments; G of every chunk
+    state_kernel            S of every chunk, from what entered the segments
     grad_c_kernel           grad_C from S, v, grad_z
+    state_kernel, prefix    gradient of the state that leaves each segment  (several segments only)
+    state_kernel            <G, S> of every chunk, and G in the place of S
     grad_b_kernel           grad_x, grad_dt, grad_B, the rest of grad_C, sums of grad_A, grad_D
     sum_kernel              grad_B and grad_C over blocks of heads          (several blocks only)
 
@@ -29,6 +30,7 @@ grad_B and grad_C leave the chip summed over it. The part of both that stays in 
 a [Q, Q] tile, summed over heads.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,7 +58,7 @@ _SIZES = ["seqlen", "nchunks", "heads_per_group", "block_heads"]
 @triton.jit(do_not_specialize=_SIZES)
 def grad_c_kernel(
     x_ptr, z_ptr, B_ptr, C_ptr, D_ptr, dout_ptr, cum_ptr, cumj_ptr, seq_ptr, states_ptr,
-    grad_states_ptr, grad_C_ptr, v_ptr, grad_z_ptr,
+    grad_C_ptr, v_ptr, grad_z_ptr,
     seqlen, nchunks, nheads: tl.constexpr, heads_per_group, block_heads, ngroups: tl.constexpr,
     stride_x_batch, stride_x_token: tl.constexpr, stride_x_head,
     stride_z_batch, stride_z_token: tl.constexpr, stride_z_head,
@@ -70,8 +72,7 @@ def grad_c_kernel(
 ):  # fmt: skip
     """One chunk, a block of heads of one group: what the entering states S contribute.
 
-    Stores the block's sum of exp(cum) S^T grad_y as (blocks, B, L, G, N) fp32; per head v, to whose
-    last token exp(total) <G, S> is added (every token's grad_a includes it); and grad_z.
+    Stores the block's sum of exp(cum) S^T grad_y as (blocks, B, L, G, N) fp32; v per head; grad_z.
     """
     chunk = tl.program_id(0)
     group, block, first_head, count = head_block(heads_per_group, block_heads)
@@ -89,9 +90,7 @@ def grad_c_kernel(
         B = tl.load(B_ptr + q[:, None] * stride_B_token + n[None, :], mask=mask_n, other=0.0)
         causal = q[:, None] >= q[None, :]
     if HAS_SEQ:
-        seq, sees, _, whole = parts.sequence_masks(
-            seq_ptr + b * seqlen, chunk * Q, q, rows, seqlen, Q
-        )
+        seq, sees, _, _ = parts.sequence_masks(seq_ptr + b * seqlen, chunk * Q, q, rows, seqlen, Q)
         if HAS_Z:
             causal = causal & (seq[:, None] == seq[None, :])
     for k in tl.range(0, count, num_stages=STAGES, disable_licm=True):
@@ -99,9 +98,6 @@ def grad_c_kernel(
         head = b * nheads + h
         token = head * nchunks * Q + t0
         cum = tl.load(cum_ptr + token + q)
-        total = tl.load(cum_ptr + token + Q - 1)
-        if HAS_SEQ:
-            total = tl.where(whole, total, float("-inf"))
         if HAS_Z:
             cumj = tl.load(cumj_ptr + token + q)
             scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
@@ -113,15 +109,12 @@ def grad_c_kernel(
         row_dout = b * stride_dout_batch + t0 * stride_dout_token + h * stride_dout_head
         row_out = ((b * seqlen + t0) * nheads + h) * P
         v = tl.zeros([Q], dtype=tl.float32)
-        passed = tl.zeros([BLOCK_P], dtype=tl.float32)
         for block_p in tl.range(0, P_BLOCKS):
             p = block_p * BLOCK_P + tl.arange(0, BLOCK_P)
             mask_p = parts.column_mask(rows, p, P, BLOCK_P * P_BLOCKS)
             tile = slot + parts.state_offsets(n, p, N)
             tile_mask = parts.state_mask(n, p, P, N)
             state = tl.load(states_ptr + tile, mask=tile_mask, other=0.0)
-            grad_state = tl.load(grad_states_ptr + tile, mask=tile_mask, other=0.0)
-            passed += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 0)
             y = tl.dot(C, state, input_precision=PRECISION)
             into = tl.exp2(cum)
             if HAS_SEQ:
@@ -136,8 +129,6 @@ def grad_c_kernel(
                 slope = grad_y * gate * (1.0 + z * (1.0 - gate))
                 grad_y *= z * gate
             v += tl.sum(grad_y * y, 1)
-            weighted = (grad_y * into[:, None]).to(C.dtype)
-            grad_C = tl.dot(weighted, tl.trans(state), acc=grad_C, input_precision=PRECISION)
             if HAS_Z:
                 tile_x = row_x + q[:, None] * stride_x_token + p[None, :]
                 x = tl.load(x_ptr + tile_x, mask=mask_p, other=0.0)
@@ -150,7 +141,8 @@ def grad_c_kernel(
                 tile_out = row_out + q[:, None] * (nheads * P) + p[None, :]
                 grad_z = (slope * y).to(grad_z_ptr.dtype.element_ty)
                 tl.store(grad_z_ptr + tile_out, grad_z, mask=mask_p)
-        v += tl.where(q == Q - 1, tl.sum(passed) * tl.exp2(total), 0.0)
+            weighted = (grad_y * into[:, None]).to(C.dtype)
+            grad_C = tl.dot(weighted, tl.trans(state), acc=grad_C, input_precision=PRECISION)
         tl.store(v_ptr + token + q, v)
     row = ((block * tl.num_programs(2) + b) * seqlen + t0) * ngroups + group
     out = grad_C_ptr + row * N + q[:, None] * (ngroups * N) + n[None, :]
@@ -160,7 +152,7 @@ def grad_c_kernel(
 @triton.jit(do_not_specialize=[*_SIZES, "dt_min", "dt_max"])
 def grad_b_kernel(
     x_ptr, z_ptr, B_ptr, C_ptr, D_ptr, A_ptr, dt_raw_ptr, bias_ptr,
-    dout_ptr, cum_ptr, dt_ptr, seq_ptr, v_ptr, grad_states_ptr, partial_C_ptr,
+    dout_ptr, cum_ptr, dt_ptr, seq_ptr, v_ptr, passed_ptr, grad_states_ptr, partial_C_ptr,
     grad_x_ptr, grad_dt_ptr, grad_B_ptr, grad_C_ptr, partial_heads_ptr, partial_D_ptr,
     seqlen, nchunks, nheads: tl.constexpr, heads_per_group, block_heads, ngroups: tl.constexpr,
     dt_min, dt_max,
@@ -174,11 +166,13 @@ def grad_b_kernel(
     BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
     D_DIMS: tl.constexpr, HAS_Z: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PASSED: tl.constexpr,
 ):  # fmt: skip
     """One chunk, a block of heads of one group: all gradients that are not of the gate.
 
     [j, i] tiles have the token that is read (j) in rows and the one that is written (i) in columns.
-    partial_heads is (B * chunks, 3, H) fp32: grad_A, grad_dt_bias and grad_D of the chunk.
+    partial_heads is (B * chunks, 3, H) fp32: grad_A, grad_dt_bias and grad_D of the chunk. What the
+    chunk's last token adds to every token's grad_a is exp(total) <G, S>, of PASSED parts.
     """
     chunk = tl.program_id(0)
     group, block, first_head, count = head_block(heads_per_group, block_heads)
@@ -195,7 +189,9 @@ def grad_b_kernel(
     grad_scores = tl.zeros([Q, Q], dtype=tl.float32)  # [j, i], summed over the heads
     causal = q[:, None] <= q[None, :]
     if HAS_SEQ:
-        seq, _, seen, _ = parts.sequence_masks(seq_ptr + b * seqlen, chunk * Q, q, rows, seqlen, Q)
+        seq, _, seen, whole = parts.sequence_masks(
+            seq_ptr + b * seqlen, chunk * Q, q, rows, seqlen, Q
+        )
         causal = causal & (seq[:, None] == seq[None, :])
     for k in tl.range(0, count, num_stages=STAGES, disable_licm=True):
         h = (first_head + k).to(tl.int64)
@@ -267,7 +263,13 @@ def grad_b_kernel(
             tile_out = row_out + q[:, None] * (nheads * P) + p[None, :]
             tl.store(grad_x_ptr + tile_out, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask_p)
 
-        v = tl.load(v_ptr + token + q)
+        passed = tl.load(passed_ptr + (head * nchunks + chunk) * PASSED)
+        for part in tl.static_range(1, PASSED):
+            passed += tl.load(passed_ptr + (head * nchunks + chunk) * PASSED + part)
+        through = total
+        if HAS_SEQ:
+            through = tl.where(whole, total, float("-inf"))
+        v = tl.load(v_ptr + token + q) + tl.where(q == Q - 1, passed * tl.exp2(through), 0.0)
         if HAS_SEQ:  # a sum for each token: differences would mix in other sequences' rounding
             own = (v + written - read * dt)[None, :]
             after = tl.sum(tl.where(causal, own, 0.0), 1)
@@ -353,7 +355,7 @@ def sum_kernel(
     tl.store(target + e, total.to(grad_B_ptr.dtype.element_ty), mask=mask)
 
 
-def run_chunk_states(
+def run_states(
     launch: Launch,
     v: Tensor,
     z: Tensor | None,
@@ -361,26 +363,28 @@ def run_chunk_states(
     cum: Tensor,
     cumj: Tensor,
     entries: Tensor | None,
-    end: Tensor | None,
+    states: Tensor,
     *,
     seq: Tensor | None,
-    reverse: bool,
-) -> Tensor:
-    """Return what enters every chunk of the walk, (B, H, chunks, P, N) in the input's dtype."""
+    end: Tensor | None = None,
+    passed: Tensor | None = None,
+) -> None:
+    """Fill states with what enters every chunk, (B, H, chunks, P, N) in the input's dtype.
+
+    With `passed` (B, H, chunks, blocks of P) the walk is in reverse: gradients of states take the
+    place of the states, and passed gets what is left of these.
+    """
     tiles = launch.tiling
-    shape = (launch.batch, launch.nheads, launch.nchunks, launch.headdim, launch.d_state)
-    states = torch.empty(shape, dtype=m.dtype, device=m.device)
     grid = (launch.nsegments * launch.blocks_p, launch.nheads, launch.batch)
     parts.state_kernel[grid](
-        v, z, m, cum, cumj, seq, entries, states, end, None, *launch.sizes,
+        v, z, m, cum, cumj, seq, entries, states, end, None, passed, *launch.sizes,
         *strides3(v), *strides3(z), *strides3(m),
         P=launch.headdim, N=launch.d_state, Q=launch.chunk,
         BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n, STAGES=tiles.state_stages,
-        REVERSE=reverse, CHUNK_STATES=True, HAS_ENTRY=entries is not None,
+        REVERSE=passed is not None, CHUNK_STATES=True, HAS_ENTRY=entries is not None,
         STORE_END=end is not None, HAS_Z=z is not None, HAS_SEQ=seq is not None,
         PRECISION=tiles.precision, num_warps=tiles.state_warps,
     )  # fmt: skip
-    return states
 
 
 def run_backward(
@@ -399,22 +403,11 @@ def run_backward(
     x = operands.x
     dout = torch.zeros_like(x) if dout is None else unit_last(dout)
     dfinal = None if dfinal is None else dfinal.contiguous()
-    z, B, C = operands.z, operands.B, operands.C
     gradients: dict[str, Tensor] = {}
-    end = None
     with on_device(x):
         cum, cumj, dt = run_dt(launch, operands.dt, operands.A, operands.dt_bias, store_dt=True)
-        exits = segment_entries(launch, dout, z, C, cum, cumj, dfinal, seq=seq, reverse=True)
-        if operands.initial_states is not None:
-            end = torch.empty_like(operands.initial_states, dtype=torch.float32)
-            gradients["initial_states"] = end
-        states = run_chunk_states(
-            launch, x, None, B, cum, cumj, entries, None, seq=seq, reverse=False
-        )
-        grad_states = run_chunk_states(
-            launch, dout, z, C, cum, cumj, exits, end, seq=seq, reverse=True
-        )
-        _run_gradients(launch, operands, dout, (cum, cumj, dt), seq, states, grad_states, gradients)
+        times = _Times(cum=cum, cumj=cumj, dt=dt, v=torch.empty_like(cum))
+        _run_walks(launch, operands, entries, dout, dfinal, seq, times, gradients)
     given = dict(zip(Operands.__dataclass_fields__, operands.all(), strict=True))
     return {
         name: gradient if gradient.dtype == given[name].dtype else gradient.to(given[name].dtype)
@@ -422,28 +415,130 @@ def run_backward(
     }
 
 
-def _run_gradients(
+@dataclass(frozen=True, kw_only=True)
+class _Times:
+    """A value for every token and head, (B, H, chunks * Q) fp32."""
+
+    cum: Tensor
+    cumj: Tensor
+    dt: Tensor | None
+    v: Tensor
+
+
+def _run_walks(
     launch: Launch,
     operands: Operands,
+    entries: Tensor | None,
     dout: Tensor,
-    times: tuple[Tensor, Tensor, Tensor],
+    dfinal: Tensor | None,
     seq: Tensor | None,
-    states: Tensor,
-    grad_states: Tensor,
+    times: _Times,
     gradients: dict[str, Tensor],
 ) -> None:
-    """Launch the kernels over chunks and the sums over heads and chunks; fill `gradients`."""
+    """Launch the walks over time, each followed by the kernel that needs what it leaves.
+
+    The order is one of memory: the states of all chunks are the most that the pass holds, so only
+    one set is held. grad_c is done with them when their gradients come, and what the second
+    kernel writes is allocated once nothing else of that size is left.
+    """
+    x, z, B, C = operands.x, operands.z, operands.B, operands.C
+    cum, cumj = times.cum, times.cumj
+    per_head = (launch.batch, launch.nheads, launch.nchunks)
+    states = torch.empty(
+        (*per_head, launch.headdim, launch.d_state), dtype=x.dtype, device=x.device
+    )
+    run_states(launch, x, None, B, cum, cumj, entries, states, seq=seq)
+    shape = _Gradients.of(launch, operands, seq)
+    partial_C = _run_grad_c(launch, operands, shape, dout, times, seq, states, gradients)
+    exits = segment_entries(launch, dout, z, C, cum, cumj, dfinal, seq=seq, reverse=True)
+    end = None
+    if operands.initial_states is not None:
+        end = torch.empty_like(operands.initial_states, dtype=torch.float32)
+        gradients["initial_states"] = end
+    passed = torch.empty((*per_head, launch.blocks_p), dtype=torch.float32, device=x.device)
+    run_states(launch, dout, z, C, cum, cumj, exits, states, seq=seq, end=end, passed=passed)
+    del exits
+    _run_grad_b(launch, operands, shape, dout, times, seq, (states, passed), partial_C, gradients)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gradients:
+    """How the two kernels over chunks are divided, and the arguments that they share."""
+
+    block_heads: int
+    blocks: int  # of heads of a group
+    grid: tuple[int, int, int]
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, launch: Launch, operands: Operands, seq: Tensor | None) -> "_Gradients":
+        x, z, D, tiles = operands.x, operands.z, operands.D, launch.tiling
+        slots = multiprocessors(x.device) * tiles.grad_programs_per_sm
+        whole = launch.batch * launch.nchunks * launch.ngroups
+        block_heads = heads_per_program(launch.heads_per_group, whole, slots)
+        blocks = -(-launch.heads_per_group // block_heads)
+        return cls(
+            block_heads=block_heads,
+            blocks=blocks,
+            grid=(launch.nchunks, launch.ngroups * blocks, launch.batch),
+            sizes=(
+                launch.seqlen, launch.nchunks, launch.nheads, launch.heads_per_group, block_heads,
+                launch.ngroups,
+            ),
+            strides=(
+                *strides3(x), *strides3(z), *strides3(operands.B), *strides3(operands.C),
+            ),
+            options={
+                "P": launch.headdim, "N": launch.d_state, "Q": launch.chunk,
+                "BLOCK_N": tiles.block_n, "D_DIMS": 0 if D is None else D.dim(),
+                "HAS_Z": z is not None, "HAS_SEQ": seq is not None, "PRECISION": tiles.precision,
+            },
+        )  # fmt: skip
+
+
+def _run_grad_c(
+    launch: Launch,
+    operands: Operands,
+    shape: _Gradients,
+    dout: Tensor,
+    times: _Times,
+    seq: Tensor | None,
+    states: Tensor,
+    gradients: dict[str, Tensor],
+) -> Tensor:
+    """Launch the kernel that needs the states; returns grad_C's part, by block of heads."""
+    x, z, B, C, tiles = operands.x, operands.z, operands.B, operands.C, launch.tiling
+    partial_C = torch.empty((shape.blocks, *C.shape), dtype=torch.float32, device=x.device)
+    if z is not None:
+        gradients["z"] = torch.empty(z.shape, dtype=z.dtype, device=x.device)
+    block_p = tiles.grad_block_p if z is not None else tiles.grad_c_block_p
+    grad_c_kernel[shape.grid](
+        x, z, B, C, operands.D, dout, times.cum, times.cumj, seq, states, partial_C, times.v,
+        gradients.get("z"), *shape.sizes, *shape.strides, *strides3(dout), **shape.options,
+        BLOCK_P=block_p, P_BLOCKS=-(-launch.headdim // block_p),
+        STAGES=tiles.grad_c_stages if z is None else 1, num_warps=tiles.grad_c_warps,
+    )  # fmt: skip
+    return partial_C
+
+
+def _run_grad_b(
+    launch: Launch,
+    operands: Operands,
+    shape: _Gradients,
+    dout: Tensor,
+    times: _Times,
+    seq: Tensor | None,
+    states: tuple[Tensor, Tensor],
+    partial_C: Tensor,
+    gradients: dict[str, Tensor],
+) -> None:
+    """Launch the kernel that needs the states' gradients, and the sums; fill `gradients`."""
     x, z, B, C, D = operands.x, operands.z, operands.B, operands.C, operands.D
-    cum, cumj, dt = times
-    tiles = launch.tiling
-    slots = multiprocessors(x.device) * tiles.grad_programs_per_sm
-    whole = launch.batch * launch.nchunks * launch.ngroups
-    block_heads = heads_per_program(launch.heads_per_group, whole, slots)
-    blocks = -(-launch.heads_per_group // block_heads)
+    tiles, block_p, blocks = launch.tiling, launch.tiling.grad_block_p, shape.blocks
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    partial_C = torch.empty((blocks, *C.shape), **fp32)
     partial_B = torch.empty((blocks, *B.shape), **fp32) if blocks > 1 else None
-    v = torch.empty_like(cum)
     per_chunk = launch.batch * launch.nchunks
     partial_heads = torch.empty((per_chunk, 3, launch.nheads), **fp32)
     partial_D = None
@@ -453,39 +548,18 @@ def _run_gradients(
     gradients["dt"] = torch.empty(operands.dt.shape, dtype=operands.dt.dtype, device=x.device)
     gradients["B"] = torch.empty(B.shape, dtype=B.dtype, device=x.device)
     gradients["C"] = torch.empty(C.shape, dtype=C.dtype, device=x.device)
-    if z is not None:
-        gradients["z"] = torch.empty(z.shape, dtype=z.dtype, device=x.device)
-    sizes = (
-        launch.seqlen, launch.nchunks, launch.nheads, launch.heads_per_group, block_heads,
-        launch.ngroups,
-    )  # fmt: skip
-    strides = (*strides3(x), *strides3(z), *strides3(B), *strides3(C))
-    columns = {"BLOCK_P": tiles.grad_block_p, "P_BLOCKS": -(-launch.headdim // tiles.grad_block_p)}
-    columns_c = columns
-    if z is None:
-        blocks_c = -(-launch.headdim // tiles.grad_c_block_p)
-        columns_c = {"BLOCK_P": tiles.grad_c_block_p, "P_BLOCKS": blocks_c}
-    options: dict[str, Any] = {
-        "P": launch.headdim, "N": launch.d_state, "Q": launch.chunk, "BLOCK_N": tiles.block_n,
-        "D_DIMS": 0 if D is None else D.dim(), "HAS_Z": z is not None, "HAS_SEQ": seq is not None,
-        "PRECISION": tiles.precision,
-    }  # fmt: skip
-    grid = (launch.nchunks, launch.ngroups * blocks, launch.batch)
-    grad_c_kernel[grid](
-        x, z, B, C, D, dout, cum, cumj, seq, states, grad_states, partial_C, v, gradients.get("z"),
-        *sizes, *strides, *strides3(dout), **options, **columns_c,
-        STAGES=tiles.grad_c_stages if z is None else 1, num_warps=tiles.grad_c_warps,
-    )  # fmt: skip
-    grad_b_kernel[grid](
+    grad_states, passed = states
+    grad_b_kernel[shape.grid](
         x, z, B, C, D, operands.A, operands.dt, operands.dt_bias,
-        dout, cum, dt, seq, v, grad_states, partial_C,
+        dout, times.cum, times.dt, seq, times.v, passed, grad_states, partial_C,
         gradients["x"], gradients["dt"],
         gradients["B"] if partial_B is None else partial_B,
         gradients["C"] if partial_B is None else partial_C,
-        partial_heads, partial_D, *sizes, *launch.dt_limit,
-        *strides, *operands.dt.stride(), *strides3(dout), **options, **columns,
+        partial_heads, partial_D, *shape.sizes, *launch.dt_limit, *shape.strides,
+        *operands.dt.stride(), *strides3(dout), **shape.options,
+        BLOCK_P=block_p, P_BLOCKS=-(-launch.headdim // block_p),
         HAS_BIAS=operands.dt_bias is not None, SOFTPLUS=launch.dt_softplus,
-        STAGES=tiles.grad_b_stages, num_warps=tiles.grad_b_warps,
+        STAGES=tiles.grad_b_stages, PASSED=launch.blocks_p, num_warps=tiles.grad_b_warps,
     )  # fmt: skip
     if partial_B is not None:
         size = B.numel()

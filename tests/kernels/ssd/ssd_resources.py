@@ -17,7 +17,7 @@ OPTIONAL = ("z_ptr", "grad_z_ptr")
 FP32 = (
     "A_ptr", "D_ptr", "bias_ptr", "cum_ptr", "cumj_ptr", "entry_ptr", "end_ptr", "decay_ptr",
     "final_ptr", "v_ptr", "dt_ptr", "partial_C_ptr", "partial_heads_ptr", "partial_D_ptr",
-    "grad_B_ptr", "grad_C_ptr",
+    "grad_B_ptr", "grad_C_ptr", "passed_ptr",
 )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def usages(dtype, headdim, d_state, arch, *, gated):
         ),
         "grad_b": build(
             triton_ssd_backward.grad_b_kernel,
-            shared | grad | {"STAGES": tiles.grad_b_stages},
+            shared | grad | {"STAGES": tiles.grad_b_stages, "PASSED": -(-headdim // tiles.block_p)},
             tiles.grad_b_warps,
         ),
     }
