@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -245,27 +246,49 @@ def test_what_another_timer_s_events_take_is_taken_off_and_bounded() -> None:
     assert [check.passed for check in found] == [True, False]
 
 
-def test_a_call_takes_the_wait_and_a_launch_and_a_timer_that_is_off_fails() -> None:
+def calls(excess_s: float = 21e-6, launches_s: tuple[float, ...] = (31e-6, 33e-6), factor=1.0):
+    return [
+        replace(wait, measured_s=factor * (wait.own_s + excess_s), launches_s=launches_s)
+        for wait in waits()
+    ]
+
+
+def failed_calls(made: list[Any]) -> list[str]:
     from mambench.harness import selftest_gpu
 
-    launch_s = 31e-6
-    made = [
-        replace(wait, measured_s=max(wait.own_s + 21e-6, launch_s)) for wait in waits(start_s=21e-6)
-    ]
-    found = verdicts(selftest_gpu.judge_calls(made, launch_s))
+    found = verdicts(selftest_gpu.judge_calls(made, 31e-6))
     assert len(found) == 1 + len(selftest_gpu.WAITS_S)
-    assert all(found.values())
-    for factor, caught in ((1.03, ["5 ms"]), (0.95, ["500 us", "1 ms", "5 ms"])):
-        off = [replace(wait, measured_s=factor * wait.measured_s) for wait in made]
-        found = verdicts(selftest_gpu.judge_calls(off, launch_s))
-        failed = [what for what, passed in found.items() if passed is False]
-        assert failed == [f"call time: wait of {text}" for text in caught]
+    return [what.removeprefix("call time: wait of ") for what, ok in found.items() if not ok]
+
+
+def test_a_call_takes_the_wait_and_a_launch() -> None:
+    assert failed_calls(calls()) == []
+    # A host that other work keeps busy takes longer to launch, and by what it was measured to.
+    assert failed_calls(calls(excess_s=78e-6, launches_s=(36e-6, 80e-6))) == []
+
+
+@pytest.mark.parametrize(
+    ("factor", "caught"),
+    [(1.02, ["5 ms"]), (1.03, ["1 ms", "5 ms"]), (0.98, ["5 ms"]), (0.95, ["1 ms", "5 ms"])],
+)
+def test_a_call_time_that_is_off_by_some_per_cent_fails(factor: float, caught: list[str]) -> None:
+    assert set(caught) <= set(failed_calls(calls(factor=factor)))
+
+
+def test_a_call_that_is_not_waited_for_or_does_not_begin_on_an_idle_device_fails() -> None:
+    made = calls()
+    unfinished = [replace(wait, measured_s=31e-6) for wait in made]  # the launch alone
+    assert failed_calls(unfinished)[-5:] == ["50 us", "100 us", "500 us", "1 ms", "5 ms"]
+    queued = [replace(wait, measured_s=wait.own_s + 1e-6) for wait in made]  # none of the launch
+    assert {"5 us", "10 us", "20 us", "50 us", "100 us"} <= set(failed_calls(queued))
+    doubled = [replace(wait, measured_s=wait.own_s + 66e-6) for wait in made]
+    assert len(failed_calls(doubled)) >= 7
 
 
 def test_a_host_that_takes_long_to_call_nothing_fails() -> None:
     from mambench.harness import selftest_gpu
 
-    first, *_ = selftest_gpu.judge_calls(waits(), 300e-6)
+    first, *_ = selftest_gpu.judge_calls(calls(), 300e-6)
     assert first.passed is False
 
 
