@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from mambench.harness import registry
+from mambench.harness import precompile, registry
 from mambench.harness.doctor import Check
 from mambench.harness.plan import Plan, PlannedCase
 from mambench.harness.profilers import catalog
@@ -89,6 +89,7 @@ def plan(made: Plan) -> str:
         f"{len(made.cases)} cases, {len(runnable)} to run: about {duration(made.estimate_s)}, "
         f"at most {binary_bytes(peak)} by the memory model (compilation aside)",
         _measure_line(made),
+        *_compile_lines(made),
     ]
     return "\n".join([*lines, *(f"note: {note}" for note in made.notes)])
 
@@ -97,6 +98,13 @@ def _measure_line(made: Plan) -> str:
     parts = [f"{name} {duration(seconds)}" for name, seconds in made.measure_s.items()]
     start = f", to start {duration(made.start_s)}" if made.start_s else ""
     return f"of which to measure: {', '.join(parts)}{start}"
+
+
+def _compile_lines(made: Plan) -> list[str]:
+    compile_s = precompile.seconds([planned.case for planned in made.runnable], made.device)
+    if not compile_s:
+        return []
+    return [f"to compile ahead, where nothing is cached yet: about {duration(compile_s)}"]
 
 
 def _plan_row(number: int, planned: PlannedCase) -> tuple[str, ...]:

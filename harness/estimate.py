@@ -75,6 +75,7 @@ def estimate(case: Case, implementation: Implementation, device: Device) -> Esti
     execution_s = max(arithmetic_s, memory_s) + launches * rates.launch_s
     return Estimate(
         set_up_s=rates.case_s
+        + registry.ask(implementation, "tuning_s", case)
         + cost.model_flop / rates.gate_flop_per_s
         + FIRST_EXECUTIONS * execution_s,
         execution_s=execution_s,

@@ -17,7 +17,7 @@ from mambench.harness.text import duration, si_time
 # How many seconds of estimates the correction trusts before it believes the measured ratio: one
 # slow first case (imports, caches) must not multiply the ETA of everything after it.
 PRIOR_S = 5.0
-PRECOMPILE = "precompile"  # the phase before any case, in which compilers work
+PRECOMPILE = "compiling ahead"  # how the phase before any case begins, in which compilers work
 
 
 class Listener(Protocol):
@@ -185,8 +185,8 @@ class PlainProgress(QuietProgress):
 
     def on_phase(self, case: Case, phase: str) -> None:
         """Print what is compiled ahead: it may take minutes, and no case ends meanwhile."""
-        if phase == PRECOMPILE:
-            self._print(f"compiling ahead: {case.without_sizes}")
+        if phase.startswith(PRECOMPILE):
+            self._print(f"{phase}: {case.without_sizes}")
 
     def on_case_end(self, case: Case, observations: Sequence[Observation]) -> None:
         """Print how the case ended and what is left."""

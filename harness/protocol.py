@@ -46,6 +46,8 @@ class Precompile:
     """Compile ahead what these cases of one implementation need, where it declares `precompile`."""
 
     cases: tuple[Case, ...]
+    share: int = 0  # the part of it that is this worker's, of
+    shares: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,7 +114,11 @@ class _Session:
             implementation = self.implementation(case.implementation)
             ahead: Callable[[Case], None] = getattr(implementation, "precompile", _ignore)
             for case in message.cases:
-                ahead(case)
+                if message.shares > 1:
+                    divided: Any = implementation
+                    divided.precompile_share(case, message.share, message.shares)
+                else:
+                    ahead(case)
         except BaseException as error:
             return Done(
                 outcome=classify(error), reason=f"compiling {case.label} ahead: {describe(error)}"

@@ -89,6 +89,17 @@ class Implementation(ABC):
         """Estimate the memory needed beyond inputs, outputs and gradients (for the plan)."""
         return 0
 
+    def compile_s(self, case: Case) -> float:
+        """Estimate the seconds of one processor that compiling ahead takes, if nothing is cached.
+
+        Of interest where it is many: what has them declares `precompile`, see harness/precompile.
+        """
+        return 0.0
+
+    def tuning_s(self, case: Case) -> float:
+        """Estimate the seconds a first call takes to time configurations against each other."""
+        return 0.0
+
     def launches(self, case: Case) -> int:
         """Estimate how many operations a forward call launches in sequence (for the plan)."""
         return 10

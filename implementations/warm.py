@@ -9,13 +9,7 @@ MOST_BYTES = 1 << 30  # several processes compile side by side, each with a case
 LEAST_TOKENS = 512
 
 
-def call_once(
-    implementation: Implementation,
-    case: Case,
-    *,
-    batch: int | None = None,
-    tokens: int | None = None,
-) -> None:
+def call_once(implementation: Implementation, case: Case) -> None:
     """Run a case's pass once on the current GPU; without one do nothing.
 
     What is compiled stays in the compiler's cache on disk. What autotuning measures here is thrown
@@ -25,8 +19,6 @@ def call_once(
         implementation: whose operation is called.
         case: as it will be timed: kernels are often specialised on more of a shape than its widths.
             It is shortened only where it may need more than `MOST_BYTES`.
-        batch: the batch to call it with instead.
-        tokens: the most tokens of a sequence.
     """
     import torch
 
@@ -37,19 +29,14 @@ def call_once(
     device = Device(
         kind=DeviceKind.CUDA, index=torch.cuda.current_device(), name="cuda", memory_bytes=0
     )
-    workload = build(shortened(implementation, case, batch, tokens), implementation, device, seed=0)
+    workload = build(shortened(implementation, case), implementation, device, seed=0)
     workload.prepare(case.pass_)()
     torch.cuda.synchronize()
 
 
-def shortened(
-    implementation: Implementation, case: Case, batch: int | None = None, tokens: int | None = None
-) -> Case:
-    """Return the case at a batch and at most `tokens`, its length halved until it fits."""
-    problem = case.problem if batch is None else replace(case.problem, batch=batch)
-    if tokens is not None and problem.seqlen is not None:
-        problem = replace(problem, seqlen=min(problem.seqlen, tokens))
-    short = replace(case, problem=problem)
+def shortened(implementation: Implementation, case: Case) -> Case:
+    """Return the case with its length halved until it fits."""
+    problem, short = case.problem, case
     while (problem.seqlen or 0) >= 2 * LEAST_TOKENS and _bytes(implementation, short) > MOST_BYTES:
         problem = replace(problem, seqlen=(problem.seqlen or 0) // 2)
         short = replace(case, problem=problem)

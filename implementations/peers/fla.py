@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mambench.harness.spec import Case, Device, DType, Family
 from mambench.implementations.base import Implementation, Variant
 from mambench.implementations.peers.availability import unavailable
-from mambench.implementations.peers.warm import forget_tuning
+from mambench.implementations.peers.warm import CONFIGURATION_S, TUNING_S, compile_share, tune_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,7 @@ INSTALL = "pip install flash-linear-attention"
 NO_LIMIT = (0.0, float("inf"))
 _CHUNK = 64
 _FP32 = 4
+_CONFIGURATIONS, _AROUND_S = 25, 10.0  # a pass of either variant
 _FUNCTIONS = {"chunk": "chunk_simple_gla", "fused_chunk": "fused_chunk_simple_gla"}
 _MISCOMPILED = ((3, 4, 0), (3, 7, 1))  # Triton from the first up to the second, on Hopper
 
@@ -38,6 +39,11 @@ class FlaSimpleGla(Implementation):
     families: ClassVar[tuple[Family, ...]] = (Family.SSD,)
     summary: ClassVar[str] = "peer: fla's simple_gla as SSD, with what it leaves to its caller"
     peer: ClassVar[bool] = True
+    compile_shares: ClassVar[int] = 4
+
+    def __init__(self, *, compiled: bool = True) -> None:
+        """Take `compiled`: whether torch compiles what comes before and after fla's kernels."""
+        self._compiled = compiled
 
     def variants(self, device: Device) -> tuple[Variant, ...]:
         """Return `chunk` and `fused_chunk`."""
@@ -47,12 +53,12 @@ class FlaSimpleGla(Implementation):
     def op(self, family: Family, variant: str) -> Callable[..., Any]:
         """Import fla's function and return it as an SSD."""
         module = _module(variant)
-        return as_ssd(getattr(module, _FUNCTIONS[variant]), compiled=True)
+        return as_ssd(getattr(module, _FUNCTIONS[variant]), compiled=self._compiled)
 
     def begin_case(self, case: Case) -> None:
         """Let the kernels be tuned at the case's own sizes."""
         _module(case.variant)
-        forget_tuning("fla")
+        tune_for("fla", case)
 
     def unsupported(self, case: Case, device: Device) -> str | None:
         """Refuse float64, and the backward that fla itself refuses on Hopper."""
@@ -84,11 +90,25 @@ class FlaSimpleGla(Implementation):
         """Count fla's kernels and those before and after."""
         return 6
 
-    def precompile(self, case: Case) -> None:
-        """Compile all configurations that autotuning will try, by one small call."""
-        from mambench.implementations.peers.warm import call_once
+    def compile_s(self, case: Case) -> float:
+        """Estimate the seconds of one processor: fla's configurations, and what torch compiles."""
+        passes = 2 if case.pass_.needs_grad else 1
+        return passes * (_CONFIGURATIONS * CONFIGURATION_S + _AROUND_S)
 
-        call_once(self, case)
+    def tuning_s(self, case: Case) -> float:
+        """Estimate how long its first call times them."""
+        return TUNING_S * _CONFIGURATIONS * (2 if case.pass_.needs_grad else 1)
+
+    def precompile(self, case: Case) -> None:
+        """Compile all configurations that autotuning will try, and what comes before and after."""
+        compile_share(self, case, 0, 1)
+
+    def precompile_share(self, case: Case, share: int, shares: int) -> None:
+        """Compile what comes before and after in the first share, fla's kernels in the others."""
+        if share == 0:
+            compile_share(self, case, None, 1)
+        else:
+            compile_share(FlaSimpleGla(compiled=False), case, share - 1, shares - 1)
 
 
 def _module(variant: str) -> Any:

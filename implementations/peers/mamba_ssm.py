@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mambench.harness.spec import Case, Device, DType, Family, Pass
 from mambench.implementations.base import Implementation, Variant
 from mambench.implementations.peers.availability import unavailable
-from mambench.implementations.peers.warm import forget_tuning
+from mambench.implementations.peers.warm import CONFIGURATION_S, TUNING_S, compile_share, tune_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,7 @@ _MAX_GRID_Y = 65_535  # the scan launches one block for each channel along the g
 _SCAN_CHUNK = 2048  # tokens between the states that the scan keeps
 _SSD_CHUNK = 256
 _SSD_MODULE = "mamba_ssm.ops.triton.ssd_combined"
+_FORWARD_CONFIGURATIONS, _BACKWARD_CONFIGURATIONS = 42, 83  # of 2.3.2, all kernels together
 _FP32 = 4
 
 
@@ -92,6 +93,7 @@ class MambaSsmSsd(Implementation):
     families: ClassVar[tuple[Family, ...]] = (Family.SSD,)
     summary: ClassVar[str] = "peer: mamba_ssm's mamba_chunk_scan_combined (Triton)"
     peer: ClassVar[bool] = True
+    compile_shares: ClassVar[int] = 12
 
     def variants(self, device: Device) -> tuple[Variant, ...]:
         """Return `triton`."""
@@ -104,7 +106,7 @@ class MambaSsmSsd(Implementation):
     def begin_case(self, case: Case) -> None:
         """Let the kernels be tuned at the case's own sizes."""
         import_module(_SSD_MODULE)
-        forget_tuning("mamba_ssm")
+        tune_for("mamba_ssm", case)
 
     def decode_variants(self, device: Device) -> tuple[Variant, ...]:
         """Return `triton`: `selective_state_update` needs no extension."""
@@ -136,11 +138,27 @@ class MambaSsmSsd(Implementation):
         """Count the kernels of a forward."""
         return 1 if case.pass_ is Pass.DECODE else 5
 
-    def precompile(self, case: Case) -> None:
-        """Compile all configurations that autotuning will try, by one small call."""
-        from mambench.implementations.peers.warm import call_once
+    def compile_s(self, case: Case) -> float:
+        """Estimate the seconds of one processor that all configurations take to compile."""
+        return CONFIGURATION_S * self._configurations(case)
 
-        call_once(self, case)
+    def tuning_s(self, case: Case) -> float:
+        """Estimate how long it times them: what was chosen for one pass serves the others too."""
+        return TUNING_S * self._configurations(case)
+
+    def _configurations(self, case: Case) -> int:
+        if case.pass_ is Pass.DECODE:
+            return 0
+        return _FORWARD_CONFIGURATIONS + case.pass_.needs_grad * _BACKWARD_CONFIGURATIONS
+
+    def precompile(self, case: Case) -> None:
+        """Compile all configurations that autotuning will try."""
+        self.precompile_share(case, 0, 1)
+
+    def precompile_share(self, case: Case, share: int, shares: int) -> None:
+        """Compile one part of them; a decode step has a single kernel, compiled once."""
+        if case.pass_ is not Pass.DECODE or share == 0:
+            compile_share(self, case, share, shares)
 
 
 def _state_update() -> Callable[..., Any]:

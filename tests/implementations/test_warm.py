@@ -9,7 +9,7 @@ import torch
 from mambench.harness import registry
 from mambench.harness.spec import Case, Device, DeviceKind, DType, Family, Pass, Problem
 from mambench.implementations import warm, workload
-from mambench.implementations.peers.warm import call_once as call_peer_once
+from mambench.implementations.peers.fla import FlaSimpleGla
 
 PROBLEM = Problem(
     family=Family.SSD, batch=2, seqlen=2048, d_inner=2048, d_state=128, headdim=64, ngroups=1
@@ -56,9 +56,35 @@ def test_kernels_that_are_compiled_for_a_gpu_are_called_as_they_are_timed(
     assert called == [case]
 
 
-def test_a_peer_is_called_with_one_short_sequence(called):
-    call_peer_once(registry.get("mamba_ssm_ssd"), CASE)
-    assert [(c.problem.batch, c.problem.seqlen) for c in called] == [(1, 512)]
+@pytest.mark.parametrize("name", ["mamba_ssm_ssd", "fla_simple_gla"])
+def test_a_peer_is_called_as_it_is_timed_once_for_each_share(called, name):
+    peer = registry.get(name)
+    for share in range(peer.compile_shares):
+        peer.precompile_share(CASE, share, peer.compile_shares)
+    assert called == [CASE] * peer.compile_shares
+    peer.precompile(CASE)
+    assert called[peer.compile_shares :] == [CASE]
+
+
+def test_only_one_share_lets_torch_compile_what_is_around_a_peer(called, monkeypatch):
+    around = []
+    monkeypatch.setattr(
+        "mambench.implementations.peers.fla.compile_share",
+        lambda implementation, case, share, shares: around.append(
+            (implementation._compiled, share, shares)
+        ),
+    )
+    for share in range(3):
+        FlaSimpleGla().precompile_share(CASE, share, 3)
+    assert around == [(True, None, 1), (False, 0, 2), (False, 1, 2)]
+
+
+def test_a_state_update_is_compiled_by_one_worker(called):
+    problem = replace(PROBLEM, seqlen=None)
+    for share in range(3):
+        case = replace(CASE, pass_=Pass.DECODE, problem=problem)
+        registry.get("mamba_ssm_ssd").precompile_share(case, share, 3)
+    assert len(called) == 1
 
 
 def test_a_case_that_needs_much_memory_is_shortened_and_keeps_its_alignment():

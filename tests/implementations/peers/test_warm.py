@@ -1,26 +1,103 @@
-"""What autotuning chose for one case is not what the next one is timed with."""
+"""What is compiled ahead of autotuning, and what autotuning chose for one case and another."""
 
 import sys
+from contextlib import suppress
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 
-from mambench.implementations.peers.warm import forget_tuning
+from mambench.harness.spec import Case, DType, Family, Level, Pass, Problem
+from mambench.implementations.peers.warm import compiling_only, tune_for
 
 triton = pytest.importorskip("triton")
+torch = pytest.importorskip("torch")
 
 
 @triton.jit
-def kernel(x_ptr, BLOCK: triton.language.constexpr):
-    triton.language.store(x_ptr, BLOCK)
+def kernel(x_ptr, n, BLOCK: triton.language.constexpr):
+    triton.language.store(x_ptr, BLOCK + n)
 
 
-CONFIGS = [triton.Config({"BLOCK": size}) for size in (16, 32)]
+@triton.jit
+def other_kernel(x_ptr, n, BLOCK: triton.language.constexpr):
+    triton.language.static_assert(BLOCK < 64)
+    triton.language.store(x_ptr, BLOCK - n)
 
 
-def test_what_was_chosen_is_forgotten_also_under_heuristics(monkeypatch: pytest.MonkeyPatch):
-    if not hasattr(triton.runtime.autotuner, "Autotuner"):
-        pytest.skip("this Triton has no autotuner of that name")
+CONFIGS = [triton.Config({"BLOCK": size}) for size in (16, 32, 64)]
+
+
+def case(seqlen: int = 64, pass_: Pass = Pass.TRAINING) -> Case:
+    problem = Problem(
+        family=Family.SSD,
+        level=Level.OP,
+        batch=1,
+        seqlen=seqlen,
+        d_inner=64,
+        d_state=16,
+        headdim=64,
+    )
+    return Case(
+        implementation="peer", variant="triton", problem=problem, pass_=pass_, dtype=DType.BF16
+    )
+
+
+class Hopper:
+    """As much of a driver as compiling needs, which is no GPU; launching fails."""
+
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def tuners(monkeypatch, tmp_path):
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
+    return [
+        triton.heuristics({})(triton.autotune(CONFIGS, key=["n"])(function))
+        for function in (kernel, other_kernel)
+    ]
+
+
+def step(tuners) -> None:
+    for tuner in tuners:
+        tuner[(1,)](torch.zeros(4), 48)
+
+
+def test_shares_compile_each_configuration_once_and_launch_none(tuners, tmp_path):
+    names = []
+    for share in range(2):
+        with compiling_only(share, 2) as compiled:
+            step(tuners)
+        names += compiled
+    assert sorted(names) == ["kernel"] * 3 + ["other_kernel"] * 2  # its last is refused
+    assert len(list(tmp_path.rglob("*.cubin"))) == 5
+    assert tuners[0].fn.best_config is CONFIGS[0]
+
+
+def test_no_share_compiles_none(tuners, tmp_path):
+    with compiling_only(None) as compiled:
+        step(tuners)
+    assert compiled == []
+    assert not list(tmp_path.rglob("*.cubin"))
+
+
+def test_autotuning_is_as_before_afterwards(tuners):
+    usual = triton.runtime.autotuner.Autotuner.run
+    with suppress(ZeroDivisionError), compiling_only(None):
+        assert triton.runtime.autotuner.Autotuner.run is not usual
+        raise ZeroDivisionError
+    assert triton.runtime.autotuner.Autotuner.run is usual
+
+
+def test_each_size_has_its_own_choice_also_under_heuristics(monkeypatch: pytest.MonkeyPatch):
     package, inner, other = ModuleType("tuned"), ModuleType("tuned.ops"), ModuleType("tunedother")
     bare, kept = (triton.autotune(CONFIGS, key=[])(kernel) for _ in range(2))
     under = triton.autotune(CONFIGS, key=[], cache_results=True)(kernel)
@@ -29,10 +106,15 @@ def test_what_was_chosen_is_forgotten_also_under_heuristics(monkeypatch: pytest.
     other.kept = kept
     for module in (package, inner, other):
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert tune_for("tuned", case()) == 2
     for tuner in (bare, under, kept):
         tuner.cache["sizes but for the length"] = CONFIGS[0]
-    assert forget_tuning("tuned") == 2
+    assert tune_for("tuned", case(seqlen=128)) == 2
     assert not bare.cache
     assert not under.cache
     assert not under.cache_results
     assert kept.cache
+    tune_for("tuned", replace(case(), pass_=Pass.BACKWARD))
+    assert bare.cache == under.cache == {"sizes but for the length": CONFIGS[0]}
+    tune_for("tuned", replace(case(), dtype=DType.FP16))
+    assert not bare.cache
