@@ -2,8 +2,9 @@
 
 Round 0 of a side compiles, proves the answers right and measures what hardly varies. Then, round by
 round, each arm (base, head, and the base again where the machine's noise is not known yet) runs all
-cases in a new process, in shuffled order; the arms of a round follow one another in random order.
-What is suspected after that is measured again in fresh rounds.
+cases in a new process, in shuffled order. On a GPU the arms of a round follow one another in random
+order; on a CPU they take turns, case by case (`harness.turns`). What is suspected after that is
+measured again in fresh rounds.
 """
 
 import os
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -28,10 +30,19 @@ from mambench.harness.rule import Rule
 from mambench.harness.sides import Side
 from mambench.harness.spec import SCHEMA_VERSION, Case, DeviceKind, Outcome
 from mambench.harness.store import RunFolder, new_run
+from mambench.harness.turns import TurnListener, Turns, together
 from mambench.harness.verdict import TIMES, Assessment
 
 BASE, HEAD, AGAIN = "base", "head", "again"
 TIMED = ("time", "call_time")
+# glibc moves its thresholds by what a process has freed before, so that the order of the cases
+# decides which of them get their memory anew in every call: between processes of equal code that
+# has made a factor of two. With fixed thresholds what was freed is kept, in every process.
+STEADY_HEAP = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),  # the most that it may be
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(64 * 2**20),
+}
 SPARE_CORES = 4  # with so many, the next process may start while this one measures on the GPU
 
 
@@ -129,9 +140,9 @@ class Check:
     def _measure_all(self) -> None:
         rule = self._terms.rule
         proven = [name for name in self._arms if name != AGAIN]
-        self._progress.on_work(len(proven) + len(self._arms) * rule.rounds)
-        for name in proven:
-            self._prove(name)
+        self._progress.on_work(len(proven) + self._steps * rule.rounds)
+        for name, following in zip(proven, [*proven[1:], None], strict=True):
+            self._prove(name, following)
         alive = self._alive()
         if not alive:
             return
@@ -152,7 +163,7 @@ class Check:
             f"{len(suspects)} of the cases look different: measuring them again in "
             f"{rule.confirm_rounds} fresh rounds"
         )
-        self._progress.on_work(len(self._arms) * rule.confirm_rounds)
+        self._progress.on_work(self._steps * rule.confirm_rounds)
         done = self._rounds(rounds, suspects, least=0, exact=rounds[0])
         if len(done) < rule.confirm_rounds:
             return False
@@ -177,9 +188,11 @@ class Check:
                 self._progress.on_note("the time budget ends the rounds early")
                 break
             begin = self._clock()
-            for name in order:
-                kinds = self._kinds(name, timed=True, exact=number == exact)
-                self._process(name, number, cases, kinds, following[position])
+            kinds = {n: self._kinds(n, timed=True, exact=number == exact) for n in order}
+            if self._in_turn:
+                self._process_in_turn(order, number, cases, kinds)
+            for name in () if self._in_turn else order:
+                self._process(name, number, cases, kinds[name], following[position])
                 position += 1
             self._round_s = max(self._round_s, self._clock() - begin)
             done.append(number)
@@ -189,10 +202,10 @@ class Check:
         budget_s = self._terms.time_budget_s
         return budget_s is None or self._clock() - self._begun + self._round_s <= budget_s
 
-    def _prove(self, name: str) -> None:
+    def _prove(self, name: str, following: str | None) -> None:
         arm = self._arms[name]
         kinds = self._kinds(name, timed=False, exact=True)
-        self._process(name, 0, arm.plan.cases, kinds, None)
+        self._process(name, 0, arm.plan.cases, kinds, following)
 
     def _kinds(self, name: str, *, timed: bool, exact: bool) -> tuple[str, ...]:
         """Return the measurements of a process."""
@@ -200,6 +213,16 @@ class Check:
         times = [m for m in wanted if m in TIMED] if timed else []
         others = [m for m in wanted if m not in TIMED] if exact and name != AGAIN else []
         return (*times, *others)
+
+    @property
+    def _in_turn(self) -> bool:
+        """Whether the processes of a round are there together: they fit, and it is quieter so."""
+        return self._device.kind is DeviceKind.CPU and len(self._arms) > 1
+
+    @property
+    def _steps(self) -> int:
+        """How many steps of progress a round has."""
+        return 1 if self._in_turn else len(self._arms)
 
     def _process(
         self,
@@ -210,17 +233,54 @@ class Check:
         following: str | None,
     ) -> None:
         """Let one new process of an arm measure all cases once, in random order."""
-        arm = self._arms[name]
-        shuffled = list(cases)
-        self._random.shuffle(shuffled)
-        plan = replace(
-            arm.plan,
-            cases=tuple(shuffled),
-            plugins=(),
-            settings=replace(arm.plan.settings, measurements=measurements),
-        )
         what = f"round {number}" if number else "compile, prove, measure memory"
         self._progress.on_process(name, what, len(cases))
+        with self._pool(name) as pool:
+            self._start_ahead(following)
+            listener = _CaseListener(self._progress)
+            shuffled = self._random.sample(cases, len(cases))
+            failed = self._measure(name, number, shuffled, measurements, pool, listener)
+        self._progress.on_process_end(failed)
+
+    def _process_in_turn(
+        self,
+        order: Sequence[str],
+        number: int,
+        cases: Sequence[PlannedCase],
+        measurements: Mapping[str, tuple[str, ...]],
+    ) -> None:
+        """Let a new process of each arm measure each case, one arm after the other."""
+        self._progress.on_process(" and ".join(order), f"round {number}", len(cases))
+        shuffled = self._random.sample(cases, len(cases))
+        orders = _orders(order, len(cases), self._random)
+        turns = Turns([name for of_a_case in orders for name in of_a_case])
+        failed: dict[str, int] = {}
+        with ExitStack() as stack:
+            pools = {name: stack.enter_context(self._pool(name)) for name in order}
+            for pool in pools.values():
+                pool.wait_ready()  # what one still imports would disturb what another measures
+
+            def work(name: str) -> None:
+                listener = TurnListener(name, turns, _CaseListener(self._progress))
+                kinds = measurements[name]
+                failed[name] = self._measure(name, number, shuffled, kinds, pools[name], listener)
+
+            together(turns, {name: partial(work, name) for name in order})
+        self._progress.on_process_end(sum(failed.values()))
+
+    def _measure(
+        self,
+        name: str,
+        number: int,
+        cases: Sequence[PlannedCase],
+        measurements: tuple[str, ...],
+        pool: Pool,
+        listener: runner.SilentListener,
+    ) -> int:
+        """Measure cases in the processes of a pool; returns how many of them failed."""
+        arm, folder = self._arms[name], self._folders[name]
+        settings = replace(arm.plan.settings, measurements=measurements)
+        plan = replace(arm.plan, cases=tuple(cases), plugins=(), settings=settings)
         session = runner.Session(
             round=number,
             proven=number > 0,
@@ -229,25 +289,25 @@ class Check:
             code=arm.side.code,
             subset=True,
         )
-        folder = self._folders[name]
         before = len(folder.observations())
-        with self._pool(name) as pool:
-            self._start_ahead(following)
-            listener = _CaseListener(self._progress)
-            runner.run(plan, folder, listener=listener, pool=pool, session=session)
+        runner.run(plan, folder, listener=listener, pool=pool, session=session)
         new = folder.observations()[before:]
-        failed = {o.case.case_id for o in new if o.outcome.failed}
-        self._progress.on_process_end(len(failed))
+        return len({o.case.case_id for o in new if o.outcome.failed})
 
     def _pool(self, name: str) -> Pool:
-        waiting = self._waiting.pop(name, None)
-        return waiting or make_pool(threads=self._threads, code=self._arms[name].side.code)
+        return self._waiting.pop(name, None) or self._new_pool(name)
+
+    def _new_pool(self, name: str) -> Pool:
+        code = self._arms[name].side.code
+        if self._device.kind is DeviceKind.CPU:
+            code = replace(code, variables=STEADY_HEAP)
+        return make_pool(threads=self._threads, code=code)
 
     def _start_ahead(self, name: str | None) -> None:
         """Start the next process while the GPU works; on a CPU that would disturb what is timed."""
         spare = (os.cpu_count() or 1) >= SPARE_CORES
         if name and self._device.kind is DeviceKind.CUDA and spare and name not in self._waiting:
-            self._waiting[name] = make_pool(threads=self._threads, code=self._arms[name].side.code)
+            self._waiting[name] = self._new_pool(name)
 
     def _close(self) -> None:
         while self._waiting:
@@ -340,6 +400,7 @@ def pairs(first: Rounds, second: Rounds, rounds: Iterable[int]) -> AA:
 
     numbers = list(rounds)
     found: dict[str, Mapping[str, list[list[float]]]] = {}
+    ways: dict[str, Mapping[str, str]] = {}
     for case_id, case in first.cases.items():
         metrics: dict[str, list[list[float]]] = {}
         for metric in TIMES:
@@ -349,4 +410,6 @@ def pairs(first: Rounds, second: Rounds, rounds: Iterable[int]) -> AA:
                 metrics[metric] = kept
         if metrics:
             found[case_id] = metrics
-    return AA(pairs=found)
+            timed = {metric: first.methods(case, metric) for metric in metrics}
+            ways[case_id] = {metric: way.pop() for metric, way in timed.items() if len(way) == 1}
+    return AA(pairs=found, methods=ways)

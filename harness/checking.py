@@ -20,6 +20,7 @@ from mambench.harness.errors import (
 )
 from mambench.harness.judging import Evidence, Stages, assess
 from mambench.harness.plan import Plan
+from mambench.harness.profilers import catalog
 from mambench.harness.rounds import Rounds
 from mambench.harness.rule import Rule
 from mambench.harness.sides import Side, Wanted
@@ -119,15 +120,15 @@ def _checked(request: Request, path: Path, progress: Progress) -> CheckReport:
             Arm(name=BASE, side=base, plan=base_plan),
             Arm(name=HEAD, side=head, plan=plan),
         ]
-        known = noise.load(plan.device, request.store)
+        known = noise.load(plan.device, plan.settings, request.store)
         stored = None
-        if known is not None and known.knows([p.case for p in plan.runnable]):
+        if known is not None and known.knows([p.case for p in plan.runnable], times(plan)):
             stored = known.pairs
         else:
             arms.append(Arm(name=AGAIN, side=base, plan=base_plan))
+            why = noise.unknown(plan.device, plan.settings, request.store)
             notes.append(
-                "this machine's noise is not known for all cases: the base is measured twice a "
-                "round (`calibrate` makes checks faster)"
+                f"{why}: the base is measured twice a round (`calibrate` makes checks faster)"
             )
         terms = _terms(request, stored=stored)
         job = Check(arms, path, terms, progress)
@@ -152,6 +153,16 @@ def _checked(request: Request, path: Path, progress: Progress) -> CheckReport:
             alarm_rate=rate,
             wall_s=measured.wall_s,
         )
+
+
+def times(plan: Plan) -> list[str]:
+    """Return the metrics of time that a plan measures on its device."""
+    found = catalog.load()
+    return [
+        metric
+        for metric, measurement in TIMES.items()
+        if measurement in plan.settings.measurements and not found[measurement].missing(plan.device)
+    ]
 
 
 def unjudged(plan: Plan) -> list[str]:
@@ -229,7 +240,7 @@ def _against_stored(
             f"{request.rule.min_rounds} say nothing of how rounds differ: take a folder that "
             f"`check` or `calibrate` has made."
         )
-    known = noise.load(plan.device, request.store)
+    known = noise.load(plan.device, plan.settings, request.store)
     terms = _terms(request, stored=known.pairs if known else None, baseline=stored)
     job = Check([Arm(name=HEAD, side=head, plan=plan)], path, terms, progress)
     measured = job.run(wait=request.wait)
@@ -254,13 +265,13 @@ def _against_stored(
     )
 
 
-def open_baseline(path: Path) -> RunFolder:
+def open_baseline(path: Path, what: str = "baseline") -> RunFolder:
     """Open a run, or that in an earlier check or calibration; raises RunFolderError otherwise."""
     if not (path / MANIFEST).is_file():
         inside = [path / name for name in (HEAD, BASE) if (path / name / MANIFEST).is_file()]
         path = inside[0] if inside else path
     if not path.exists():
-        raise RunFolderError(f"there is no baseline {path}: nothing to compare with.")
+        raise RunFolderError(f"there is no {what} {path}: nothing to compare with.")
     return RunFolder.open(path)
 
 
@@ -289,7 +300,7 @@ def _numbered(folder: RunFolder, *, repeated: bool = False) -> Rounds:
 
 def compare(first: Path, second: Path) -> CheckReport:
     """Show two runs side by side; raises RunFolderError for what is no run."""
-    old, new = open_baseline(first), open_baseline(second)
+    old, new = (open_baseline(path, "run") for path in (first, second))
     base, head = _numbered(old), _numbered(new)
     timed = [o for side in (base, head) for found in side.found.values() for o in found]
     numbers = sorted({o.round for o in timed if o.measurement in TIMES.values()})
@@ -326,8 +337,8 @@ def calibrate(request: Request, progress: Progress) -> tuple[str, Path]:
     found = pairs(evidence.base, evidence.again, evidence.stages.screening)
     if not found.pairs:
         raise MeasurementError("no case could be measured: see the run's records in " + str(path))
-    file = noise.keep(found, plan.device, request.store)
-    known = noise.load(plan.device, request.store)
+    file = noise.keep(found, plan.device, plan.settings, request.store)
+    known = noise.load(plan.device, plan.settings, request.store)
     assert known is not None
     return _noise_text(known, evidence, request.rule), file
 

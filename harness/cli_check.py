@@ -122,9 +122,12 @@ def check(context: click.Context, **asked: Any) -> None:
         with check_progress.make(quiet=asked["quiet"], environment=os.environ) as progress:
             report, folder = checking.check(request, progress)
         report = cli_gate.with_budgets(report, folder, promised)
-    _write(report, folder)
+    # What could not even begin leaves no folder, unless one was asked for.
+    if kept := report.problem is None or asked["output"] is not None or folder.exists():
+        _write(report, folder)
     _show(report, asked["form"])
-    click.echo(f"results: {folder.resolve()}", err=True)
+    if kept:
+        click.echo(f"results: {folder.resolve()}", err=True)
     context.exit(report.exit_code)
 
 

@@ -196,7 +196,10 @@ def _table(cases: Sequence[Case], metric: str, evidence: Evidence) -> _Table:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(values > 0, np.log(values), np.nan)
 
-    stored = evidence.stored.differences(cases, metric) if evidence.stored else None
+    stored = None
+    if evidence.stored:
+        ways = [evidence.head.methods(c, metric) for c in cases]
+        stored = evidence.stored.differences(cases, metric, ways)
     again = logs(evidence.again) if evidence.again else None
     return _Table(
         cases=cases, base=logs(evidence.base), head=logs(evidence.head), again=again, stored=stored
@@ -210,6 +213,7 @@ class _Judgement:
     first: rules.Screened
     overall: rules.Screened
     smallest: Array
+    few: Mask  # fewer rounds than say anything
     regressed: Mask
     pending: Mask
     unconfirmed: Mask
@@ -235,6 +239,7 @@ def _judge(table: _Table, stages: Stages, rule: Rule, limits: Limits) -> _Judgem
         first=first,
         overall=overall,
         smallest=rules.smallest_seen(first, rule, limits),
+        few=first.n < rule.min_rounds,
         regressed=standing & settled,
         pending=standing & (not settled),
         unconfirmed=first.slower & ~standing,
@@ -289,8 +294,10 @@ def _said(i: int, judged: _Judgement, low: float, high: float) -> tuple[Verdict,
         return Verdict.REGRESSED, None
     if judged.pending[i]:
         return Verdict.INCONCLUSIVE, "suspected, and not measured again: time or rounds ran out"
-    if not math.isfinite(float(judged.smallest[i])):
+    if judged.few[i]:
         return Verdict.INCONCLUSIVE, f"{int(first.n[i])} comparable rounds are too few to judge"
+    if not math.isfinite(float(judged.smallest[i])):
+        return Verdict.INCONCLUSIVE, "how much rounds of the same code differ is not known"
     if judged.smallest[i] > UNSTABLE_FRAC:
         noise = f"{float(first.noise.sd[i]):.1%}"
         return Verdict.UNSTABLE, f"one round differs from another by {noise} of the time"

@@ -25,6 +25,7 @@ DROP_FRAC = 0.2  # of the deviations, the largest ones, rounded up
 DF_PER_VALUE = 0.6  # a scale from n values varies as a variance with this many degrees each
 SMALL_SAMPLE = 1.5  # its square is too large by this over n
 MIN_VARIANCE_FRAC = 1e-4  # of the median variance: equal rounds are luck, not certainty
+MIN_VARIANCE = 1e-12  # a millionth of the time, squared: where all rounds are equal, no clock is
 _NEWTON_STEPS = 60
 
 
@@ -132,8 +133,8 @@ def shrink(found: Spread, prior: Prior) -> Spread:
     with np.errstate(invalid="ignore", divide="ignore"):
         mixed = (prior_df * common + found.df * own) / (prior_df + found.df)
     variance = np.where(np.isinf(prior_df), common, mixed)
-    variance = np.where(variance > 0, variance, np.nan)
     df = np.broadcast_to(prior_df + found.df, variance.shape)
+    variance = np.where(df > 0, variance, np.nan)
     return Spread(variance=np.maximum(variance, _floor(variance)), df=df)
 
 
@@ -174,7 +175,7 @@ def inverse_trigamma(value: Array) -> Array:
 
 
 def _floor(variance: Array) -> Array:
-    return np.nan_to_num(MIN_VARIANCE_FRAC * median(variance))[..., None]
+    return np.fmax(MIN_VARIANCE, MIN_VARIANCE_FRAC * median(variance))[..., None]
 
 
 def _mean(values: Array, kept: Mask) -> Array:

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +55,9 @@ class Pool(Processes, Protocol):
         """Start a worker; raises MeasurementError if that cannot be done."""
         ...
 
+    def wait_ready(self) -> None:
+        """Wait until a worker can be started at once; raises MeasurementError if none ever can."""
+
     def close(self) -> None:
         """End all workers, and wait until they are gone."""
 
@@ -73,6 +77,7 @@ class Code:
 
     root: Path | None = None  # the checkout of `implementations` and `kernels`; this one if None
     path: tuple[str, ...] = ()  # folders before all others on their sys.path
+    variables: Mapping[str, str] = field(default_factory=dict[str, str])  # unless set already
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -121,11 +126,15 @@ class WorkerPool:
         self._ready = False
         self._exits: dict[int, int] = {}
 
-    def worker(self, config: WorkerConfig) -> "Worker":
-        """Fork a worker; raises MeasurementError if the server cannot."""
+    def wait_ready(self) -> None:
+        """Wait until torch is imported; raises MeasurementError if it cannot be."""
         if not self._ready:
             self._receive("ready", START_LIMIT_S)
             self._ready = True
+
+    def worker(self, config: WorkerConfig) -> "Worker":
+        """Fork a worker; raises MeasurementError if the server cannot."""
+        self.wait_ready()
         ours, theirs = socket.socketpair()
         output = output_file()
         with theirs:
@@ -267,7 +276,7 @@ def thread_environment(threads: int) -> dict[str, str]:
 
 def environment(threads: int, code: Code) -> dict[str, str]:
     """Return the environment of a process that imports this code on so many threads."""
-    found = thread_environment(threads)
+    found = {**code.variables, **thread_environment(threads)}
     path = [*code.path, *filter(None, [found.get("PYTHONPATH")])]
     return found | ({"PYTHONPATH": os.pathsep.join(path)} if code.path else {})
 

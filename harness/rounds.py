@@ -6,7 +6,7 @@ answers right and measured what hardly varies.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,9 +140,30 @@ class AA:
         default_factory=dict[str, Mapping[str, Sequence[Sequence[float]]]]
     )
 
-    def differences(self, cases: Sequence[Case], metric: str) -> NDArray[np.float64] | None:
-        """Return (cases, pairs) differences, NaN where a case is not known; None if none is."""
-        rows = [self.pairs.get(c.case_id, {}).get(metric, ()) for c in cases]
+    # case_id -> metric -> how it was timed, where there was one way
+    methods: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
+
+    def rows(
+        self, case: Case, metric: str, ways: Collection[str] = ()
+    ) -> Sequence[Sequence[float]]:
+        """Return a case's pairs; none if it was timed in another way than these, if any."""
+        timed = self.methods.get(case.case_id, {}).get(metric)
+        if ways and timed is not None and timed not in ways:
+            return ()
+        return self.pairs.get(case.case_id, {}).get(metric, ())
+
+    def differences(
+        self, cases: Sequence[Case], metric: str, ways: Sequence[Collection[str]] | None = None
+    ) -> NDArray[np.float64] | None:
+        """Return (cases, pairs) differences, NaN where a case is not known; None if none is.
+
+        Args:
+            cases: what is asked for.
+            metric: of them.
+            ways: how each case is timed now; noise of another way is another noise.
+        """
+        ways = ways or [()] * len(cases)
+        rows = [self.rows(c, metric, way) for c, way in zip(cases, ways, strict=True)]
         width = max(map(len, rows), default=0)
         if width == 0:
             return None

@@ -104,8 +104,9 @@ def resampled_alarms(logs: Array, rule: Rule, *, runs: int, seed: int = 0) -> in
     """Return how many of so many checks of equal code would have raised an alarm on a machine.
 
     Args:
-        logs: its own log times (cases, processes), each pair of columns an A/A round. Processes are
-            drawn for all cases together, so that what is common to them stays so.
+        logs: its own log times (cases, processes), each pair of columns an A/A round. Rounds are
+            drawn for all cases together, in either order: what is common to cases, or to the two
+            processes of a round, stays so.
         rule: the numbers.
         runs: checks to simulate.
         seed: of the draws.
@@ -149,10 +150,14 @@ def processes(noise: Noise, rng: np.random.Generator, runs: int) -> Process:
 
 
 def _drawn(logs: Array, rng: np.random.Generator, runs: int) -> Process:
+    known = logs.shape[1] // 2
+
     def draw(count: int) -> Array:
-        # A process is not compared with itself: each round takes different ones.
-        picks = np.argsort(rng.random((runs, max(count, logs.shape[1]))), axis=1)[:, :count]
-        return np.moveaxis(logs[:, picks % logs.shape[1]], 0, 1)
+        rounds = count // 2
+        picks = np.argsort(rng.random((runs, max(rounds, known))), axis=1)[:, :rounds] % known
+        swapped = rng.integers(0, 2, (runs, rounds, 1))
+        columns = 2 * picks[..., None] + (swapped ^ np.arange(2))
+        return np.moveaxis(logs[:, columns.reshape(runs, count)], 0, 1)
 
     return draw
 

@@ -54,6 +54,9 @@ class SpawnPool:
         worker.send(config)
         return worker
 
+    def wait_ready(self) -> None:
+        """Return at once: each worker imports torch by itself."""
+
     def exit_code(self, pid: int, limit_s: float = EXIT_LIMIT_S) -> int | None:
         """Return how a worker ended: its status, or minus the signal; None if it still runs."""
         process = self._processes[pid]

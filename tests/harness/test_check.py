@@ -2,8 +2,10 @@
 
 import io
 import random
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,43 +43,60 @@ class World:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int, tuple[str, ...], list[Case], runner.Session]] = []
+        self.turns: list[tuple[str, int, Case]] = []
         self.slower: dict[str, float] = {}  # by case_id, on the head
         self.failing: dict[str, set[str]] = {}  # by arm
         self.rng = np.random.default_rng(1)
         self.now = 0.0
+        self.lock = threading.Lock()
         self.process_s = 10.0
 
-    def run(self, plan: Plan, folder: Any, *, pool: str, session: runner.Session, **_: Any) -> None:
+    def run(
+        self, plan: Plan, folder: Any, *, pool: Any, session: runner.Session, listener: Any
+    ) -> None:
         arm = folder.path.name
-        assert pool == arm
+        assert pool.name == arm
         cases = [p.case for p in plan.cases]
         kinds = plan.settings.measurements
-        self.asked.append((arm, session.round, kinds, cases, session))
-        self.now += self.process_s
+        with self.lock:
+            self.asked.append((arm, session.round, kinds, cases, session))
+            self.now += self.process_s
         for case in cases:
-            if case.case_id in self.failing.get(arm, ()):
-                folder.append(
-                    observation(
-                        case, {}, round=session.round, outcome=Outcome.WRONG, reason="wrong"
-                    )
-                )
-                continue
-            factor = 1 + self.slower.get(case.case_id, 0.0) if arm == HEAD else 1.0
-            time_s = 1e-3 * factor * float(np.exp(self.rng.normal(0, 0.004)))
-            values = {"time": {"time_s": time_s}, "memory": {"peak_memory_bytes": 2**26}}
-            for kind in kinds:
-                folder.append(
-                    observation(case, values[kind], measurement=kind, round=session.round)
-                )
+            listener.on_case_start(case)
+            self.turns.append((arm, session.round, case))
+            self.observe(folder, session, kinds, case)
+            listener.on_case_end(case, ())
+
+    def observe(
+        self, folder: Any, session: runner.Session, kinds: tuple[str, ...], case: Case
+    ) -> None:
+        arm = folder.path.name
+        if case.case_id in self.failing.get(arm, ()):
+            folder.append(
+                observation(case, {}, round=session.round, outcome=Outcome.WRONG, reason="wrong")
+            )
+            return
+        factor = 1 + self.slower.get(case.case_id, 0.0) if arm == HEAD else 1.0
+        time_s = 1e-3 * factor * float(np.exp(self.rng.normal(0, 0.004)))
+        values = {"time": {"time_s": time_s}, "memory": {"peak_memory_bytes": 2**26}}
+        for kind in kinds:
+            folder.append(observation(case, values[kind], measurement=kind, round=session.round))
+
+
+class FakePool(nullcontext[Any]):
+    def __init__(self, name: str) -> None:
+        super().__init__(self)
+        self.name = name
+
+    def wait_ready(self) -> None:
+        """It is."""
 
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     made = World()
     monkeypatch.setattr(runner, "run", made.run)
-    monkeypatch.setattr(
-        check, "make_pool", lambda *, threads, code: nullcontext(Path(code.root).name)
-    )
+    monkeypatch.setattr(check, "make_pool", lambda *, threads, code: FakePool(code.root.name))
     return made
 
 
@@ -91,12 +110,12 @@ Run = Callable[..., check.Measured]
 
 @pytest.fixture
 def run(world: World, tmp_path: Path) -> Run:
-    def with_arms(*names: str, **terms: Any) -> check.Measured:
+    def with_arms(*names: str, plan: Plan = PLAN, **terms: Any) -> check.Measured:
         arms = [
             Arm(
                 name=name,
                 side=Side(name=name, ref=name, root=tmp_path, code=Code(root=tmp_path / name)),
-                plan=PLAN,
+                plan=plan,
             )
             for name in names
         ]
@@ -121,19 +140,35 @@ def test_equal_sides_are_proven_once_and_measured_in_five_rounds(world: World, r
     assert {p.verdict for p in found.assessment.points} == {Verdict.SAME}
 
 
-def test_cases_are_shuffled_anew_in_each_process(world: World, run: Run):
+def test_cases_are_shuffled_anew_in_each_round(world: World, run: Run):
     run(BASE, HEAD, stored=STORED)
-    orders = {tuple(case.case_id for case in entry[3]) for entry in world.asked}
-    assert len(orders) == len(world.asked)
-    assert {frozenset(order) for order in orders} == {frozenset(c.case_id for c in CASES)}
+    orders = {(entry[1], tuple(case.case_id for case in entry[3])) for entry in world.asked}
+    assert len({order for _, order in orders}) == 2 + 5  # two proofs, five rounds
+    assert {frozenset(order) for _, order in orders} == {frozenset(c.case_id for c in CASES)}
 
 
-def test_the_arms_of_a_round_follow_one_another(world: World, run: Run):
+def test_on_a_cpu_the_arms_measure_each_case_in_turn(world: World, run: Run):
     run(BASE, HEAD, stored=STORED)
+    timed = [(arm, number, case) for arm, number, case in world.turns if number]
+    assert len(timed) == 5 * 2 * len(CASES)
+    first = set()
+    for (one, number, case), (other, same_number, same_case) in zip(
+        timed[::2], timed[1::2], strict=True
+    ):
+        assert ({one, other}, number, case) == ({BASE, HEAD}, same_number, same_case)
+        first.add(one)
+    assert first == {BASE, HEAD}  # neither is always the one that begins
+
+
+def test_on_a_gpu_the_arms_of_a_round_follow_one_another(world: World, run: Run):
+    gpu = Device(kind=DeviceKind.CUDA, name="a GPU", memory_bytes=2**34, compute_capability=(9, 0))
+    run(BASE, HEAD, stored=STORED, plan=replace(PLAN, device=gpu))
     timed = [(arm, number) for arm, number, *_ in world.asked if number]
     assert [number for _, number in timed] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     for pair in range(0, 10, 2):
         assert {arm for arm, _ in timed[pair : pair + 2]} == {BASE, HEAD}
+    orders = {tuple(case.case_id for case in entry[3]) for entry in world.asked}
+    assert len(orders) == len(world.asked)  # another order in each process
 
 
 @pytest.mark.parametrize("seed", range(5))

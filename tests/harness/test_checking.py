@@ -27,6 +27,7 @@ from mambench.harness.store import RunFolder
 from mambench.harness.verdict import Kind
 
 CPU = machine.cpu()
+SETTINGS = Settings()
 PLAN = Plan(
     suite="planted",
     device=CPU,
@@ -178,14 +179,14 @@ def aa(pairs: int) -> AA:
 
 
 def test_noise_is_kept_and_grows_to_the_newest_rounds(tmp_path: Path):
-    assert noise.load(CPU, tmp_path) is None
-    noise.keep(aa(5), CPU, tmp_path)
-    known = noise.load(CPU, tmp_path)
+    assert noise.load(CPU, SETTINGS, tmp_path) is None
+    noise.keep(aa(5), CPU, SETTINGS, tmp_path)
+    known = noise.load(CPU, SETTINGS, tmp_path)
     assert known is not None
     assert not known.knows(CASES)
     for _ in range(8):
-        noise.keep(aa(5), CPU, tmp_path)
-    known = noise.load(CPU, tmp_path)
+        noise.keep(aa(5), CPU, SETTINGS, tmp_path)
+    known = noise.load(CPU, SETTINGS, tmp_path)
     assert known is not None
     assert known.knows(CASES)
     assert len(known.pairs.pairs[CASES[0].case_id]["time_s"]) == noise.KEPT_PAIRS
@@ -198,7 +199,7 @@ def test_noise_is_kept_and_grows_to_the_newest_rounds(tmp_path: Path):
 def test_noise_that_cannot_be_read_is_refused(tmp_path: Path, text: str):
     noise.path(CPU, tmp_path).write_text(text)
     with pytest.raises(RunFolderError, match="calibrate again"):
-        noise.load(CPU, tmp_path)
+        noise.load(CPU, SETTINGS, tmp_path)
 
 
 def test_a_regression_is_explained_and_can_be_reproduced(tmp_path: Path):
