@@ -129,6 +129,14 @@ def rounds(world: World, arm: str) -> list[int]:
     return [number for name, number, *_ in world.asked if name == arm]
 
 
+def test_sides_are_proven_where_nothing_but_times_is_wanted(world: World, run: Run):
+    plan = replace(PLAN, settings=Settings(measurements=("time",)))
+    found = run(BASE, HEAD, stored=STORED, plan=plan)
+    assert [entry[2] for entry in world.asked if not entry[1]] == [("time",)] * 2
+    assert rounds(world, HEAD) == [0, 1, 2, 3, 4, 5]
+    assert {p.verdict for p in found.assessment.points} == {Verdict.SAME}
+
+
 def test_equal_sides_are_proven_once_and_measured_in_five_rounds(world: World, run: Run):
     found = run(BASE, HEAD, stored=STORED)
     assert rounds(world, BASE) == rounds(world, HEAD) == [0, 1, 2, 3, 4, 5]
