@@ -7,7 +7,6 @@ compilers are at work, nothing depends on what was not computed, and any number 
 divide the configurations among themselves.
 """
 
-import itertools
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -53,14 +52,14 @@ def compiling_only(share: int | None = 0, shares: int = 1) -> Generator[list[str
         compiler.CompileTimeAssertionFailure,
     )
     compiled: list[str] = []
-    order = itertools.count()
+    numbers: dict[tuple[Any, int], int] = {}  # of each kernel's configurations, as they are met
 
     def run(self: Any, *args: Any, **kwargs: Any) -> None:
         self.nargs = dict(zip(self.arg_names, args, strict=False))
         configs = self.prune_configs(kwargs)
         self.best_config = configs[0]  # callers size what comes after by it
-        for config in configs:
-            if next(order) % shares == share:
+        for index, config in enumerate(configs):
+            if numbers.setdefault((self, index), len(numbers)) % shares == share:
                 with suppress(*left_out):
                     self.fn.run(*args, **(kwargs | config.all_kwargs() | {"warmup": True}))
                     compiled.append(self.base_fn.__name__)
