@@ -14,7 +14,9 @@ from mambench.reports.rows import Report, environment
 
 def records(report: Report) -> list[dict[str, Any]]:
     """Return one flat dictionary per row, in the order of the report."""
-    return [analysis.record(row.result, {row.slice.source: row.device}) for row in report.rows]
+    devices = {row.slice.source: row.device for row in report.rows}
+    table = analysis.columns([row.result for row in report.rows], devices)
+    return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
 
 
 def to_csv(report: Report) -> str:

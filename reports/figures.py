@@ -17,6 +17,7 @@ from mambench.reports.style import DASHES, Style, marker, styles
 
 Figure = dict[str, Any]
 Looks = Mapping[str, Style]
+Curves = Sequence[tuple[Series, Sequence[Row]]]
 STRIP = 0.055  # share of a chart's height that each line of outcomes takes
 _HIDDEN_IN_STRIP = {Outcome.OK, Outcome.UNAVAILABLE}  # the second only in the table
 
@@ -135,19 +136,26 @@ def over_length(report: Report, part: Slice, chart: Chart, d_state: int | None =
     """Return a chart over seqlen at one d_state, or at each series' usual one."""
     looks = styles(report.implementations)
     curves = [(series, _rows_over_length(series, d_state)) for series in part.series]
-    kept = [(series, [row for row in rows if _shown(row, chart)]) for series, rows in curves]
+    kept = [(series, _shown(report, rows, chart)) for series, rows in curves]
     traces = [_line(series, rows, chart, part, looks) for series, rows in kept if rows]
-    failures = _failures(curves, part, looks)
     shown = [row for _, rows in kept for row in rows]
-    failed = [row for _, rows in curves for row in rows if row.outcome not in _HIDDEN_IN_STRIP]
-    lengths = sorted({row.seqlen for row in (*shown, *failed) if row.seqlen is not None})
     return {
-        "data": traces + failures,
-        "layout": _layout(
-            _log_axis(SEQLEN_AXIS, lengths, powers_of_two(lengths), units.length),
-            _value_axis(chart, shown),
-            strips=len(failures),
-        ),
+        "data": traces + _failures(curves, part, looks),
+        "layout": _over_length_layout(report, chart, shown, _failed(curves)),
+    }
+
+
+def layouts_over_length(
+    report: Report, part: Slice, d_state: int | None = None
+) -> Mapping[str, Figure]:
+    """Return the layouts of all charts over seqlen that have a point, by the charts' names."""
+    curves = [(series, _rows_over_length(series, d_state)) for series in part.series]
+    rows, failed = [row for _, rows in curves for row in rows], _failed(curves)
+    found = {chart.name: (chart, _shown(report, rows, chart)) for chart in CHARTS}
+    return {
+        name: _over_length_layout(report, chart, shown, failed)
+        for name, (chart, shown) in found.items()
+        if shown
     }
 
 
@@ -158,7 +166,7 @@ def over_state(report: Report, part: Slice, seqlen: int) -> Figure:
     states = sorted({row.d_state for _, rows in curves for row in rows if row.d_state})
     traces: list[Figure] = []
     for series, rows in curves:
-        trace = _line(series, [row for row in rows if _shown(row, chart)], chart, part, looks)
+        trace = _line(series, _shown(report, rows, chart), chart, part, looks)
         trace["x"] = {"column": "d_state"}
         if series.is_attention and trace["rows"] and states:
             trace |= {"x": [states[0], states[-1]], "rows": trace["rows"][:1] * 2, "mode": "lines"}
@@ -166,12 +174,12 @@ def over_state(report: Report, part: Slice, seqlen: int) -> Figure:
         traces += [trace] if trace["rows"] else []
     mambas = [(series, rows) for series, rows in curves if not series.is_attention]
     failures = _failures(mambas, part, looks, x="d_state")
-    shown = [row for _, rows in curves for row in rows if _shown(row, chart)]
+    shown = _shown(report, [row for _, rows in curves for row in rows], chart)
     return {
         "data": traces + failures,
         "layout": _layout(
             _log_axis(STATE_AXIS, states, powers_of_two(states), str),
-            _value_axis(chart, shown),
+            _value_axis(report, chart, shown),
             strips=len(failures),
         ),
     }
@@ -215,8 +223,29 @@ def _rows_over_length(series: Series, d_state: int | None) -> tuple[Row, ...]:
     return series.at_state(series.usual_state if d_state is None else d_state)
 
 
-def _shown(row: Row, chart: Chart) -> bool:
-    return row.outcome is Outcome.OK and (row.value(chart.metric) or 0) > 0
+def _shown(report: Report, rows: Sequence[Row], chart: Chart) -> list[Row]:
+    values = report.column(chart.metric)
+    return [row for row in rows if row.outcome is Outcome.OK and (values[row.index] or 0) > 0]
+
+
+def _failed(curves: Curves) -> Curves:
+    """Return what did not end `ok`, of each series that has some."""
+    found = [
+        (s, [row for row in rows if row.outcome not in _HIDDEN_IN_STRIP]) for s, rows in curves
+    ]
+    return [(series, rows) for series, rows in found if rows]
+
+
+def _over_length_layout(
+    report: Report, chart: Chart, shown: Sequence[Row], failed: Curves
+) -> Figure:
+    drawn = [*shown, *(row for _, rows in failed for row in rows)]
+    lengths = sorted({row.seqlen for row in drawn if row.seqlen is not None})
+    return _layout(
+        _log_axis(SEQLEN_AXIS, lengths, powers_of_two(lengths), units.length),
+        _value_axis(report, chart, shown),
+        strips=len(failed),
+    )
 
 
 def _line(
@@ -244,17 +273,14 @@ def _line(
 
 
 def _failures(
-    curves: Sequence[tuple[Series, Sequence[Row]]],
+    curves: Curves,
     part: Slice,
     looks: Mapping[str, Style],
     x: str = "seqlen",
 ) -> list[Figure]:
     """One line of crosses above the chart for each series that did not end `ok` everywhere."""
     traces: list[Figure] = []
-    for series, rows in curves:
-        failed = [row for row in rows if row.outcome not in _HIDDEN_IN_STRIP]
-        if not failed:
-            continue
+    for series, failed in _failed(curves):
         traces.append(
             {
                 "type": "scatter",
@@ -288,23 +314,13 @@ def series_symbol(part: Slice, series: Series, looks: Mapping[str, Style]) -> st
 def series_dash(part: Slice, series: Series, looks: Looks) -> str:
     """Return the dash of a series: the implementation's own, of further variants the next ones."""
     own = looks[series.key.implementation].dash
-    _, rank = _ranks(series, part)
+    _, rank = part.ranks[series.key]
     return DASHES[(DASHES.index(own) + rank) % len(DASHES)]
 
 
 def _symbol(series: Series, part: Slice, look: Style) -> str:
-    family, variant = _ranks(series, part)
+    family, variant = part.ranks[series.key]
     return marker(look, family_rank=family, variant_rank=variant)
-
-
-def _ranks(series: Series, part: Slice) -> tuple[int, int]:
-    """Return the place of a series among its implementation's families, and variants of its own."""
-    own = [s.key for s in part.series if s.key.implementation == series.key.implementation]
-    families = sorted({key.family for key in own})
-    variants = sorted(
-        {key[1:2] + key[3:] for key in own if key.family == series.key.family}, key=str
-    )
-    return families.index(series.key.family), variants.index(series.key[1:2] + series.key[3:])
 
 
 def _layout(x: Figure, y: Figure, *, strips: int) -> Figure:
@@ -320,10 +336,12 @@ def _layout(x: Figure, y: Figure, *, strips: int) -> Figure:
     return layout
 
 
-def _value_axis(chart: Chart, rows: Sequence[Row]) -> Figure:
-    values = sorted(float(row.value(chart.metric) or 0) for row in rows)
-    if not values:
+def _value_axis(report: Report, chart: Chart, rows: Sequence[Row]) -> Figure:
+    if not rows:
         return {"type": "log", "title": {"text": chart.axis}}
+    column = report.column(chart.metric)
+    found = [column[row.index] or 0.0 for row in rows]
+    values = [min(found), max(found)]
     if chart.binary:
         ticks = [float(tick) for tick in powers_of_two([max(1, int(v)) for v in values], most=7)]
     else:

@@ -3,13 +3,14 @@
 import base64
 import gzip
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from mambench.reports.figures import Figure
 
 # Digits of embedded numbers: finer than any measurement, and half the size.
 SIGNIFICANT = 7
+NOTED = 4  # of what only stands beside a measurement
 
 
 def number(value: Any) -> Any:
@@ -19,11 +20,29 @@ def number(value: Any) -> Any:
     return value
 
 
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested records as dotted keys, lists as one text each, without what is empty."""
+    found: dict[str, Any] = {}
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            found |= flat(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
+        elif isinstance(value, float):
+            found[prefix + name] = (
+                float(f"{value:.{NOTED}g}") if math.isfinite(value) else str(value)
+            )
+        elif isinstance(value, list):
+            if value:
+                found[prefix + name] = ", ".join(map(str, cast("Sequence[Any]", value)))
+        elif value is not None and value != "":
+            found[prefix + name] = value
+    return found
+
+
 def repeated(values: list[Any]) -> list[Any] | dict[str, list[Any]]:
     """Return a column with few distinct values as those and, per row, the number of its own."""
     # Equal values of different types, and lists and dicts, are told apart by how they print.
-    kinds = {type(value).__name__ for value in values if value is not None}
-    alike = len(kinds) <= 1 and not kinds & {"list", "dict"}
+    kinds = set(map(type, values)) - {type(None)}
+    alike = len(kinds) <= 1 and not kinds & {list, dict}
     keys = values if alike else list(map(repr, values))
     places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
     if 4 * len(places) > len(values):

@@ -23,7 +23,6 @@ from typing import Any
 import jinja2
 
 from mambench.harness import analysis, reproduce
-from mambench.harness.analysis import flatten
 from mambench.harness.spec import METRICS, DeviceKind, Outcome, Settings
 from mambench.reports import (
     figures,
@@ -40,7 +39,7 @@ from mambench.reports.rows import Report, Row, Slice
 from mambench.reports.style import Style, styles
 
 HERE = Path(__file__).resolve().parent
-PLOTLY = "plotly-cartesian-4.1.1.min.js.gz"
+PLOTLY = "plotly-parts-4.1.1.min.js.gz"
 SHARED = 300  # cases in the static table of several machines
 STATIC = 60  # selections with static tables
 # Runs where scripts run at all: what is for those without is then never laid out.
@@ -143,6 +142,7 @@ def payload(report: Report) -> dict[str, Any]:
         "columns": {
             name: packing.repeated(values) for name, values in columns(report.rows).items()
         },
+        "notes": {name: packing.repeated(values) for name, values in notes(report.rows).items()},
         "slices": [_slice(report, part, looks) for part in report.slices],
         "looks": {name: [look.light, look.dark, look.dash] for name, look in looks.items()},
         "runs": {
@@ -203,11 +203,10 @@ def columns(found: Sequence[Row]) -> dict[str, list[Any]]:
     """
     names = [row.label for row in found]
     table: dict[str, list[Any]] = {"label": names, "commit": [row.commit for row in found]}
-    records = [analysis.record(row.result, {row.slice.source: row.device}) for row in found]
-    for key in records[0] if records else ():
+    devices = {row.slice.source: row.device for row in found}
+    for key, values in analysis.columns([row.result for row in found], devices).items():
         if key not in DERIVED:
-            found_here = [record[key] for record in records]
-            table[key] = [packing.number(v) if type(v) is float else v for v in found_here]
+            table[key] = [packing.number(v) if type(v) is float else v for v in values]
     table = {name: values for name, values in table.items() if any(v is not None for v in values)}
     table["coverage"] = table.pop("interval_coverage", [None] * len(found))
     for name in ("time_low_s", "time_high_s"):
@@ -219,7 +218,6 @@ def columns(found: Sequence[Row]) -> dict[str, list[Any]]:
     table["case_id"] = [packing.short_id(row.case_id) for row in found]
     table["missing"] = [_missing(row) for row in found]
     table["flags"] = [list(row.result.flags) for row in found]
-    table["telemetry"] = [_telemetry(row) for row in found]
     return table
 
 
@@ -277,7 +275,7 @@ def _over_state(report: Report, part: Slice, lengths: Sequence[int]) -> list[dic
         for trace in figure["data"]:
             own = {key: trace[key] for key in ("x", "y", "text") if key in trace}
             look = {k: v for k, v in trace.items() if k not in own and k != "rows"}
-            place = shared.setdefault(json.dumps(look), len(styles_of))
+            place = shared.setdefault(repr(look), len(styles_of))
             if place == len(styles_of):
                 styles_of.append(look)
             own = {k: v["column"] if isinstance(v, dict) else v for k, v in own.items()}
@@ -292,22 +290,25 @@ _ANY = replace(figures.CHARTS[0], metric="tokens", interval=None)
 
 def _over_length(report: Report, part: Slice, state: int | None) -> dict[str, Any]:
     """Return the curves once, and of each chart that has a point its layout."""
-    made = {c.name: figures.over_length(report, part, c, state) for c in figures.CHARTS}
     return {
         "d_state": state,
         "data": _packed_rows(figures.over_length(report, part, _ANY, state))["data"],
         "layouts": {
-            name: packing.rounded(figure["layout"])
-            for name, figure in made.items()
-            if any(not trace["meta"].get("failure") for trace in figure["data"])
+            name: packing.rounded(layout)
+            for name, layout in figures.layouts_over_length(report, part, state).items()
         },
     }
 
 
-def _telemetry(row: Row) -> dict[str, str]:
-    found = {key: units.entry(key, text) for key, text in flatten(row.result.telemetry).items()}
-    gate = row.result.details.get("gate")
-    return found | flatten({} if gate is None else {"gate": gate})
+def notes(found: Sequence[Row]) -> dict[str, list[Any]]:
+    """Return what surrounded each measurement, and what its check found, by dotted key."""
+    entries = [
+        packing.flat(row.result.telemetry)
+        | packing.flat(row.result.details.get("gate") or {}, "gate.")
+        for row in found
+    ]
+    names = dict.fromkeys(name for entry in entries for name in entry)
+    return {name: [entry.get(name) for entry in entries] for name in names}
 
 
 def _policy(script: str) -> str:

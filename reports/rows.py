@@ -180,7 +180,19 @@ class Slice:
         """One line that says which slice this is."""
         return f"{self.key.level}, {self.key.pass_}, {self.key.dtype}, {self.size_label}"
 
-    @property
+    @cached_property
+    def ranks(self) -> Mapping[SeriesKey, tuple[int, int]]:
+        """Place of a series among its implementation's families, and variants of its family."""
+        found: dict[SeriesKey, tuple[int, int]] = {}
+        for series in self.series:
+            key = series.key
+            own = [s.key for s in self.series if s.key.implementation == key.implementation]
+            families = sorted({k.family for k in own})
+            variants = sorted({k[1:2] + k[3:] for k in own if k.family == key.family}, key=str)
+            found[key] = families.index(key.family), variants.index(key[1:2] + key[3:])
+        return found
+
+    @cached_property
     def states(self) -> tuple[int, ...]:
         """Values of d_state that some series has at two lengths or more."""
         found = Counter(
@@ -213,6 +225,23 @@ class Report:
     def sources(self) -> tuple[Source, ...]:
         """The machines."""
         return self.analysis.sources
+
+    @cached_property
+    def _columns(self) -> dict[str, list[float | None]]:
+        return {}
+
+    def column(self, tag: str) -> Sequence[float | None]:
+        """Return `Row.value` of every row by its index: charts ask for each many times."""
+        if tag not in self._columns:
+            self._columns[tag] = self._made(tag)
+        return self._columns[tag]
+
+    def _made(self, tag: str) -> list[float | None]:
+        if tag in DERIVED:
+            above, below = (self.column(name) for name in DERIVED[tag])
+            pairs = zip(above, below, strict=True)
+            return [a / b if a is not None and b else None for a, b in pairs]
+        return [row.value(tag) for row in self.rows]
 
     @cached_property
     def implementations(self) -> tuple[str, ...]:

@@ -7,8 +7,8 @@
     return element;
   };
   const unpack = async (id) => {
-    const text = atob($(id).textContent), bytes = new Uint8Array(text.length);
-    for (let i = 0; i < text.length; i += 1) bytes[i] = text.charCodeAt(i);
+    const text = $(id).textContent;
+    const bytes = Uint8Array.fromBase64?.(text) ?? Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     return new Response(stream).text();
   };
@@ -37,16 +37,32 @@
   };
   const count = (value) => value === null || value === undefined ? MISSING : Math.round(value).toLocaleString("en-US");
   const seconds = (value) => si(value, "s");
-  window.mambenchUnits = { si, memory, seconds };
+  const SUFFIXES = { _hz: "Hz", _s: "s", _w: "W", _j: "J", _c: "°C" };
+  // A number with the unit that its dotted key names.
+  const entry = (key, found) => {
+    if (typeof found !== "number") return String(found);
+    for (const part of key.split(".").reverse()) {
+      if (part.endsWith("_bytes")) return memory(found);
+      for (const [suffix, unit] of Object.entries(SUFFIXES)) if (part.endsWith(suffix)) return si(found, unit);
+    }
+    return String(found);
+  };
+  window.mambenchUnits = { si, memory, seconds, entry };
 
   if (typeof DecompressionStream === "undefined") { delete document.documentElement.dataset.script; return; }
-  const packed = unpack("data"), plotly = unpack("plotly"); // both off this thread, at once
-  const data = JSON.parse(await packed);
+  const data = JSON.parse(await unpack("data"));
   performance.mark("data");
   const columns = data.columns, slices = data.slices;
   // Columns with few distinct values travel as those and each row's number among them.
-  const spread_out = {};
-  const column = (name) => (spread_out[name] ??= Array.isArray(columns[name]) ? columns[name] : columns[name].at.map((place) => columns[name].distinct[place]));
+  const unpacked = {};
+  const spreadOut = (packed) => (Array.isArray(packed) ? packed : packed.at.map((place) => packed.distinct[place]));
+  const column = (name) => (unpacked[name] ??= spreadOut(columns[name]));
+  // What surrounded a measurement, as texts.
+  let notes = null;
+  const noted = (row) => {
+    notes ??= Object.entries(data.notes).map(([key, packed]) => [key, spreadOut(packed)]);
+    return Object.fromEntries(notes.filter(([, found]) => found[row] !== null).map(([key, found]) => [key, entry(key, found[row])]));
+  };
   // Evenly spaced row numbers travel as [first, -count, step].
   const range = (rows) => (rows[1] < 0 ? Array.from({ length: -rows[1] }, (_, i) => rows[0] + i * (rows[2] ?? 1)) : rows);
   const expand = (slice) => {
@@ -75,6 +91,7 @@
     model_flop_per_s: (row) => over(value("model_flop", row), row),
     modelled_bytes_per_s: (row) => over(value("compulsory_bytes", row), row),
     case_id: (row) => Array.from(atob(column("case_id")[row]), (c) => c.charCodeAt(0).toString(16).padStart(2, "0")).join(""),
+    telemetry: noted,
     time_low_s: (row) => bound("time_low_s", row),
     time_high_s: (row) => bound("time_high_s", row),
     quantiles_s: (row) => {
@@ -126,7 +143,10 @@
     const theme = document.documentElement.dataset.theme;
     return theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
   };
-  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+  // Each is asked for once per scheme: to compute styles between changes to the page is dear.
+  let inks = {};
+  const css = (name) => (inks[name] ??= getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim());
+  const font = getComputedStyle(document.body).fontFamily;
   const colour = (implementation) => data.looks[implementation][dark() ? 1 : 0];
 
   // Figures: references to rows become numbers, as in figures.resolve.
@@ -213,7 +233,7 @@
     }
     return {
       ...layout, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest", dragmode: "zoom",
-      margin: { l: 64, r: 28, t: 22, b: 52 }, font: { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: css("ink") },
+      margin: { l: 64, r: 28, t: 22, b: 52 }, font: { family: font, size: 12.5, color: css("ink") },
     };
   };
 
@@ -234,8 +254,9 @@
   };
   const draw = (card) => {
     if (!ready || !card.seen || !card.spec) return;
+    const width = card.plot.clientWidth;
     card.plot.querySelector(".still")?.remove();
-    const drawn = Plotly.react(card.plot, card.spec.data.map((trace) => resolve(trace, card.plot.clientWidth)), layoutOf(card.spec), {
+    const drawn = Plotly.react(card.plot, card.spec.data.map((trace) => resolve(trace, width)), layoutOf(card.spec), {
       ...CONFIG, toImageButtonOptions: { filename: `mambench-${card.name}`, scale: 2 },
     });
     drawn.then(() => {
@@ -724,7 +745,7 @@
 
   // Scheme, links, printing.
   const THEMES = { "": "Auto", light: "Light", dark: "Dark" };
-  const repaint = () => { showLegend(); cards.forEach(draw); };
+  const repaint = () => { inks = {}; showLegend(); cards.forEach(draw); };
   $("theme").addEventListener("click", () => {
     const names = Object.keys(THEMES), next = names[(names.indexOf(document.documentElement.dataset.theme || "") + 1) % 3];
     if (next) document.documentElement.dataset.theme = next; else delete document.documentElement.dataset.theme;
@@ -761,10 +782,11 @@
   if (state.slice !== slices[0] || state.d_state !== null || state.hidden.size) document.querySelector(".still")?.remove();
   update();
   performance.mark("controls");
-  const library = document.createElement("script");
-  library.textContent = await plotly;
   await new Promise((painted) => requestAnimationFrame(() => setTimeout(painted)));
   performance.mark("painted");
+  const library = document.createElement("script");
+  library.textContent = await unpack("plotly");
+  performance.mark("unpacked");
   document.head.append(library);
   performance.mark("plotly");
   ready = true;

@@ -219,6 +219,9 @@ def test_the_browser_writes_quantities_as_python_does(open_page, page_file):
     for value, (time, memory) in zip(values, found, strict=True):
         assert time == units.seconds(value), value
         assert memory == units.memory(value * 1e9), value
+    keys = ("a.power_w", "after.sm_clock_hz", "peak_bytes", "b.temperature_c", "errors.max_abs")
+    texts = tab.evaluate("k => k.map(key => mambenchUnits.entry(key, 1234.5))", keys)
+    assert texts == [units.entry(key, "1234.5") for key in keys]
 
 
 @pytest.fixture(scope="module")

@@ -144,6 +144,8 @@ def test_charts_share_their_curves_and_lose_no_row(report, html):
             entry = drawn["over_length"][0]
             lines = [t for t in figure["data"] if not t["meta"].get("failure")]
             assert bool(lines) == (chart.name in entry["layouts"])
+            if lines:
+                assert entry["layouts"][chart.name] == packing.rounded(figure["layout"])
             shared = {t["name"]: set(rows_of(t)) for t in entry["data"]}
             for line in lines:
                 assert set(line["rows"]) <= shared[line["name"]]
@@ -167,6 +169,15 @@ def test_a_column_of_few_values_names_each_once_and_keeps_types_apart():
     restored = [found["distinct"][place] for place in found["at"]]
     assert [(type(v), v) for v in restored] == [(type(v), v) for v in values]
     assert packing.repeated([1, 2, 3, 4, 5]) == [1, 2, 3, 4, 5]
+
+
+def test_what_surrounds_a_measurement_is_flat_short_and_not_empty():
+    nested = {"after": {"power_w": 134.9151, "throttled": [], "why": ["hot", "slow"], "x": None}}
+    assert packing.flat(nested) == {"after.power_w": 134.9, "after.why": "hot, slow"}
+    assert packing.flat({"error": float("nan"), "on": True}, "gate.") == {
+        "gate.error": "nan",
+        "gate.on": True,
+    }
 
 
 def test_quantiles_stand_beside_the_median_and_the_times_own_is_not_repeated():
