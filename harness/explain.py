@@ -18,7 +18,7 @@ _TELLING = re.compile(
     r"|executions_per_sample|threads|not_captured|binary|hash",
     re.IGNORECASE,
 )
-_NOISY = re.compile(r"duration|elapsed|time|_s$|samples|share|frac|started|ended")
+_NOISY = re.compile(r"duration|elapsed|time|_s$|samples|\bshare\b|frac|started|ended")
 _CLOCKS = {
     "sm_clock_hz": "SM clock",
     "memory_clock_hz": "memory clock",
@@ -134,8 +134,16 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
+        elif isinstance(value, list) and _named(cast("list[Any]", value)):  # such as kernels
+            for item in cast("list[Mapping[str, Any]]", value):
+                rest = {key: each for key, each in item.items() if key != "name"}
+                yield from _flat(rest, f"{prefix}{name}.{item['name']}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def _named(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(v, Mapping) and "name" in v for v in values)
 
 
 def _some(values: set[str] | None) -> str:

@@ -238,6 +238,27 @@ def test_a_regression_is_explained_and_can_be_reproduced(tmp_path: Path):
     assert f"seqlen={CASES[0].problem.seqlen}" in command
 
 
+def test_a_kernel_of_another_configuration_is_named():
+    from check_rounds import evidence, observation
+
+    from mambench.harness import explain
+
+    def launches(warps: int, registers: int) -> Observation:
+        constants = {"BLOCK": 64, "WIDE": "True"}
+        kernel = {"name": "_scan", "shared_bytes": 8 * registers, "warps": warps}
+        kernel |= {"constants": constants, "registers": registers}
+        details = {"triton_kernels": [kernel], "kernels": [{"name": "_scan", "time_s": registers}]}
+        return observation(CASES[0], {}, measurement="launches", round=0, details=details)
+
+    base, head = [*side(ALL), launches(4, 128)], [*side(ALL, seed=1), launches(8, 168)]
+    found = evidence(base, head)
+    assert explain.differences(CASES[0], found.base, found.head) == (
+        "launches.triton_kernels._scan.registers: 128 -> 168",
+        "launches.triton_kernels._scan.shared_bytes: 1024 -> 1344",
+        "launches.triton_kernels._scan.warps: 4 -> 8",
+    )
+
+
 def test_equal_environments_are_not_mentioned(tmp_path: Path):
     from mambench.harness import explain
 
