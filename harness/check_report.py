@@ -113,10 +113,13 @@ class CheckReport:
         rate = self.alarm_rate
         if rate is None:
             return "This machine's false-alarm rate is not known: it has too few A/A rounds."
+        shares = [f"{share:.0%} of +{float(c):.0%}" for c, share in rate.get("found", {}).items()]
+        found = f", and find {' and '.join(shares)} in one case" if shares else ""
         return (
             f"As far as this machine's own {rate['aa_rounds']} A/A rounds of {rate['cases']} cases "
             f"stand for it, {rate['alarms']} of {rate['simulated_checks']} checks of equal code "
-            f"would raise a false alarm (at most {rate['bound_95']:.1%} with 95 % confidence)."
+            f"would raise a false alarm (at most {rate['bound_95']:.1%} with 95 % confidence)"
+            f"{found}."
         )
 
     def ordered(self) -> list[Point]:

@@ -100,26 +100,44 @@ def figures(noise: Noise, rule: Rule, *, runs: int, again: bool = False, seed: i
     )
 
 
-def resampled_alarms(logs: Array, rule: Rule, *, runs: int, seed: int = 0) -> int:
-    """Return how many of so many checks of equal code would have raised an alarm on a machine.
+@dataclass(frozen=True, kw_only=True)
+class Resampled:
+    """What simulated checks of a machine's own rounds ended in."""
+
+    runs: int
+    alarms: int  # checks of equal code in which any case is REGRESSED
+    found: Mapping[float, float]  # a change planted in one case: share of checks that find it
+
+
+def resampled(
+    logs: Array, rule: Rule, *, runs: int, planted: Sequence[float] = (), seed: int = 0
+) -> Resampled:
+    """Return what checks on a machine would end in, as far as its own rounds stand for it.
 
     Args:
         logs: its own log times (cases, processes), each pair of columns an A/A round. Rounds are
             drawn for all cases together, in either order: what is common to cases, or to the two
             processes of a round, stays so.
         rule: the numbers.
-        runs: checks to simulate.
+        runs: checks to simulate, of equal code and of each change.
+        planted: changes, as fractions; each check has one in one of its cases, at random.
         seed: of the draws.
     """
     rng = np.random.default_rng(seed)
-    alarms, done = 0, 0
-    while done < runs:
-        batch = min(BATCH, runs - done)
-        draw = _drawn(logs, rng, batch)
-        aa = np.broadcast_to(logs[:, 1::2] - logs[:, ::2], (batch, len(logs), logs.shape[1] // 2))
-        alarms += int(_Simulated(draw, rng, rule, stored=aa).regressed().anything.sum())
-        done += batch
-    return alarms
+    aa = np.broadcast_to(logs[:, 1::2] - logs[:, ::2], (runs, len(logs), logs.shape[1] // 2))
+
+    def judged(change: Array | float) -> NDArray[np.bool_]:
+        draw = _drawn(logs, rng, runs)
+        return _Simulated(draw, rng, rule, stored=aa, planted=change).regressed().cases
+
+    found: dict[float, float] = {}
+    for change in planted:
+        where = rng.integers(0, len(logs), runs)
+        shifts = np.zeros((runs, len(logs), 1))
+        shifts[np.arange(runs), where] = math.log1p(change)
+        found[change] = float(judged(shifts)[np.arange(runs), where].mean())
+    alarms = int(judged(0.0).any(axis=1).sum())
+    return Resampled(runs=runs, alarms=alarms, found=found)
 
 
 def processes(noise: Noise, rng: np.random.Generator, runs: int) -> Process:

@@ -143,6 +143,7 @@ def test_annotations_are_single_lines():
 def test_what_a_run_could_have_seen_is_always_said():
     found = assess(evidence(side(ALL), side(ALL, seed=1), confirmed=0), Rule())
     rate = {"aa_rounds": 10, "cases": 12, "simulated_checks": 400, "alarms": 0, "bound_95": 0.007}
+    rate["found"] = {"0.05": 0.96}
     text = formats.text(report(assessment=found, alarm_rate=rate))
     assert "In nine of ten cases a slowdown of" in text
     assert "0 of 400 checks of equal code" in text

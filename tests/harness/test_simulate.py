@@ -96,9 +96,21 @@ def test_the_smallest_slowdown_said_to_be_seen_is_seen_nine_times_of_ten():
 def test_a_machine_that_alarms_itself_is_told_from_a_quiet_one():
     rng = np.random.default_rng(6)
     quiet = rng.normal(0, 0.005, (40, 24))
-    assert simulate.resampled_alarms(quiet, Rule(), runs=100) == 0
+    assert simulate.resampled(quiet, Rule(), runs=100).alarms == 0
     loose = replace(Rule(), confirmations=0, case=Limits(margin_frac=0.003, noise_factor=0.0))
-    assert simulate.resampled_alarms(quiet, loose, runs=100) > 50
+    assert simulate.resampled(quiet, loose, runs=100).alarms > 50
+
+
+def test_what_both_processes_of_a_round_share_is_no_noise():
+    rng = np.random.default_rng(7)
+    shared = np.repeat(rng.normal(0, 0.3, (12, 10)), 2, axis=1)  # a neighbour comes and goes
+    logs = shared + rng.normal(0, 0.004, (12, 20))
+    told = simulate.resampled(logs, Rule(), runs=100, planted=(0.01, 0.05))
+    assert told.alarms == 0
+    assert told.found[0.05] > 0.9
+    assert told.found[0.01] < 0.05
+    alone = rng.permuted(logs, axis=1)  # the same times, without their partners
+    assert simulate.resampled(alone, Rule(), runs=100, planted=(0.05,)).found[0.05] < 0.5
 
 
 def test_the_bound_of_a_rate():
