@@ -13,6 +13,8 @@ informative one is shown. Each block gets provenance, a chart, and the table of 
 With `table=ratios` a block is the table "ours / best peer" instead, of all questions that ours and
 a peer were asked; `metric=TAG` chooses another metric than time_s, `ours=` and `peers=` other
 implementations (names or globs, separated by commas), `pass=` and `dtype=` some of the questions.
+`table=blocks` shows tokens per second and peak memory of whole blocks, of all passes and dtypes or
+of those named by `pass=` and `dtype=`.
 `table=traffic` shows counted beside modelled bytes, `table=repeat other=RUN` how well a second run
 of the same cases agrees, and `table=selftest` the file `selftest.json` in the named folder.
 """
@@ -28,14 +30,14 @@ import mambench
 from mambench.harness import analysis
 from mambench.harness.analysis import Analysis
 from mambench.harness.errors import UsageError, unknown_name
-from mambench.reports import markdown, ratios, rows, summary, svg, tables
+from mambench.reports import blocks, markdown, ratios, rows, summary, svg, tables
 from mambench.reports.page import write_atomically
 from mambench.reports.rows import Report, Slice
 
 _BEGIN = re.compile(r"<!-- figures:begin (?P<spec>[^\n]*?) -->")
 _BLOCK = re.compile(_BEGIN.pattern + r".*?<!-- figures:end -->", re.DOTALL)
 _FILTERS: tuple[str, ...] = ("level", "pass", "dtype", "batch", "width")
-_TABLES: tuple[str, ...] = ("ratios", "traffic", "repeat", "selftest")
+_TABLES: tuple[str, ...] = ("ratios", "blocks", "traffic", "repeat", "selftest")
 _RATIO_WORDS: tuple[str, ...] = ("table", "metric", "ours", "peers", "pass", "dtype")
 
 
@@ -85,6 +87,10 @@ def _body(spec: str, document: Path, published: Path, charts: dict[Path, str]) -
     table = dict(word.split("=", 1) for word in filters if "=" in word).get("table")
     if table == "traffic":
         return "\n\n".join([tables.traffic(made), markdown.provenance(made.sources[0])])
+    if table == "blocks":
+        words = _words(filters, ("table", "pass", "dtype"), where)
+        shown = blocks.table(made, pass_=words.get("pass"), dtype=words.get("dtype"))
+        return "\n\n".join([shown, markdown.provenance(made.sources[0])])
     if table == "repeat":
         other = _words(filters, ("table", "other"), where).get("other", "")
         if other not in known:
