@@ -32,6 +32,10 @@ from mambench.harness.spec import Device, Outcome
 POLL_S = 0.1
 MAX_PER_CHILD = 500  # each names two ranges on the command line
 OVER = "the time for counting was over"
+METHOD, RANGE_METHOD = "ncu-kernel-replay", "ncu-app-range"
+KNOWN = "known"  # the item that comes first where ranges are counted: a copy of known bytes
+KNOWN_TOLERANCE = 0.02
+ALL_LAUNCHES = "all launches, counted as one range"
 EXIT_LIMIT_S = 60.0  # ncu prints its table after the child has ended
 
 
@@ -44,6 +48,7 @@ class Counted:
     values: Mapping[str, float | int | None] = field(default_factory=dict[str, float | int | None])
     details: Mapping[str, Any] = field(default_factory=dict[str, Any])
     duration_s: float = 0.0
+    method: str = METHOD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +66,10 @@ class Request:
     per_child: int = MAX_PER_CHILD  # ncu tells what it counted when its child has ended
     total_limit_s: float = math.inf  # of all cases; what is counted by then is kept
     keep: Path | None = None  # a folder for what ncu and the child wrote, to look into
+    ranges: bool = False  # count all launches of an execution as one
 
 
-Item = dict[str, Any]  # id, and one of case, copy_bytes, read_bytes, write_bytes
+Item = dict[str, Any]  # id, and one of case, copy_bytes, read_bytes, write_bytes, known
 
 
 class Batch:
@@ -77,7 +83,8 @@ class Batch:
         begin: Callable[[str], None],
         ends_at: float = math.inf,
     ) -> None:
-        self._items, self._request, self._folder = items, request, folder
+        proof: list[Item] = [{"id": KNOWN, "known": True}] if request.ranges else []
+        self._items, self._request, self._folder = [*proof, *items], request, folder
         self._begin, self._ends_at = begin, ends_at
         self._log, self._report = folder / "ncu.log", folder / "report.jsonl"
         self._output = folder / "output.txt"
@@ -87,6 +94,10 @@ class Batch:
         self._begun_at = 0.0
         self._child: int | None = None
         self._l2: Mapping[str, Any] = {}
+        self._known_bytes = 0
+        self._proof: dict[str, int] = {}  # of the copy of known bytes
+        self._ranges: list[str] = []
+        self._starts = 0
         limits = Limits(
             set_up_s=request.compile_limit_s, measure_s=request.time_limit_s, memory_bytes=0
         )
@@ -117,6 +128,7 @@ class Batch:
             "plugins": list(request.plugins),
             "sys_path": list(request.sys_path),
             "items": list(self._items),
+            "ranges": request.ranges,
         }
         path = self._folder / "request.json"
         path.write_text(json.dumps(values))
@@ -124,7 +136,8 @@ class Batch:
         program = [sys.executable, "-P", str(start), *request.code.arguments]
         program += ["harness.counters_child"]
         names = [item["id"] for item in self._items]
-        command = ncu.command("ncu", self._log, names, [*program, str(path), str(self._report)])
+        program += [str(path), str(self._report)]
+        command = ncu.command("ncu", self._log, names, program, ranges=request.ranges)
         # ncu's lock file would otherwise be another user's in /tmp, and not ours to write.
         environment = code_environment(request.threads, request.code) | {
             "TMPDIR": str(self._folder),
@@ -198,15 +211,20 @@ class Batch:
 
     def _heard(self, message: Mapping[str, Any]) -> None:
         event = message["event"]
-        if event == "start":
+        if event == "start":  # more than once where ncu needs the program again for more passes
             self._child = message["pid"]
+            self._starts += 1
+            self._ended, self._current, self._ranges = {}, None, []
         elif event == "ready":
-            self._l2 = message["l2"]
+            self._l2, self._known_bytes = message["l2"], message.get("known_bytes", 0)
+        elif event == "range":
+            self._ranges.append(message["name"])
         elif event == "begin":
             self._current, self._begun_at = message["id"], time.monotonic()
             self._watch = Stopwatch(self._limits)
             self._watch.enter(COMPILE)
-            self._begin(message["id"])
+            if message["id"] != KNOWN:
+                self._begin(message["id"])
         elif event == "phase":
             self._watch.enter(message["phase"])
         else:
@@ -225,7 +243,7 @@ class Batch:
         text = self._text()
         known, error = ncu.known_problem(text), ncu.first_error(text)
         try:
-            launches = ncu.parse(text)
+            launches = ncu.parse(text, self._ranges)
         except ncu.FormatError as problem:
             return {}, str(problem)
         if not launches and known is not None:
@@ -238,6 +256,12 @@ class Batch:
         elif not self._ended and late is not None:
             return {}, f"Nsight Compute: {error or late}: {self._tail()}"
         passes = ncu.passes(text + _read(self._output))
+        if self._request.ranges:
+            passes = passes or self._starts
+            lost = cut_off and KNOWN not in launches  # with the child, as all else
+            wrong = self._known_wrong(launches, passes, error)
+            if wrong is not None and not (lost and self._ended):
+                return {}, wrong
         found: dict[str, Counted] = {}
         for name, told in self._ended.items():
             if told.outcome is not Outcome.OK:
@@ -245,6 +269,31 @@ class Batch:
             elif name in launches or not cut_off:  # else lost with the child: count it again
                 found[name] = self._counted(launches.get(name, {}), passes, told, error)
         return found, None
+
+    def _known_wrong(
+        self,
+        launches: Mapping[str, Mapping[str, Sequence[ncu.Kernel]]],
+        passes: int | None,
+        error: str | None,
+    ) -> str | None:
+        """Return why the ranges of this ncu are not to be believed, by the copy of known bytes."""
+        told = self._ended.pop(KNOWN, None)
+        if told is None or told.outcome is not Outcome.OK:
+            why = error or (told and told.reason) or self._tail()
+            return f"a copy of known bytes could not be counted as one range: {why}"
+        counted = self._counted(launches.get(KNOWN, {}), passes, told, error)
+        if counted.outcome is not Outcome.OK:
+            return f"a copy of known bytes was not counted as one range: {counted.reason}"
+        self._proof = {"known_bytes": self._known_bytes}
+        for tag in ("dram_read_bytes", "dram_write_bytes"):
+            got = round(counted.values[tag] or 0)
+            self._proof[tag] = got
+            if abs(got - self._known_bytes) > KNOWN_TOLERANCE * self._known_bytes:
+                return (
+                    f"of a copy of {self._known_bytes:,} bytes in many launches ncu's range "
+                    f"counted {got:,} as {tag}"
+                )
+        return None
 
     def _counted(
         self,
@@ -277,7 +326,13 @@ class Batch:
             "clocks": "not locked",
             "not_counted": "cudaMemcpyAsync and cudaMemsetAsync, which are not kernels",
         }
-        return replace(told, values=values, details=details)
+        if not self._request.ranges:
+            return replace(told, values=values, details=details)
+        # One result for all launches: ncu says neither how many nor which they were.
+        (whole,) = by_name(kernels)
+        whole |= {"name": ALL_LAUNCHES, "launches": None}
+        details |= {"kernels": [whole], "launches": None, "not_counted": None, "proof": self._proof}
+        return replace(told, values=values, details=details, method=RANGE_METHOD)
 
     def _text(self) -> str:
         """Return what ncu wrote to its log, or else to its output."""

@@ -12,6 +12,8 @@ would then be written back within the range.)
 
 The first launch that ncu profiles in a process is preceded by writes of its own, 10 MB and more,
 which L2 still holds dirty when the kernel begins. So two ranges come first that nobody asked for.
+
+Where the request says `ranges`, ncu counts what lies between the profiler's start and stop as one.
 """
 
 import gc
@@ -38,6 +40,8 @@ COUNT = "count"
 WATCH_S = 1.0
 BUFFER_IN_L2_SIZES = 4
 WARM_EXECUTIONS = 2  # the first compiles and tunes; after the second nothing is left to load
+WARM_LONG_EXECUTIONS = 1  # thousands of launches load everything in one execution
+KNOWN_L2_SIZES, KNOWN_LAUNCHES = 5, 1000  # of the copy that shows that ranges are counted rightly
 BROKEN_STATUS = 75  # the CUDA context is damaged: the cases that are left need another process
 
 Report = Callable[..., None]
@@ -67,6 +71,7 @@ class _Child:
     def __init__(self, request: Mapping[str, Any], file: IO[str]) -> None:
         self._request = request
         self._file = file
+        self._ranges: bool = request.get("ranges", False)
         self._plugins = tuple(request["plugins"])
         self._device = _device(request["device"])
         self._implementations: dict[str, Implementation] = {}
@@ -76,8 +81,9 @@ class _Child:
         torch.cuda.set_device(self._device.index)
         buffer = _Buffer()
         for part in (RUN, DRAIN):
-            _within(range_name(PRIME, part), buffer.read)
-        self._report(event="ready", l2=buffer.describe())
+            self._within(range_name(PRIME, part), buffer.read)
+        known_bytes = KNOWN_L2_SIZES * buffer.l2_bytes // 4096 * 4096
+        self._report(event="ready", l2=buffer.describe(), known_bytes=known_bytes)
         for item in self._request["items"]:
             self._report(event="begin", id=item["id"])
             if not self._item(item, buffer):
@@ -105,16 +111,33 @@ class _Child:
 
     def _count(self, item: Mapping[str, Any], buffer: "_Buffer") -> None:
         self._report(event="phase", id=item["id"], phase=BUILD)
-        execute = self._case(item["case"]) if "case" in item else _probe(item)
+        execute = self._case(item["case"]) if "case" in item else _probe(item, buffer.l2_bytes)
         self._report(event="phase", id=item["id"], phase=COMPILE)
-        for _ in range(WARM_EXECUTIONS):
+        for _ in range(WARM_LONG_EXECUTIONS if self._ranges else WARM_EXECUTIONS):
             execute()
             torch.cuda.synchronize()
         self._report(event="phase", id=item["id"], phase=COUNT)
         buffer.read()
-        kept = _within(range_name(item["id"], RUN), execute)
-        _within(range_name(item["id"], DRAIN), buffer.read)
+        kept = self._within(range_name(item["id"], RUN), execute)
+        self._within(range_name(item["id"], DRAIN), buffer.read)
         del kept
+
+    def _within(self, name: str, execute: Callable[[], object]) -> object:
+        """Execute within an NVTX range of the whole process; returns what was computed."""
+        nvtx: Any = torch.cuda.nvtx
+        profiler: Any = torch.cuda.profiler
+        handle = nvtx.range_start(name)
+        try:
+            if self._ranges:
+                profiler.start()
+            result = execute()
+            torch.cuda.synchronize()
+            if self._ranges:
+                profiler.stop()
+                self._report(event="range", name=name)
+        finally:
+            nvtx.range_end(handle)
+        return result
 
     def _case(self, values: Mapping[str, Any]) -> Callable[[], object]:
         from mambench.harness import registry
@@ -138,8 +161,8 @@ class _Buffer:
 
     def __init__(self) -> None:
         cuda: Any = torch.cuda
-        self._l2_bytes: int = cuda.get_device_properties(cuda.current_device()).L2_cache_size
-        count = BUFFER_IN_L2_SIZES * self._l2_bytes // 4
+        self.l2_bytes: int = cuda.get_device_properties(cuda.current_device()).L2_cache_size
+        count = BUFFER_IN_L2_SIZES * self.l2_bytes // 4
         self._values = torch.zeros(count, dtype=torch.float32, device="cuda")
         self.read()
 
@@ -152,25 +175,15 @@ class _Buffer:
         """Return how L2 is prepared, for the record."""
         return {
             "before": "clean lines of another buffer",
-            "l2_bytes": self._l2_bytes,
+            "l2_bytes": self.l2_bytes,
             "buffer_bytes": self._values.numel() * 4,
         }
 
 
-def _within(name: str, execute: Callable[[], object]) -> object:
-    """Execute within an NVTX range of the whole process; returns what was computed."""
-    nvtx: Any = torch.cuda.nvtx
-    handle = nvtx.range_start(name)
-    try:
-        result = execute()
-        torch.cuda.synchronize()
-    finally:
-        nvtx.range_end(handle)
-    return result
-
-
-def _probe(item: Mapping[str, Any]) -> Callable[[], object]:
+def _probe(item: Mapping[str, Any], l2_bytes: int) -> Callable[[], object]:
     """Return a kernel that moves a known number of bytes; a memcpy would not be a kernel."""
+    if "known" in item:
+        return _known_copy(KNOWN_L2_SIZES * l2_bytes // 4096 * 4096)
     (kind, count), *_ = ((name, value) for name, value in item.items() if name != "id")
     source = torch.ones(count // 4, dtype=torch.float32, device="cuda")
     if kind == "read_bytes":
@@ -179,6 +192,19 @@ def _probe(item: Mapping[str, Any]) -> Callable[[], object]:
         return lambda: source.fill_(2.0)
     target = torch.empty_like(source)
     return lambda: torch.add(source, 1.0, out=target)
+
+
+def _known_copy(count: int) -> Callable[[], object]:
+    """Return a copy of so many bytes in as many launches as a range must hold together."""
+    source = torch.ones(count // 4, dtype=torch.float32, device="cuda")
+    target = torch.empty_like(source)
+    parts = list(zip(source.chunk(KNOWN_LAUNCHES), target.chunk(KNOWN_LAUNCHES), strict=True))
+
+    def copy() -> None:
+        for part, out in parts:
+            torch.add(part, 1.0, out=out)
+
+    return copy
 
 
 def _device(values: Mapping[str, Any]) -> Device:

@@ -3,7 +3,12 @@
 Ranges are NVTX start/end ranges, which hold for the whole process: push/pop ranges are a thread's
 own, and autograd launches a backward's kernels from another thread than the one that asked for it.
 
-Source: NVIDIA, Nsight Compute CLI, "NVTX Filtering" and "Command Line Options".
+In `ranges` mode (ncu's app-range) all that is launched between the profiler's start and stop is
+counted as one result, and runs as it would without ncu: what launches thousands of kernels is
+counted in about the time it takes. The NVTX range around it names the result.
+
+Source: NVIDIA, Nsight Compute CLI, "NVTX Filtering" and "Command Line Options"; Profiling Guide,
+"Replay" (application range replay).
 """
 
 import csv
@@ -61,36 +66,54 @@ def range_name(case_id: str, part: str) -> str:
     return f"mambench-{case_id}-{part}"
 
 
-def command(ncu: str, log: Path, case_ids: Sequence[str], program: Sequence[str]) -> list[str]:
+def command(
+    ncu: str,
+    log: Path,
+    case_ids: Sequence[str],
+    program: Sequence[str],
+    *,
+    ranges: bool = False,
+) -> list[str]:
     """Return the command that profiles what a program launches within the ranges of these cases.
 
     Clocks are not locked and caches are left alone: the program puts L2 into a stated condition.
     Ranges are named one by one: in a pattern, ncu gives some signs a meaning of its own. A name
-    without a slash is that of a start/end range.
+    without a slash is that of a start/end range. With `ranges` the program calls the profiler's
+    start and stop itself.
     """
     names = [range_name(case_id, part) for case_id in (PRIME, *case_ids) for part in (RUN, DRAIN)]
+    included = [word for name in names for word in ("--nvtx-include", name)]
     return [
         ncu,
         *("--clock-control", "none", "--cache-control", "none"),
         *("--metrics", ",".join(METRICS)),
         "--nvtx",
-        *(word for name in names for word in ("--nvtx-include", name)),
+        *(("--replay-mode", "app-range") if ranges else included),
         *("--csv", "--print-units", "base", "--log-file", str(log)),
         *program,
     ]
 
 
-def parse(text: str) -> dict[str, dict[str, list[Kernel]]]:
+def parse(text: str, order: Sequence[str] = ()) -> dict[str, dict[str, list[Kernel]]]:
     """Return the launches by case and range, in the order of launching.
 
-    Rows of one launch share an ID; each holds one metric. Raises FormatError for a table that lacks
-    a column, a launch outside our ranges, or a unit that is not known.
+    Rows of one launch share an ID; each holds one metric.
+
+    Args:
+        text: ncu's log.
+        order: the names of the ranges that were executed, where each is one result: for a version
+            of ncu that names none.
+
+    Raises FormatError for a table that lacks a column, a launch outside our ranges, or a unit that
+    is not known.
     """
     found: dict[str, dict[str, list[Kernel]]] = {}
     launches: dict[tuple[str, str, str], dict[str, float | None]] = {}
     names: dict[tuple[str, str, str], str] = {}
-    for row in _rows(text):
-        case_id, part = _range_of(row)
+    rows = list(_rows(text))
+    by_id = _in_order(rows, order)
+    for row in rows:
+        case_id, part = by_id.get(row["ID"]) or _range_of(row)
         key = (case_id, part, f"{row.get('Process ID', '')}:{row['ID']}")
         launches.setdefault(key, {})[row["Metric Name"]] = _value(row)
         names[key] = row["Kernel Name"]
@@ -154,12 +177,26 @@ def _rows(text: str) -> Iterator[Mapping[str, str]]:
             yield {name: row.get(name) or "" for name in reader.fieldnames or ()}
 
 
+def _in_order(
+    rows: Sequence[Mapping[str, str]], order: Sequence[str]
+) -> dict[str, tuple[str, str]]:
+    """Return each ID's case and part by its place, if no row names a range; else nothing."""
+    ids = list(dict.fromkeys(row["ID"] for row in rows))
+    if len(ids) != len(order) or any(_named(row) for row in rows):
+        return {}
+    matches = (_RANGE.search(name) for name in order)
+    return {number: (m[1], m[2]) for number, m in zip(ids, matches, strict=True) if m}
+
+
 def _range_of(row: Mapping[str, str]) -> tuple[str, str]:
+    if (match := _named(row)) is None:
+        raise FormatError(f"ncu names no range for the kernel {row['Kernel Name'][:80]}")
+    return match[1], match[2]
+
+
+def _named(row: Mapping[str, str]) -> re.Match[str] | None:
     others: Iterable[str] = (value for name, value in row.items() if name != "Kernel Name")
-    for value in others:
-        if match := _RANGE.search(value):
-            return match[1], match[2]
-    raise FormatError(f"ncu names no range for the kernel {row['Kernel Name'][:80]}")
+    return next((match for value in others if (match := _RANGE.search(value))), None)
 
 
 def _value(row: Mapping[str, str]) -> float | None:

@@ -184,9 +184,11 @@ class PlainProgress(QuietProgress):
         self._eta.begin()
 
     def on_phase(self, case: Case, phase: str) -> None:
-        """Print what is compiled ahead: it may take minutes, and no case ends meanwhile."""
+        """Print what takes minutes while no case ends: compiling ahead, measuring in batches."""
         if phase.startswith(PRECOMPILE):
             self._print(f"{phase}: {case.without_sizes}")
+        elif " of " in phase:
+            self._print(f"{phase}: {case.label}")
 
     def on_case_end(self, case: Case, observations: Sequence[Observation]) -> None:
         """Print how the case ended and what is left."""

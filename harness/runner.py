@@ -4,6 +4,8 @@ Whatever happens to a worker is its case's outcome and nobody else's. Imports ne
 triton: the process that supervises must survive what it supervises.
 """
 
+import itertools
+import math
 import sys
 import time
 import traceback
@@ -327,7 +329,7 @@ class _Runner:
             if not names and (proven or process is not Process.TIMED):
                 continue
             # An execution is not repeated just so that a second worker has seen one.
-            warm = process is not Process.TUNED_MALLOC or self._known_time_s(case) < MAX_WARM_S
+            warm = process is not Process.TUNED_MALLOC or self._known(case, "time_s") < MAX_WARM_S
             limit_s = self._plan.settings.time_limit_s
             work = Work(
                 case=case,
@@ -348,9 +350,10 @@ class _Runner:
         assert isinstance(profiler, CaseProfiler)
         return profiler.process(self._plan.device)
 
-    def _known_time_s(self, case: Case) -> float:
-        timed = self._folder.newest().get(self._key(case, "time"))
-        return (timed.values.get("time_s") if timed else None) or 0.0
+    def _known(self, case: Case, tag: str) -> float:
+        """Return a value of the case's time; 0 where it is not known."""
+        timed = self._folder.newest().get(self._key(case, DECIDING))
+        return (timed.values.get(tag) if timed else None) or 0.0
 
     def _work(self, work: Work, process: Process) -> Done:
         worker = self._workers.get(process) or self._pool.worker(self._config(process))
@@ -391,14 +394,22 @@ class _Runner:
             for case in left:
                 self._append_failure(case, name, done, _now(), 0.0)
         elif left:
-            self._measure_batch(name, left)
+            left_s = math.inf if deadline is None else deadline - time.monotonic()
+            self._measure_batch(name, left, left_s)
 
-    def _measure_batch(self, name: str, cases: Sequence[Case]) -> None:
+    def _measure_batch(self, name: str, cases: Sequence[Case], left_s: float) -> None:
         profiler = self._profilers[name]
         assert isinstance(profiler, BatchProfiler)
+        order = itertools.count(1)
+
+        def told(case: Case) -> None:
+            self._listener.on_phase(case, f"{name} {next(order)} of {len(cases)}")
+
         batch = Batch(
             cases=tuple(cases),
-            times_s={case.case_id: self._known_time_s(case) for case in cases},
+            times_s={case.case_id: self._known(case, "time_s") for case in cases},
+            first_calls_s={case.case_id: self._known(case, "first_call_s") for case in cases},
+            left_s=left_s,
             device=self._plan.device,
             settings=self._plan.settings,
             threads=self._threads,
@@ -406,10 +417,10 @@ class _Runner:
             sys_path=tuple(sys.path),
             code=self._session.code,
             note=self._listener.on_note,
-            on_case=lambda case: self._listener.on_phase(case, name),
+            on_case=told,
         )
         self._listener.on_note(f"measuring {name} of {len(cases)} cases")
-        left = {case.case_id: case for case in cases}
+        self._observed, left = [], {case.case_id: case for case in cases}
         end = Done(outcome=Outcome.ERROR, reason=f"{name} found nothing for this case")
         begun = time.monotonic()
         try:
@@ -428,6 +439,8 @@ class _Runner:
             end = Done(outcome=Outcome.ERROR, reason=reason, details={"traceback": trace})
         for case in left.values():
             self._append_failure(case, name, end, _now(), 0.0)
+        got = sum(o.measurement == name and o.method is not None for o in self._observed)
+        self._listener.on_note(f"measured {name} of {got} of {len(cases)} cases")
 
     def _config(self, process: Process) -> WorkerConfig:
         return WorkerConfig(

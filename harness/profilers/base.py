@@ -12,6 +12,7 @@ Profilers are imported by `list` and `plan`: their modules import torch only ins
 """
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -209,6 +210,8 @@ class Batch:
 
     cases: tuple[Case, ...]
     times_s: Mapping[str, float]  # measured time of one execution by case_id, where known
+    first_calls_s: Mapping[str, float] = field(default_factory=dict[str, float])  # likewise
+    left_s: float = math.inf  # of the run's time budget
     device: Device
     settings: Settings
     threads: int

@@ -9,6 +9,7 @@ from mambench.harness.spec import Case, Device, DeviceKind, Outcome, metrics_of
 
 # A case that needs gradients launches about as many operations again, twice.
 GRADIENT_LAUNCHES = 3
+PER_CHILD = 12  # what a child has counted is known, and kept, when it has ended
 
 
 class Traffic(BatchProfiler):
@@ -29,7 +30,10 @@ class Traffic(BatchProfiler):
         return counters.estimate_s(work.launches)
 
     def measure_batch(self, batch: Batch) -> Iterator[tuple[Case, Measured | Failed]]:
-        """Execute every case once under ncu."""
+        """Execute every case once under ncu, first those that compile and tune least.
+
+        Where the run has a time budget, what is counted when it is spent is kept.
+        """
         found = registry.load(batch.plugins)
 
         def launches(case: Case) -> int:
@@ -45,16 +49,19 @@ class Traffic(BatchProfiler):
             code=batch.code,
             compile_limit_s=batch.settings.compile_limit_s,
             time_limit_s=batch.settings.time_limit_s,
+            per_child=PER_CHILD,
+            total_limit_s=batch.left_s,
         )
+        cases = sorted(batch.cases, key=lambda case: batch.first_calls_s.get(case.case_id, 0.0))
         for case, counted in counters.count_cases(
-            batch.cases, request, launches=launches, on_begin=batch.on_case
+            cases, request, launches=launches, on_begin=batch.on_case
         ):
             yield case, _measured(counted)
 
 
 def _measured(counted: Counted) -> Measured | Failed:
     if counted.outcome is Outcome.OK:
-        return Measured(values=counted.values, method=counters.METHOD, details=counted.details)
+        return Measured(values=counted.values, method=counted.method, details=counted.details)
     reason = counted.reason or f"{counted.outcome}"
     if counted.outcome in (Outcome.UNAVAILABLE, Outcome.SKIPPED):
         return Measured.missing(reason)  # a lack of the machine, and no failure of the case

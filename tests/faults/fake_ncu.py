@@ -2,7 +2,9 @@
 
 Run as `ncu` it understands the options that matter, runs itself as the program, and writes what ncu
 writes. FAKE_NCU holds JSON: `faults` by item id ("raise", "crash", "hang", "unseen", "no_value"),
-and any of `permission`, `silent`, `start`, `unit`, `lose` (a crash loses the table), `passes`.
+and any of `permission`, `silent`, `start`, `unit`, `lose` (a crash loses the table), `passes`; and,
+where ranges are counted, `known` (the factor by which known bytes are off), `nameless` (results do
+not name their range), `ranges` (an error: they are refused) and `again` (the program runs twice).
 """
 
 import json
@@ -26,6 +28,7 @@ PERMISSION = (
 # Name, bytes read, bytes written, nanoseconds.
 KERNELS = (("scan<16>(float *, int)", 3000, 1000, 2000), ("scan<16>(float *, int)", 500, 0, 1000))
 DRAIN = ("reduce_kernel", 9_999_999, 250, 5000)
+KNOWN_BYTES = 100_000
 
 
 def main() -> int:
@@ -39,7 +42,13 @@ def main() -> int:
     if chosen.get("silent"):
         return 0
     request, report = sys.argv[-2:]
-    done = subprocess.run([sys.executable, __file__, "--child", request, report])
+    chosen["app_range"] = "app-range" in sys.argv
+    if chosen["app_range"] and chosen.get("ranges"):
+        with open(log, "w") as file:
+            file.write("==ERROR== Range replay is not supported here\n")
+        return 1
+    for _ in range(2 if chosen["app_range"] and chosen.get("again") else 1):
+        done = subprocess.run([sys.executable, __file__, "--child", request, report])
     lines = ["==PROF== Connected to process 4242 (/usr/bin/python3)"]
     if chosen.get("permission"):
         lines.append(PERMISSION)
@@ -62,7 +71,7 @@ def child(chosen: dict, request: str, report: str) -> int:
             file.write(json.dumps(values) + "\n")
 
         tell(event="start", pid=os.getpid())
-        tell(event="ready", l2={"l2_bytes": 1000})
+        tell(event="ready", l2={"l2_bytes": 1000}, known_bytes=KNOWN_BYTES)
         for item in items:
             fault = chosen.get("faults", {}).get(item["id"])
             tell(event="begin", id=item["id"])
@@ -74,6 +83,8 @@ def child(chosen: dict, request: str, report: str) -> int:
             if fault == "raise":
                 tell(event="end", id=item["id"], outcome="error", reason="ValueError: planted")
                 return 75
+            for part in ("run", "drain"):
+                tell(event="range", name=f"mambench-{item['id']}-{part}")
             tell(event="end", id=item["id"], outcome="ok")
     return 0
 
@@ -81,7 +92,16 @@ def child(chosen: dict, request: str, report: str) -> int:
 def ended_well(report: str) -> list[str]:
     with open(report) as file:
         messages = [json.loads(line) for line in file]
-    return [m["id"] for m in messages if m["event"] == "end" and m["outcome"] == "ok"]
+    ended = [m["id"] for m in messages if m["event"] == "end" and m["outcome"] == "ok"]
+    return list(dict.fromkeys(ended))
+
+
+def whole(chosen: dict, item: str, kernels: tuple) -> tuple:
+    """Return the result of a range: all its kernels as one."""
+    read, written, time_ns = (sum(kernel[place] for kernel in kernels) for place in (1, 2, 3))
+    if item == "known" and kernels is KERNELS:
+        read = written = round(KNOWN_BYTES * chosen.get("known", 1)) - DRAIN[2]
+    return ("range", read, written, time_ns)
 
 
 def table(chosen: dict, items: list[str]) -> list[str]:
@@ -93,6 +113,7 @@ def table(chosen: dict, items: list[str]) -> list[str]:
         if fault == "unseen":
             continue
         for part, kernels in (("run", KERNELS), ("drain", (DRAIN,))):
+            kernels = (whole(chosen, item, kernels),) if chosen["app_range"] else kernels
             for kernel in kernels:
                 count = chosen.get("passes", 1)
                 lines.append(
@@ -116,9 +137,11 @@ def metric_rows(
             return "n/a"
         return f"{count // scale:,}" if count % scale == 0 else f"{count / scale:,.6f}"
 
+    named = f"0:<default domain>:mambench-{item}-{part}:none:none:none:none:none"
+    named = "" if chosen.get("nameless") else named
     fixed = (
         f'"{number}","4242","python3.12","127.0.0.1","",'
-        f'"0:<default domain>:mambench-{item}-{part}:none:none:none:none:none",'
+        f'"{named}",'
         f'"{name}","1","7","(128, 1, 1)","(64, 1, 1)","0","9.0","Command line profiler metrics",'
     )
     return [

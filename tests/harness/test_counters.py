@@ -182,6 +182,60 @@ def test_several_passes_are_in_the_record(fake):
     assert count(CASES[:1], REQUEST)[FIRST].details["passes"] == 3
 
 
+def long_first(case: Case) -> int:
+    return 80_000 if case.case_id == FIRST else 3
+
+
+@pytest.mark.parametrize("chosen", [{}, {"nameless": True}, {"again": True}])
+def test_a_case_of_many_launches_is_counted_as_one_range(fake, chosen):
+    fake(**chosen)
+    cases = CASES[:1] if "nameless" in chosen else CASES
+    found = count(cases, REQUEST, launches=long_first)
+    assert [found[c.case_id].outcome for c in cases] == [Outcome.OK] * len(cases)
+    assert list(found)[-1] == FIRST  # after those that are counted launch by launch
+    assert found[FIRST].values["dram_bytes"] == 4750  # as the launches one by one
+    assert found[FIRST].method == "ncu-app-range"
+    details = found[FIRST].details
+    assert (details["launches"], details["passes"]) == (None, 1)
+    assert [kernel["name"] for kernel in details["kernels"]] == [counters_batch.ALL_LAUNCHES]
+    assert details["proof"]["known_bytes"] == details["proof"]["dram_write_bytes"] == 100_000
+    if SECOND in found:
+        assert found[SECOND].method == "ncu-kernel-replay"
+        assert found[SECOND].details["launches"] == 2
+
+
+@pytest.mark.parametrize("factor", [0.95, 1.05])
+def test_ranges_that_count_known_bytes_wrongly_are_not_believed(fake, factor):
+    fake(known=factor)
+    found = count(CASES, REQUEST, launches=long_first)
+    assert outcomes(found) == [Outcome.UNAVAILABLE, Outcome.OK, Outcome.OK]
+    assert "of a copy of 100,000 bytes" in (found[FIRST].reason or "")
+    assert found[FIRST].values == {}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "reason"),
+    [
+        ({"ranges": True}, "Range replay is not supported here"),
+        ({"faults": {"known": "crash"}}, "died in phase 'count'"),
+        ({"faults": {"known": "raise"}}, "ValueError: planted"),
+        ({"faults": {"known": "unseen"}}, "no kernel in the case's range"),
+    ],
+)
+def test_where_ranges_cannot_be_counted_it_says_why_and_the_others_are(fake, chosen, reason):
+    fake(**chosen)
+    found = count(CASES, REQUEST, launches=long_first)
+    assert outcomes(found) == [Outcome.UNAVAILABLE, Outcome.OK, Outcome.OK]
+    assert reason in (found[FIRST].reason or "")
+
+
+@pytest.mark.parametrize("lose", [True, False])
+def test_a_crash_within_a_range_loses_no_other_case(fake, lose):
+    fake(faults={SECOND: "crash"}, lose=lose)
+    found = count(CASES, REQUEST, launches=lambda case: 80_000)
+    assert outcomes(found) == [Outcome.OK, Outcome.CRASHED, Outcome.OK]
+
+
 def test_too_many_launches_are_skipped_before_anything_starts(fake):
     found = count(CASES[:2], REQUEST, launches=lambda c: 10**6 if c.case_id == FIRST else 3)
     assert [found[name].outcome for name in (FIRST, SECOND)] == [Outcome.SKIPPED, Outcome.OK]
@@ -205,6 +259,7 @@ def test_copies_are_counted_by_their_size(fake):
 def test_what_will_be_skipped_costs_nothing():
     assert counters.estimate_s(10**6) == 0
     assert 0 < counters.estimate_s(5) < counters.estimate_s(500)
+    assert counters.estimate_s(80_000) < counters.estimate_s(1_000)  # as one range
 
 
 def test_what_was_written_can_be_kept(fake, tmp_path: Path):

@@ -31,6 +31,8 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     taken: list[str] = []
 
     class Buffer:
+        l2_bytes = 1 << 20
+
         def read(self) -> None:
             taken.append("read")
 
@@ -56,7 +58,9 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return taken
 
 
-def run(tmp_path: Path, *items: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+def run(
+    tmp_path: Path, *items: dict[str, Any], ranges: bool = False
+) -> tuple[int, list[dict[str, Any]]]:
     request, report = tmp_path / "request.json", tmp_path / "report.jsonl"
     device = {
         "kind": "cpu",
@@ -72,6 +76,7 @@ def run(tmp_path: Path, *items: dict[str, Any]) -> tuple[int, list[dict[str, Any
         "plugins": [str(PLUGIN)],
         "sys_path": [],
         "items": list(items),
+        "ranges": ranges,
     }
     request.write_text(json.dumps(values))
     status = counters_child.main([str(request), str(report)])
@@ -89,6 +94,37 @@ def test_one_execution_lies_in_the_range_between_two_readings_of_the_buffer(tmp_
     ]
     assert [m["event"] for m in told] == ["start", "ready", "begin", *["phase"] * 3, "end"]
     assert told[-1]["outcome"] == "ok"
+
+
+def test_a_range_lies_between_the_profiler_s_start_and_stop(tmp_path, notes, monkeypatch):
+    for name in ("start", "stop"):
+        monkeypatch.setattr(torch.cuda.profiler, name, lambda name=name: notes.append(name))
+    _, told = run(tmp_path, {"id": "abc", "case": case("good").to_dict()}, ranges=True)
+    assert notes[10:] == [
+        *("execute", "read"),  # warmed up once: it is long
+        *("start run", "start", "execute", "stop", "end run"),
+        *("start drain", "start", "read", "stop", "end drain"),
+    ]
+    names = [m["name"] for m in told if m["event"] == "range"]
+    assert names == [
+        f"mambench-{id}-{part}" for id in ("prime", "abc") for part in ("run", "drain")
+    ]
+    assert next(m for m in told if m["event"] == "ready")["known_bytes"] == 5 << 20
+
+
+def test_the_known_copy_copies_everything_in_many_launches(monkeypatch):
+    tensors: list[torch.Tensor] = []
+    ones, like = torch.ones, torch.empty_like
+    monkeypatch.setattr(torch, "ones", lambda count, **_: tensors.append(ones(count)) or tensors[0])
+    monkeypatch.setattr(torch, "empty_like", lambda t: tensors.append(like(t)) or tensors[1])
+    copy = counters_child._probe({"id": "known", "known": True}, 1 << 16)
+    calls: list[int] = []
+    add = torch.add
+    monkeypatch.setattr(torch, "add", lambda *a, **k: (calls.append(1), add(*a, **k))[1])
+    copy()
+    assert len(calls) == counters_child.KNOWN_LAUNCHES
+    assert tensors[1].numel() * 4 == 5 << 16
+    assert (tensors[1] == 2).all()
 
 
 def test_a_case_that_raises_is_reported_and_the_next_goes_on(tmp_path, notes):
