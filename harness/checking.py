@@ -144,6 +144,7 @@ def _checked(request: Request, path: Path, progress: Progress) -> CheckReport:
             evidence.base, evidence.again or evidence.base, evidence.stages.screening
         )
         rate = noise.alarm_rate(aa, list(evidence.head.cases.values()), request.rule)
+        assessment = _annotated(assessment, evidence)
         told = _explained(assessment, evidence, plan, request, base_ref=wanted.base)
         return CheckReport(
             title=_title(request),
@@ -191,6 +192,19 @@ def _facts(plan: Plan, stages: Stages, rule: Rule, wall_s: float) -> dict[str, s
         "rounds": f"{rounds} fresh processes a side{again}",
         "took": duration(wall_s),
     }
+
+
+def _annotated(assessment: Assessment, evidence: Evidence) -> Assessment:
+    """Say which cases run under another tuning configuration, whatever their verdicts are."""
+    base, head = evidence.base, evidence.head
+    cases = [case for case in head.cases.values() if case.case_id in base.cases]
+    changed = {c.label: found for c in cases if (found := explain.tuning(c, base, head))}
+    if not changed:
+        return assessment
+    name, lines = next(iter(changed.items()))
+    more = f", and of {len(changed) - 1} other cases" if len(changed) > 1 else ""
+    note = f"the tuning configuration changed: {name}: {'; '.join(lines[:3])}{more}"
+    return replace(assessment, notes=(*assessment.notes, note))
 
 
 def _explained(

@@ -18,6 +18,8 @@ _TELLING = re.compile(
     r"|executions_per_sample|threads|not_captured|binary|hash",
     re.IGNORECASE,
 )
+# Of these, what a tuner chooses.
+_TUNING = re.compile(r"config|tuning|tuned|warps|stages|constants", re.IGNORECASE)
 _NOISY = re.compile(r"duration|elapsed|time|_s$|samples|\bshare\b|frac|started|ended")
 _CLOCKS = {
     "sm_clock_hz": "SM clock",
@@ -42,6 +44,12 @@ def differences(case: Case, base: Rounds, head: Rounds) -> tuple[str, ...]:
             f"and {len(found) - MAX_NOTES} more differences in the records",
         ]
     return tuple(found)
+
+
+def tuning(case: Case, base: Rounds, head: Rounds) -> tuple[str, ...]:
+    """Return how the tuning configurations of the sides differ."""
+    before, after = base.observations(case), head.observations(case)
+    return tuple(line for line in _details(before, after) if _TUNING.search(line.split(":")[0]))
 
 
 def environments(base: Mapping[str, Any], head: Mapping[str, Any]) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from mambench.harness.rule import Rule
 from mambench.harness.sides import Side, Wanted
 from mambench.harness.spec import Settings
 from mambench.harness.store import RunFolder
-from mambench.harness.verdict import Kind
+from mambench.harness.verdict import Assessment, Kind
 
 CPU = machine.cpu()
 SETTINGS = Settings()
@@ -252,6 +252,10 @@ def test_a_kernel_of_another_configuration_is_named():
 
     base, head = [*side(ALL), launches(4, 128)], [*side(ALL, seed=1), launches(8, 168)]
     found = evidence(base, head)
+    (note,) = checking._annotated(Assessment(points=()), found).notes
+    assert CASES[0].label in note
+    assert note.endswith("launches.triton_kernels._scan.warps: 4 -> 8")
+    assert checking._annotated(Assessment(points=()), evidence(base, base)).notes == ()
     assert explain.differences(CASES[0], found.base, found.head) == (
         "launches.triton_kernels._scan.registers: 128 -> 168",
         "launches.triton_kernels._scan.shared_bytes: 1024 -> 1344",
