@@ -63,17 +63,18 @@ def selective_scan(
         )
     B = B.unsqueeze(1) if B.dim() == 3 else B
     C = C.unsqueeze(1) if C.dim() == 3 else C
-    check_arguments(u, delta, A, B, C, D, z, delta_bias)
-    if (reason := supported(d_state=A.shape[1], dtype=u.dtype)) is not None:
-        raise TypeError(reason)
     tensors = (u, delta, A, B, C, D, z, delta_bias)
-    if is_traced():
+    traced, graph = is_traced(), needs_gradient(tensors)
+    if traced or graph:  # else an eager call's first of a kind does
+        check_arguments(*tensors)
+        if (reason := supported(d_state=A.shape[1], dtype=u.dtype)) is not None:
+            raise TypeError(reason)
+    if traced:
         out, last = _traced(tensors, (delta_softplus,))
-    elif needs_gradient(tensors):
+    elif graph:
         out, last = _SelectiveScan.apply(delta_softplus, *tensors)
     else:  # without the cost of a graph node, and without states for a backward
-        with torch.cuda.device_of(u):
-            out, last, _ = scan_forward(*tensors, delta_softplus)
+        out, last, _ = scan_forward(*tensors, delta_softplus)
     return (out, last) if return_last_state else out
 
 
@@ -99,8 +100,7 @@ def _forward(tensors: Tensors, options: Options, keep: bool) -> Results:
     """Return out, the last state and, if `keep`, the states that the backward starts from."""
     u, A = tensors[0], tensors[2]
     every = _checkpoint_every(u, A) if keep else None
-    with torch.cuda.device_of(u):
-        out, last, kept = scan_forward(*tensors, *options, checkpoint_every=every)
+    out, last, kept = scan_forward(*tensors, *options, checkpoint_every=every)
     return out, last, last.new_empty(0) if kept is None else kept
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import triton
 
+from mambench.kernels.prepared import Calls, Recording
+from mambench.kernels.s6.arguments import check_arguments
 from mambench.kernels.s6.hopper_kernel import scan_forward_kernel
 from mambench.kernels.s6.hopper_serial import serial_scan_kernel
 
@@ -141,81 +143,68 @@ def scan_forward(
     delta_bias (D,) fp32; G divides the channels. Returns out (B, D, L) in the inputs' dtype, the
     last state (B, D, N) fp32, and, with checkpoint_every = K (a multiple of 16), the fp32 states
     (B, ceil(L / K), D, N) before the steps 0, K, 2 K, ... Without a config `choose` takes one.
-    Raises ValueError for what `supported` refuses.
+    Raises ValueError and TypeError for what `check_arguments` and `supported` refuse.
     """
-    batch, d_inner, seqlen = u.shape
-    ngroups, d_state = B.shape[1], B.shape[2]
-    config = config or choose(
-        batch=batch, d_inner=d_inner, d_state=d_state, checkpoint_every=checkpoint_every,
-        multiprocessors=_multiprocessors(u.device),
-    )  # fmt: skip
-    reason = supported(d_state=d_state, dtype=u.dtype)
-    grain = config.tile if isinstance(config, SerialConfig) else RUN
-    if reason is None and checkpoint_every is not None and checkpoint_every % grain:
-        reason = f"checkpoint_every {checkpoint_every} is not a multiple of {grain}"
+    tensors = (u, delta, A, B, C, D, z, delta_bias)
+    return _calls(tensors, (delta_softplus, checkpoint_every, config))  # pyright: ignore
+
+
+def _ready(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Check the arguments; return them contiguous, the parameters in fp32."""
+    check_arguments(*tensors)
+    u, delta, A, B, C, D, z, delta_bias = tensors
+    reason = supported(d_state=A.shape[1], dtype=u.dtype)
     if reason is not None:
-        raise ValueError(reason)
+        raise TypeError(reason)
     u, delta, B, C = (t.contiguous() for t in (u, delta, B, C))
     z = None if z is None else z.contiguous()
     A, D, delta_bias = (
         None if t is None else t.to(torch.float32).contiguous() for t in (A, D, delta_bias)
     )
-    out = torch.empty_like(u)
-    last_state = torch.empty(batch, d_inner, d_state, dtype=torch.float32, device=u.device)
-    checkpoints, n_checkpoints = None, 0
-    if checkpoint_every is not None:
-        n_checkpoints = triton.cdiv(seqlen, checkpoint_every)
-        checkpoints = last_state.new_empty(batch, n_checkpoints, d_inner, d_state)
-    if out.numel() == 0:
-        return out, last_state.zero_(), checkpoints
-    unit = row_unit(seqlen, (u, delta, B, C, out) if z is None else (u, delta, B, C, z, out))
-    blocks_per_group = -(-(d_inner // ngroups) // config.block)  # Triton's cdiv takes longer
-    sizes = (seqlen // unit, d_inner, ngroups)
-    if isinstance(config, Config):
-        sizes = (*sizes, d_state)
-    _launch(
-        (batch * ngroups * blocks_per_group, 1, 1),
-        (u, delta, A, B, C, D, z, delta_bias, out, last_state, checkpoints),
-        (*sizes, blocks_per_group, n_checkpoints),
-        {
-            "d_inner": d_inner, "ngroups": ngroups, "d_state": d_state, "dtype": u.dtype,
-            "unit": unit, "has_D": D is not None, "has_z": z is not None,
-            "has_bias": delta_bias is not None, "softplus": delta_softplus,
-            "checkpoint_every": checkpoint_every, "config": config,
-        },
+    return u, delta, A, B, C, D, z, delta_bias
+
+
+def _run(recording: Recording, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+    """Launch the kernel of the configuration given or chosen."""
+    u, delta, _, B, C, D, z, delta_bias = tensors
+    softplus, every, config = options
+    batch, d_inner, seqlen = u.shape
+    ngroups, d_state = B.shape[1], B.shape[2]
+    config = config or choose(
+        batch=batch, d_inner=d_inner, d_state=d_state, checkpoint_every=every,
+        multiprocessors=_multiprocessors(u.device),
     )  # fmt: skip
+    serial = isinstance(config, SerialConfig)
+    grain = config.tile if serial else RUN
+    if every is not None and every % grain:
+        raise ValueError(f"checkpoint_every {every} is not a multiple of {grain}")
+    out = recording.output((batch, d_inner, seqlen), u.dtype, u.device)
+    last_state = recording.output((batch, d_inner, d_state), torch.float32, u.device)
+    checkpoints, n_checkpoints = None, 0
+    if every is not None:
+        n_checkpoints = triton.cdiv(seqlen, every)
+        shape = (batch, n_checkpoints, d_inner, d_state)
+        checkpoints = recording.output(shape, torch.float32, u.device)
+    unit = row_unit(seqlen, (u, delta, B, C, out) if z is None else (u, delta, B, C, z, out))
+    blocks_per_group = triton.cdiv(d_inner // ngroups, config.block)
+    sizes = (seqlen // unit, d_inner, ngroups, *(() if serial else (d_state,)))
+    constants = specialisation(
+        d_inner=d_inner, ngroups=ngroups, d_state=d_state, dtype=u.dtype, unit=unit,
+        has_D=D is not None, has_z=z is not None, has_bias=delta_bias is not None,
+        softplus=softplus, checkpoint_every=every, config=config,
+    )  # fmt: skip
+    recording.launch(
+        serial_scan_kernel if serial else scan_forward_kernel,
+        (batch * ngroups * blocks_per_group, 1, 1),
+        (*tensors, out, last_state, checkpoints, *sizes, blocks_per_group, n_checkpoints),
+        constants,
+        num_warps=config.warps,
+        maxnreg=config.registers,
+    )
     return out, last_state, checkpoints
 
 
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[int | bool, ...]]] = {}
-
-
-def _launch(
-    grid: tuple[int, int, int],
-    pointers: tuple[torch.Tensor | None, ...],
-    sizes: tuple[int, ...],
-    problem: dict[str, Any],
-) -> None:
-    """Launch the configuration's kernel; past the first time around Triton's argument binding.
-
-    Binding some forty arguments takes Triton longer than the kernel takes at short lengths. What
-    it would find out is in the key here, with the alignment of pointers, which must be 16 bytes.
-    """
-    config = problem["config"]
-    aligned = all(t is None or t.data_ptr() % 16 == 0 for t in pointers)
-    key = (torch.cuda.current_device(), *problem.values())
-    found = _compiled.get(key) if aligned else None
-    if found is not None:
-        kernel, constants = found
-        kernel[grid](*pointers, *sizes, *constants)
-        return
-    constants = specialisation(**problem)
-    function = serial_scan_kernel if isinstance(config, SerialConfig) else scan_forward_kernel
-    options = {"num_warps": config.warps, "maxnreg": config.registers}
-    kernel = function[grid](*pointers, *sizes, **constants, **options)
-    if aligned and kernel is not None:  # None where a launch is only recorded
-        last = function.arg_names[-len(constants) :]
-        _compiled[key] = kernel, tuple(constants[name] for name in last)
+_calls = Calls(_run, _ready)
 
 
 def row_unit(seqlen: int, tensors: tuple[torch.Tensor, ...]) -> int:

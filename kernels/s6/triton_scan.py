@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mambench.kernels.prepared import Calls, Recording
 from mambench.kernels.registered import (
     Operation,
     Options,
@@ -71,17 +72,23 @@ def selective_scan(
     """
     B = B.unsqueeze(1) if B.dim() == 3 else B
     C = C.unsqueeze(1) if C.dim() == 3 else C
-    check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if u.dtype not in _DTYPES:
-        raise TypeError(f"u: expected float32, float16 or bfloat16, got {u.dtype}")
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if is_traced():
+    traced, graph = is_traced(), needs_gradient(tensors)
+    if traced or graph:  # else an eager call's first of a kind does
+        _check(tensors)
+    if traced:
         out, last = _traced(tensors, (delta_softplus,))
-    elif needs_gradient(tensors):
+    elif graph:
         out, last = _SelectiveScan.apply(delta_softplus, *tensors)
     else:  # without the cost of a graph node, and without states for a backward
-        out, last, _ = scan_forward(_Inputs.of(tensors, delta_softplus), keep=False)
+        out, last, _ = _calls(tensors, (delta_softplus, False))
     return (out, last) if return_last_state else out
+
+
+def _check(tensors: Tensors) -> None:
+    check_arguments(*tensors)
+    if tensors[0].dtype not in _DTYPES:
+        raise TypeError(f"u: expected float32, float16 or bfloat16, got {tensors[0].dtype}")
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -89,7 +96,7 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, delta_softplus: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, last, kept = scan_forward(_Inputs.of(tensors, delta_softplus), keep=True)
+        out, last, kept = _calls(tensors, (delta_softplus, True))
         ctx.save_for_backward(kept, *tensors)
         ctx.delta_softplus = delta_softplus
         ctx.set_materialize_grads(False)
@@ -127,7 +134,7 @@ class _Inputs:
         initial: Tensor | None = None,
     ) -> None:
         self.original = (u, delta, A, B, C, D, z, bias)
-        self.initial = initial
+        self.initial = None if initial is None else initial.float().contiguous()
         self.u = _time_contiguous(u)
         self.delta = _time_contiguous(delta)
         self.B = _time_contiguous(B)
@@ -170,7 +177,7 @@ class _Inputs:
 
 
 def scan_forward(
-    inputs: _Inputs, *, keep: bool, config: Config | None = None
+    recording: Recording, inputs: _Inputs, *, keep: bool, config: Config | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run the forward; with `keep` also return the states before every chunk (B, chunks, D, N)."""
     u, d_inner, d_state = inputs.u, inputs.sizes["d_inner"], inputs.sizes["d_state"]
@@ -181,44 +188,73 @@ def scan_forward(
         "N": padded_states(d_state),
         "TILE": cut.config.tile,
         "BLOCK": cut.config.block,
-        "num_warps": cut.config.warps,
-        "num_stages": 1,
     }
-    out = torch.empty((batch, d_inner, seqlen), dtype=u.dtype, device=u.device)
-    last = _fp32(u, batch, d_inner, d_state)
-    kept = _fp32(u, batch, -(-seqlen // cut.chunk), d_inner, d_state) if keep else None
-    initial = inputs.initial
-    start = None if initial is None else initial.float().contiguous()  # of the only segment
+    options = {"num_warps": cut.config.warps, "num_stages": 1}
+    fp32, device = torch.float32, u.device
+    out = recording.output((batch, d_inner, seqlen), u.dtype, device)
+    last = recording.output((batch, d_inner, d_state), fp32, device)
+    every = (batch, -(-seqlen // cut.chunk), d_inner, d_state)
+    kept = recording.output(every, fp32, device) if keep else None
+    start = inputs.initial  # of the only segment
     place = (seqlen, d_inner, ngroups, cut.segment, cut.segments, cut.blocks)
-    with _on(u):
-        if cut.segments > 1:
-            end, total = _segment_buffers(inputs, cut)
-            triton_forward.segment_end[(batch * (cut.segments - 1) * cut.blocks,)](
+    if cut.segments > 1:
+        end, total = _segment_buffers(recording, inputs, cut)
+        recording.launch(
+            triton_forward.segment_end,
+            (batch * (cut.segments - 1) * cut.blocks,),
+            (
                 *(inputs.u, inputs.delta, inputs.A, inputs.B, inputs.bias, end, total),
                 *place,
                 *inputs.strides("u", "delta", "B"),
-                **tile,
-                **inputs.flags(),
-            )
-            start = torch.empty_like(end)
-            if initial is not None:
-                start[:, 0].copy_(initial)
-            _combine_segments(inputs, cut, end, total, start, reverse=False)
-        triton_forward.scan_forward[(batch * cut.segments * cut.blocks,)](
+            ),
+            tile | inputs.flags(),
+            **options,
+        )
+        start = recording.scratch(end.shape, fp32, device)
+        if inputs.initial is not None:
+            recording.refuse()
+            start[:, 0].copy_(inputs.initial)
+        _combine_segments(recording, inputs, cut, end, total, start, reverse=False)
+    recording.launch(
+        triton_forward.scan_forward,
+        (batch * cut.segments * cut.blocks,),
+        (
             *(inputs.u, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z),
             *(inputs.bias, start, out, last, kept),
             *place,
             *inputs.strides("u", "delta", "z", "B", "C"),
-            **tile,
-            **inputs.flags(),
-            CHUNK=cut.chunk,
-            HAS_D=inputs.D is not None,
-            HAS_Z=inputs.z is not None,
-            SEGMENTED=cut.segments > 1,
-            HAS_FIRST=initial is not None,
-            KEEP=keep,
-        )
+        ),
+        tile
+        | inputs.flags()
+        | {
+            "CHUNK": cut.chunk,
+            "HAS_D": inputs.D is not None,
+            "HAS_Z": inputs.z is not None,
+            "SEGMENTED": cut.segments > 1,
+            "HAS_FIRST": inputs.initial is not None,
+            "KEEP": keep,
+        },
+        **options,
+    )
     return out, last, kept
+
+
+def _run(recording: Recording, tensors: Tensors, options: Options) -> Any:
+    softplus, keep = options
+    return scan_forward(recording, _Inputs.of(tensors, softplus), keep=keep)
+
+
+def _ready(tensors: Tensors, options: Options) -> Tensors:
+    """Check the arguments; return them with time contiguous and the parameters in fp32."""
+    _check(tensors)
+    inputs = _Inputs.of(tensors, options[0])
+    return (
+        *(inputs.u, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.bias),
+        inputs.initial,
+    )
+
+
+_calls = Calls(_run, _ready)
 
 
 def scan_backward(
@@ -296,7 +332,8 @@ def _adjoint_at_segment_ends(
     blocks = inputs.sizes["ngroups"] * triton.cdiv(
         inputs.sizes["d_inner"] // inputs.sizes["ngroups"], config.block
     )
-    end, total = _segment_buffers(inputs, cut)
+    plain = Recording(None)
+    end, total = _segment_buffers(plain, inputs, cut)
     start = torch.empty_like(end)
     if dlast is None:
         start[:, -1].zero_()
@@ -318,33 +355,44 @@ def _adjoint_at_segment_ends(
             num_warps=config.warps,
             num_stages=1,
         )
-    _combine_segments(inputs, cut, end, total, start, reverse=True)
+        _combine_segments(plain, inputs, cut, end, total, start, reverse=True)
     return start
 
 
-def _segment_buffers(inputs: _Inputs, cut: Cut) -> tuple[Tensor, Tensor]:
+def _segment_buffers(recording: Recording, inputs: _Inputs, cut: Cut) -> tuple[Tensor, Tensor]:
     """Allocate the segments' end states (B, segments, D, N) and sums of dt (B, segments, D)."""
     batch, d_inner = inputs.u.shape[:2]
-    end = _fp32(inputs.u, batch, cut.segments, d_inner, inputs.sizes["d_state"])
-    return end, _fp32(inputs.u, batch, cut.segments, d_inner)
+    sums, device = (batch, cut.segments, d_inner), inputs.u.device
+    end = recording.scratch((*sums, inputs.sizes["d_state"]), torch.float32, device)
+    return end, recording.scratch(sums, torch.float32, device)
 
 
 def _combine_segments(
-    inputs: _Inputs, cut: Cut, end: Tensor, total: Tensor, start: Tensor, *, reverse: bool
+    recording: Recording,
+    inputs: _Inputs,
+    cut: Cut,
+    end: Tensor,
+    total: Tensor,
+    start: Tensor,
+    *,
+    reverse: bool,
 ) -> None:
     d_inner, d_state = inputs.A.shape
     block = 128
-    with _on(end):
-        triton_forward.segment_start[(end.shape[0] * triton.cdiv(d_inner * d_state, block),)](
-            *(inputs.A, end, total, start, d_inner, cut.segments),
-            REVERSE=reverse,
-            HAS_FIRST=not reverse and inputs.initial is not None,
-            N_TRUE=d_state,
-            TILE=8,
-            BLOCK=block,
-            num_warps=4,
-            num_stages=1,
-        )
+    recording.launch(
+        triton_forward.segment_start,
+        (end.shape[0] * triton.cdiv(d_inner * d_state, block),),
+        (inputs.A, end, total, start, d_inner, cut.segments),
+        {
+            "REVERSE": reverse,
+            "HAS_FIRST": not reverse and inputs.initial is not None,
+            "N_TRUE": d_state,
+            "TILE": 8,
+            "BLOCK": block,
+        },
+        num_warps=4,
+        num_stages=1,
+    )
 
 
 def _on(tensor: Tensor) -> Any:
@@ -365,7 +413,9 @@ def _summed(parts: Tensor | None) -> Tensor | None:
 
 
 def _traced_forward(tensors: Tensors, options: Options, keep: bool) -> Results:
-    out, last, kept = scan_forward(_Inputs.of(tensors, options[0]), keep=keep)
+    out, last, kept = _calls(tensors, (options[0], keep))
+    assert out is not None
+    assert last is not None
     return out, last, _fp32(out, 0) if kept is None else kept
 
 

@@ -6,6 +6,8 @@ CHUNK = 64  # tokens, Q
 CHANNELS = 64  # of one head that one consumer holds
 _FILLED_FRAC = 0.9  # of the multiprocessors, by one wave
 _WHOLE_CHUNKS = 8
+MOST_COMBINED = 16  # segments whose contributions the scan adds up by itself
+_LEAST_CHUNKS = 2  # of a segment: the states of shorter ones would take more memory than the output
 MAX_HEADDIM = 128
 MAX_D_STATE = 128  # at 256 the scan spills registers
 
@@ -40,8 +42,8 @@ def chunks_per_segment(
     blocks = batch * ngroups * pairs(nheads // ngroups, headdim)
     segments = multiprocessors // blocks
     if segments * blocks >= _FILLED_FRAC * multiprocessors:
-        return -(-nchunks // min(segments, nchunks))
-    return segment_chunks(nchunks, blocks, multiprocessors)
+        return max(_LEAST_CHUNKS, -(-nchunks // segments))
+    return max(_LEAST_CHUNKS, segment_chunks(nchunks, blocks, multiprocessors))
 
 
 def workspace_bytes(
@@ -49,11 +51,12 @@ def workspace_bytes(
 ) -> int:
     """Return what a forward pass allocates beside inputs and outputs, on 132 multiprocessors.
 
-    Running sums of the log-decay, scores of every chunk and group, and states between segments.
+    Running sums of the log-decay, scores of every chunk and group, and states between segments;
+    of fp16, whose scores and states take twice the bytes of bf16.
     """
     nchunks = -(-seqlen // CHUNK)
     sums = 2 * 4 * batch * nheads * nchunks * CHUNK
-    scores = 4 * batch * ngroups * nchunks * CHUNK * CHUNK  # fp16's; those of bf16 are half
+    scores = 4 * batch * ngroups * nchunks * CHUNK * CHUNK
     per_segment = chunks_per_segment(
         batch=batch, seqlen=seqlen, nheads=nheads, headdim=headdim, ngroups=ngroups,
         multiprocessors=132,

@@ -109,9 +109,39 @@ def state_tile(
 
 
 @gluon.jit
+def entering_state(
+    before, head, segment, nsegments, tile, mask,
+    SIZE: gl.constexpr, COMBINE: gl.constexpr, STATE: gl.constexpr,
+):  # fmt: skip
+    """Load what enters a segment, or add it up from what the segments before it contribute."""
+    entry, decay, start = before
+    if COMBINE:
+        if start is None:
+            state = gl.full(tile.shape, 0.0, gl.float32, layout=STATE)
+        else:
+            state = gl.load(start + head * SIZE + tile, mask=mask, other=0.0).to(gl.float32)
+        slots = entry + head * (nsegments - 1) * SIZE + tile
+        decays = decay + head * nsegments + gl.arange(0, 1, layout=gl.SliceLayout(1, STATE))
+        # The next segment's loads are in flight while this one's are used.
+        own = gl.load(slots, mask=mask & (segment > 0), other=0.0)
+        log_decay = gl.load(decays)
+        for k in range(0, segment):
+            following = gl.minimum(k + 1, segment - 1)
+            next_own = gl.load(slots + following * SIZE, mask=mask, other=0.0)
+            next_decay = gl.load(decays + following)
+            state = state * gl.exp2(log_decay)[:, None] + own.to(gl.float32)
+            own = next_own
+            log_decay = next_decay
+    else:
+        slot = head * nsegments + segment
+        state = gl.load(entry + slot * SIZE + tile, mask=mask, other=0.0).to(gl.float32)
+    return state
+
+
+@gluon.jit
 def _state_consumer(
     which: gl.constexpr, tiles, work,
-    PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
     xs, Bs, cums, full, empty = tiles
     end, decay, b, pair, segment, _first, count, nsegments, sizes = work
@@ -135,7 +165,8 @@ def _state_consumer(
         state = warpgroup_mma_wait(0, deps=(state,))
         mbarrier.arrive(empty.index(stage), count=1)
     head = b.to(gl.int64) * nheads + h
-    offsets, mask = state_tile(head * nsegments + segment + 1, channel, P, N, BLOCK_N, STATE)
+    slot = head * (nsegments - 1 + FIRST) + segment + FIRST
+    offsets, mask = state_tile(slot, channel, P, N, BLOCK_N, STATE)
     gl.store(end + offsets, state, mask=mask)
     one = gl.arange(0, 1, layout=scalar)
     gl.store(decay + head * nsegments + segment + one, log_decay, mask=one + channel == 0)
@@ -145,22 +176,25 @@ def _state_consumer(
 def _state_consumer_0(
     tiles, sources, work,
     PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    FIRST: gl.constexpr,
 ):  # fmt: skip
-    _state_consumer(0, tiles, work, PDL, P, N, STAGES)
+    _state_consumer(0, tiles, work, P, N, STAGES, FIRST)
 
 
 @gluon.jit
 def _state_consumer_1(
     tiles, sources, work,
     PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    FIRST: gl.constexpr,
 ):  # fmt: skip
-    _state_consumer(1, tiles, work, PDL, P, N, STAGES)
+    _state_consumer(1, tiles, work, P, N, STAGES, FIRST)
 
 
 @gluon.jit
 def _state_producer(
     tiles, sources, work,
     PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    FIRST: gl.constexpr,
 ):  # fmt: skip
     xs, Bs, cums, full, empty = tiles
     x_desc, B_desc, cum_desc, cumj_desc = sources
@@ -193,11 +227,12 @@ def state_kernel(
     x_desc, B_desc, cum_desc, cumj_desc, end, decay,
     nchunks, segment_chunks, nsegments, nheads, pairs_per_group, heads_per_group,
     PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
     """Each segment's own end state, into the slot of the next segment, and its log2 decay.
 
-    Grid (segments - 1, pairs of consumers, B). end (B, H, segments, P, N), decay (B, H, segments).
+    Grid (segments - 1, pairs of consumers, B). end (B, H, segments, P, N), or without the slot of
+    the first segment (FIRST = 0); decay (B, H, segments).
     """
     let_next_launch(PDL)
     segment = gl.program_id(0)
@@ -215,9 +250,9 @@ def state_kernel(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_state_consumer_0, (tiles, sources, work, PDL, P, N, STAGES)),
-            (_state_consumer_1, (tiles, sources, work, PDL, P, N, STAGES)),
-            (_state_producer, (tiles, sources, work, PDL, P, N, STAGES)),
+            (_state_consumer_0, (tiles, sources, work, PDL, P, N, STAGES, FIRST)),
+            (_state_consumer_1, (tiles, sources, work, PDL, P, N, STAGES, FIRST)),
+            (_state_producer, (tiles, sources, work, PDL, P, N, STAGES, FIRST)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -228,12 +263,12 @@ def state_kernel(
 def _scan_consumer(
     which: gl.constexpr, tiles, sources, work,
     PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr,
+    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr, COMBINE: gl.constexpr,
     STORE_FINAL: gl.constexpr, SCORES: gl.constexpr,
 ):  # fmt: skip
     xs, zs, Bs, Cs, scores_ring, cums, all_weights, outs, full, empty = tiles
     out_desc = sources[0]
-    D_ptr, entry, final, b, pair, segment, first, count, nsegments, sizes = work
+    D_ptr, before, final, b, pair, segment, first, count, nsegments, sizes = work
     nheads, pairs_per_group, heads_per_group = sizes
     dtype: gl.constexpr = Bs.dtype
     BLOCK_N: gl.constexpr = Bs.shape[2]
@@ -251,8 +286,10 @@ def _scan_consumer(
         skip = gl.load(D_ptr + h * P + p, mask=p < P, other=0.0).to(gl.float32)[:, None]
     if HAS_ENTRY:
         wait_for_launch_before(PDL)
-        offsets, mask = state_tile(head * nsegments + segment, channel, P, N, BLOCK_N, STATE)
-        state = gl.load(entry + offsets, mask=mask, other=0.0).to(gl.float32)
+        tile, mask = state_tile(0, channel, P, N, BLOCK_N, STATE)
+        state = entering_state(
+            before, head, segment, nsegments, tile, mask, P * N, COMBINE, STATE
+        )  # fmt: skip
     else:
         state = gl.full([_P, BLOCK_N], 0.0, gl.float32, layout=STATE)
     for c in range(0, count):
@@ -313,36 +350,38 @@ def _scan_consumer(
 def _scan_consumer_0(
     tiles, sources, work,
     PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr,
+    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr, COMBINE: gl.constexpr,
     STORE_FINAL: gl.constexpr, SCORES: gl.constexpr,
 ):  # fmt: skip
     _scan_consumer(
-        0, tiles, sources, work, PDL, P, N, STAGES, D_DIMS, HAS_Z, HAS_ENTRY, STORE_FINAL, SCORES
-    )
+        0, tiles, sources, work, PDL, P, N, STAGES, D_DIMS, HAS_Z, HAS_ENTRY, COMBINE,
+        STORE_FINAL, SCORES,
+    )  # fmt: skip
 
 
 @gluon.jit
 def _scan_consumer_1(
     tiles, sources, work,
     PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr,
+    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr, COMBINE: gl.constexpr,
     STORE_FINAL: gl.constexpr, SCORES: gl.constexpr,
 ):  # fmt: skip
     _scan_consumer(
-        1, tiles, sources, work, PDL, P, N, STAGES, D_DIMS, HAS_Z, HAS_ENTRY, STORE_FINAL, SCORES
-    )
+        1, tiles, sources, work, PDL, P, N, STAGES, D_DIMS, HAS_Z, HAS_ENTRY, COMBINE,
+        STORE_FINAL, SCORES,
+    )  # fmt: skip
 
 
 @gluon.jit
 def _scan_producer(
     tiles, sources, work,
     PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr,
+    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr, COMBINE: gl.constexpr,
     STORE_FINAL: gl.constexpr, SCORES: gl.constexpr,
 ):  # fmt: skip
     xs, zs, Bs, Cs, scores_ring, cums, _all_weights, _outs, full, empty = tiles
     _out_desc, x_desc, z_desc, B_desc, C_desc, scores_desc, cum_desc, cumj_desc, nchunks = sources
-    _D_ptr, _entry, _final, b, pair, _segment, first, count, _nsegments, sizes = work
+    _D_ptr, _before, _final, b, pair, _segment, first, count, _nsegments, sizes = work
     nheads, pairs_per_group, heads_per_group = sizes
     group = pair // pairs_per_group
     itemsize: gl.constexpr = Bs.dtype.primitive_bitwidth // 8
@@ -382,15 +421,17 @@ def _scan_producer(
 @gluon.jit(do_not_specialize=_RUNTIME_SIZES)
 def scan_kernel(
     out_desc, x_desc, z_desc, B_desc, C_desc, scores_desc, cum_desc, cumj_desc,
-    D_ptr, entry, final,
+    D_ptr, entry, entry_decay, start, final,
     nchunks, segment_chunks, nsegments, nheads, pairs_per_group, heads_per_group,
     PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr,
+    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr, COMBINE: gl.constexpr,
     STORE_FINAL: gl.constexpr, SCORES: gl.constexpr,
 ):  # fmt: skip
     """The outputs of each segment, from what enters it. Grid (segments, pairs of consumers, B).
 
+    entry is what enters each segment, or if COMBINE what every segment but the last contributes,
+    with the segments' entry_decay and the state from which the first one starts, or none.
     Without z or SCORES, their descriptors are another tensor's and not read.
     """
     let_next_launch(PDL)
@@ -418,9 +459,10 @@ def scan_kernel(
         out_desc, x_desc, z_desc, B_desc, C_desc, scores_desc, cum_desc, cumj_desc, nchunks,
     )  # fmt: skip
     sizes = (nheads, pairs_per_group, heads_per_group)
+    before = (entry, entry_decay, start)
     work = (
-        D_ptr, entry, final, gl.program_id(2), gl.program_id(1), segment, first, count, nsegments,
-        sizes,
+        D_ptr, before, final, gl.program_id(2), gl.program_id(1), segment, first, count,
+        nsegments, sizes,
     )  # fmt: skip
     gl.warp_specialize(
         [
@@ -437,6 +479,7 @@ def scan_kernel(
                     D_DIMS,
                     HAS_Z,
                     HAS_ENTRY,
+                    COMBINE,
                     STORE_FINAL,
                     SCORES,
                 ),
@@ -454,6 +497,7 @@ def scan_kernel(
                     D_DIMS,
                     HAS_Z,
                     HAS_ENTRY,
+                    COMBINE,
                     STORE_FINAL,
                     SCORES,
                 ),
@@ -471,6 +515,7 @@ def scan_kernel(
                     D_DIMS,
                     HAS_Z,
                     HAS_ENTRY,
+                    COMBINE,
                     STORE_FINAL,
                     SCORES,
                 ),

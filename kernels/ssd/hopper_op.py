@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mambench.kernels.prepared import Calls, Recording
 from mambench.kernels.registered import (
     Operation,
     Options,
@@ -17,7 +18,13 @@ from mambench.kernels.registered import (
     register,
 )
 from mambench.kernels.ssd.arguments import SSD_SEGMENTED, SSD_TENSORS, check_arguments
-from mambench.kernels.ssd.hopper_ssd import DEFAULT, Config, plan_hopper, run_forward
+from mambench.kernels.ssd.hopper_ssd import (
+    DEFAULT,
+    Config,
+    fetched,
+    plan_hopper,
+    run_forward,
+)
 from mambench.kernels.ssd.triton_launch import Launch, Operands
 from mambench.kernels.ssd.triton_ssd import traced_shapes
 
@@ -70,18 +77,17 @@ def ssd(
             "the Hopper SSD takes one sequence a row, got seq_idx or cu_seqlens: "
             "use the Triton variant (mambench.kernels.ssd.triton_ssd)"
         )
-    check_arguments(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_limit)
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states)
     options = (dt_softplus, *dt_limit, segments)
-    if is_traced():
+    traced, graph = is_traced(), needs_gradient(tensors)
+    if traced or graph:  # else an eager call's first of a kind does
+        check_arguments(*tensors, dt_limit)
+    if traced:
         out, final = _traced(tensors, options)
-        return (out, final) if return_final_states else out
-    plan = _plan(x, B, options)
-    if needs_gradient(tensors):
-        out, final = _Ssd.apply(plan, return_final_states, *tensors)
+    elif graph:
+        out, final = _Ssd.apply(options, return_final_states, *tensors)
     else:  # without the cost of a graph node
-        operands = Operands.laid_out(*tensors)
-        out, final, _ = run_forward(plan, operands, return_final_states=return_final_states)
+        out, final, _ = _calls(tensors, (*options, return_final_states, False))
     return (out, final) if return_final_states else out
 
 
@@ -91,15 +97,38 @@ def _plan(x: Tensor, B: Tensor, options: Options) -> Launch:
     return plan_hopper(x, B, dt_softplus=dt_softplus, dt_limit=(lowest, highest), config=config)
 
 
+def _run(recording: Recording, tensors: Tensors, options: Options) -> Any:
+    *planned, return_final_states, keep = options
+    plan = _plan(tensors[0], tensors[3], tuple(planned))
+    return run_forward(
+        recording,
+        plan,
+        Operands.of(tensors),
+        return_final_states=return_final_states,
+        keep=keep,
+    )
+
+
+def _ready(tensors: Tensors, options: Options) -> Tensors:
+    """Check the arguments, and copy those that are not laid out as the kernels read them."""
+    check_arguments(*tensors, options[1:3])
+    return fetched(Operands.laid_out(*tensors)).all()
+
+
+_calls = Calls(_run, _ready)
+
+
 class _Ssd(torch.autograd.Function):
     """Saves the inputs and what enters each segment, as the portable backward takes them up."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Launch, return_final_states: bool, *tensors: Tensor | None) -> Any:
-        operands = Operands.laid_out(*tensors)
-        out, final, entries = run_forward(plan, operands, return_final_states=return_final_states)
-        ctx.plan = plan
-        ctx.save_for_backward(*operands.all(), entries)
+    def forward(
+        ctx: Any, options: Options, return_final_states: bool, *tensors: Tensor | None
+    ) -> Any:
+        kept = Operands.laid_out(*tensors).all()
+        out, final, entries = _calls(kept, (*options, return_final_states, True))
+        ctx.plan = _plan(tensors[0], tensors[3], options)
+        ctx.save_for_backward(*kept, entries)
         ctx.set_materialize_grads(False)
         return out, final
 
@@ -117,11 +146,11 @@ class _Ssd(torch.autograd.Function):
 
 
 def _traced_forward(tensors: Tensors, options: Options, keep: bool) -> Results:
-    plan, operands = _plan(tensors[0], tensors[3], options), Operands.laid_out(*tensors)
-    out, final, entries = run_forward(plan, operands, return_final_states=True)
+    out, final, entries = _calls(tensors, (*options, True, keep))
+    assert out is not None
     assert final is not None
-    if not keep or entries is None or plan.nsegments == 1:  # it is the initial states then
-        entries = final.new_empty(0)
+    if entries is None or _plan(tensors[0], tensors[3], options).nsegments == 1:
+        entries = final.new_empty(0)  # the initial states enter the only segment
     return out, final, entries
 
 

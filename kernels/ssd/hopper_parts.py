@@ -106,8 +106,8 @@ def prefix_kernel(
 ):  # fmt: skip
     """Turn each segment's own contribution into what enters the segment, in place.
 
-    slots (B, H, segments, P, N) fp32, decay (B, H, segments) log2; start (B, H, P, N) or none
-    enters the first segment. Grid (ceil(SIZE / BLOCK), B * H).
+    slots (B, H, segments, P, N) fp32 or bf16, decay (B, H, segments) log2; start (B, H, P, N) or
+    none enters the first segment. Grid (ceil(SIZE / BLOCK), B * H).
     """
     if PDL:
         cuda.gdc_launch_dependents()
@@ -121,7 +121,7 @@ def prefix_kernel(
     decay_ptr += head * nsegments
     if PDL:
         cuda.gdc_wait()
-    tl.store(slots_ptr, carry, mask=mask)
+    tl.store(slots_ptr, carry.to(slots_ptr.dtype.element_ty), mask=mask)
     own = tl.load(slots_ptr + SIZE, mask=mask, other=0.0)
     decay = tl.load(decay_ptr)
     for k in tl.range(1, nsegments):
@@ -129,7 +129,7 @@ def prefix_kernel(
         following = tl.minimum(k + 1, nsegments - 1)
         next_own = tl.load(slots_ptr + following * SIZE, mask=mask, other=0.0)
         next_decay = tl.load(decay_ptr + following - 1)
-        carry = carry * tl.exp2(decay) + own
-        tl.store(slots_ptr + k * SIZE, carry, mask=mask)
+        carry = carry * tl.exp2(decay) + own.to(tl.float32)
+        tl.store(slots_ptr + k * SIZE, carry.to(slots_ptr.dtype.element_ty), mask=mask)
         own = next_own
         decay = next_decay

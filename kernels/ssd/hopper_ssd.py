@@ -6,7 +6,9 @@
     scan_kernel     the outputs
 
 It leaves what the portable forward leaves (`triton_ssd.run_forward`): the output, the final states
-and the fp32 states that enter the segments, so that the portable backward continues from it.
+and the fp32 states that enter the segments, so that the portable backward continues from it. Where
+nothing is kept for a backward, a few segments need no prefix_kernel: the scan adds up what the
+segments before its own contribute, which is then stored for all but the last, in bf16 if x is.
 """
 
 import math
@@ -17,21 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambench.kernels.prepared import Recording, on_device
 from mambench.kernels.ssd.hopper_config import (
     CHANNELS,
     CHUNK,
+    MOST_COMBINED,
     chunks_per_segment,
     pairs,
     refusal,
 )
 from mambench.kernels.ssd.hopper_kernel import scan_kernel, state_kernel
-from mambench.kernels.ssd.hopper_launch import fetchable, launch, rows_of, tiles_of
+from mambench.kernels.ssd.hopper_launch import fetchable, rows_of, tiles_of
 from mambench.kernels.ssd.hopper_parts import prefix_kernel, prepare_kernel
 from mambench.kernels.ssd.triton_launch import (
     Launch,
     Operands,
     multiprocessors,
-    on_device,
     plan_launch,
     strides3,
 )
@@ -49,6 +52,8 @@ class Config:
     scores_fp32: keep the scores in fp32 (always for fp16 inputs, whose range they may exceed).
     pdl: programmatic dependent launch.
     segments: into how many segments time is divided; None: as fills the device in one wave.
+    combined: up to how many segments the scan adds up what enters them; with more a launch does.
+    narrow: keep segments' contributions in bf16 where x is and no backward follows.
     stages: most stages of the scan's ring; fewer where shared memory is short.
     registers: per thread of a consumer of the scan.
     """
@@ -57,6 +62,8 @@ class Config:
     scores_fp32: bool = False
     pdl: bool = True
     segments: int | None = None
+    combined: int = MOST_COMBINED
+    narrow: bool = True
     stages: int = 4
     state_stages: int = 5
     registers: int = 232
@@ -165,17 +172,16 @@ def ring(d_state: int, dtype: torch.dtype, gated: bool, config: Config) -> Ring:
 
 
 def run_prepare(
-    plan: Launch, tensors: Operands, shape: Ring, config: Config
+    recording: Recording, plan: Launch, tensors: Operands, shape: Ring, config: Config
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return cum and cumj (B, H, chunks * Q) fp32, and scores (B, G, chunks, Q, Q) if wanted."""
     x, dt, A, bias = tensors.x, tensors.dt, tensors.A, tensors.dt_bias
-    cum, cumj = torch.empty(
-        (2, plan.batch, plan.nheads, plan.nchunks * CHUNK), dtype=torch.float32, device=x.device
-    ).unbind()
+    sums = (plan.batch, plan.nheads, plan.nchunks * CHUNK)
+    cum, cumj = (recording.scratch(sums, torch.float32, x.device) for _ in range(2))
     scores = None
     if shape.scores_dtype is not None:
         size = (plan.batch, plan.ngroups, plan.nchunks, CHUNK, CHUNK)
-        scores = torch.empty(size, dtype=shape.scores_dtype, device=x.device)
+        scores = recording.scratch(size, shape.scores_dtype, x.device)
     parts = -(-plan.nheads // _BLOCK_H) + (plan.ngroups if scores is not None else 0)
     constants = {
         "Q": CHUNK, "BLOCK_H": _BLOCK_H, "N": plan.d_state, "BLOCK_N": shape.block_n,
@@ -189,17 +195,8 @@ def run_prepare(
     )  # fmt: skip
     grid = (plan.nchunks, parts, plan.batch)
     # What came before on the stream may still use the memory: this launch waits for all of it.
-    given = (dt, A, bias, tensors.B)
-    launch(
-        prepare_kernel,
-        grid,
-        arguments,
-        constants,
-        given,
-        device=x.device.index,
-        num_warps=4,
-        pdl=False,
-    )
+    options = {"num_warps": 4, "launch_pdl": False}
+    recording.launch(prepare_kernel, grid, arguments, constants, **options)
     return cum, cumj, scores
 
 
@@ -216,97 +213,135 @@ class Tiles:
     constants: dict[str, Any]
 
 
-def segment_entries(
+@dataclass(frozen=True, kw_only=True)
+class Entering:
+    """What the scan starts its segments from.
+
+    states: (B, H, segments, P, N) fp32, what enters each segment; or, if `combine`, (B, H,
+        segments - 1, P, N), what every segment but the last contributes; None: zeros.
+    decay: of a segment, (B, H, segments) log2, if `combine`.
+    start: (B, H, P, N), what enters the first segment, if `combine`; None: zeros.
+    """
+
+    states: Tensor | None
+    combine: bool = False
+    decay: Tensor | None = None
+    start: Tensor | None = None
+
+
+def entering(
+    recording: Recording,
     plan: Launch,
     tiles: Tiles,
-    start: Tensor | None,
+    tensors: Operands,
     shape: Ring,
     config: Config,
-    device: torch.device,
-) -> Tensor | None:
-    """Return what enters each segment, (B, H, segments, P, N) fp32; `start` if there is but one."""
-    if plan.nsegments == 1:
-        return start
-    slots = (plan.batch, plan.nheads, plan.nsegments)
-    size = plan.headdim * plan.d_state
-    states = (*slots, plan.headdim, plan.d_state)
-    entries = torch.empty(states, dtype=torch.float32, device=device)
-    decay = torch.empty(slots, dtype=torch.float32, device=device)
+    *,
+    keep: bool,
+) -> Entering:
+    """Compute what enters segments from all before them; to `keep` it, in fp32 and combined."""
+    start, segments = tensors.initial_states, plan.nsegments
+    if segments == 1:
+        return Entering(states=start)
+    combine = not keep and segments <= config.combined
+    narrow = not keep and config.narrow and tensors.x.dtype == torch.bfloat16
+    device, heads = tensors.x.device, (plan.batch, plan.nheads)
+    states = (*heads, segments - 1 if combine else segments, plan.headdim, plan.d_state)
+    allocate = recording.output if keep else recording.scratch
+    slots = allocate(states, torch.bfloat16 if narrow else torch.float32, device)
+    decay = recording.scratch((*heads, segments), torch.float32, device)
     constants = tiles.constants | {
         "STAGES": shape.state_stages, "REGISTERS": config.state_registers,
+        "FIRST": 0 if combine else 1,
     }  # fmt: skip
-    grid = (plan.nsegments - 1, tiles.npairs, plan.batch)
-    arguments = (tiles.x, tiles.B, tiles.cum, tiles.cumj, entries, decay, *tiles.sizes)
-    given = (tiles.x.base,)
-    on = {"device": device.index, "pdl": config.pdl}
-    launch(state_kernel, grid, arguments, constants, given, num_warps=4, **on)
+    grid = (segments - 1, tiles.npairs, plan.batch)
+    arguments = (tiles.x, tiles.B, tiles.cum, tiles.cumj, slots, decay, *tiles.sizes)
+    on = {"launch_pdl": config.pdl}
+    recording.launch(state_kernel, grid, arguments, constants, num_warps=4, **on)
+    if combine:
+        return Entering(states=slots, combine=True, decay=decay, start=start)
+    size = plan.headdim * plan.d_state
     constants = {
         "SIZE": size, "BLOCK": _PREFIX_BLOCK, "HAS_START": start is not None, "PDL": config.pdl,
     }  # fmt: skip
     grid = (-(-size // _PREFIX_BLOCK), plan.batch * plan.nheads, 1)
-    arguments = (entries, decay, start, plan.nsegments)
-    launch(prefix_kernel, grid, arguments, constants, (start,), num_warps=2, **on)
-    return entries
+    arguments = (slots, decay, start, segments)
+    recording.launch(prefix_kernel, grid, arguments, constants, num_warps=2, **on)
+    return Entering(states=slots)
 
 
 def run_forward(
+    recording: Recording,
     plan: Launch,
     tensors: Operands,
     *,
     return_final_states: bool,
+    keep: bool,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return out, the final states if wanted, and what enters each segment.
+    """Return out, the final states if wanted and, with `keep`, what enters each segment.
 
-    The same as the portable `triton_ssd.run_forward`; `plan` comes from `plan_hopper`. Without a
-    config `choose` takes one.
+    The same as the portable `triton_ssd.run_forward`; `plan` comes from `plan_hopper`, and TMA can
+    read x, z, B and C (`hopper_launch.fetchable`). Without a config `choose` takes one.
     """
     config = config or choose(plan)
-    x, z, D = fetchable(tensors.x), tensors.z, tensors.D
-    z = None if z is None else fetchable(z)
-    B, C = fetchable(tensors.B), fetchable(tensors.C)
-    if B is not tensors.B or C is not tensors.C:
-        tensors = replace(tensors, B=B, C=C)
+    x, z, B = tensors.x, tensors.z, tensors.B
     shape = ring(plan.d_state, x.dtype, z is not None, config)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = recording.output(x.shape, x.dtype, x.device)
     final = None
     if return_final_states:
         states = (plan.batch, plan.nheads, plan.headdim, plan.d_state)
-        final = torch.empty(states, dtype=torch.float32, device=x.device)
+        final = recording.output(states, torch.float32, x.device)
     per_group = pairs(plan.heads_per_group, plan.headdim)
-    with on_device(x):
-        cum, cumj, scores = run_prepare(plan, tensors, shape, config)
-        tiles = Tiles(
-            x=tiles_of(x, CHANNELS), B=tiles_of(B, shape.block_n),
-            cum=rows_of(cum, CHUNK, 1), cumj=rows_of(cumj, CHUNK, 1),
-            npairs=per_group * plan.ngroups,
-            sizes=(
-                plan.nchunks, plan.segment_chunks, plan.nsegments, plan.nheads, per_group,
-                plan.heads_per_group,
-            ),
-            constants={
-                "PDL": config.pdl, "P": plan.headdim, "N": plan.d_state, "BLOCK_N": shape.block_n,
-            },
-        )  # fmt: skip
-        start = tensors.initial_states
-        entries = segment_entries(plan, tiles, start, shape, config, x.device)
-        constants = tiles.constants | {
-            "STAGES": shape.stages, "REGISTERS": config.registers,
-            "D_DIMS": 0 if D is None else D.dim(), "HAS_Z": z is not None,
-            "HAS_ENTRY": entries is not None, "STORE_FINAL": final is not None,
-            "SCORES": scores is not None,
-        }  # fmt: skip
-        arguments = (
-            tiles_of(out, CHANNELS), tiles.x, None if z is None else tiles_of(z, CHANNELS),
-            tiles.B, tiles_of(C, shape.block_n),
-            None if scores is None else rows_of(scores, CHUNK, CHUNK),
-            tiles.cum, tiles.cumj, D, entries, final, *tiles.sizes,
-        )  # fmt: skip
-        grid = (plan.nsegments, tiles.npairs, plan.batch)
-        given = (x, D, entries, scores)
-        on = {"device": x.device.index, "pdl": config.pdl}
-        launch(scan_kernel, grid, arguments, constants, given, num_warps=4, **on)
-    return out, final, entries
+    cum, cumj, scores = run_prepare(recording, plan, tensors, shape, config)
+    tiles = Tiles(
+        x=tiles_of(x, CHANNELS), B=tiles_of(B, shape.block_n),
+        cum=rows_of(cum, CHUNK, 1), cumj=rows_of(cumj, CHUNK, 1),
+        npairs=per_group * plan.ngroups,
+        sizes=(
+            plan.nchunks, plan.segment_chunks, plan.nsegments, plan.nheads, per_group,
+            plan.heads_per_group,
+        ),
+        constants={
+            "PDL": config.pdl, "P": plan.headdim, "N": plan.d_state, "BLOCK_N": shape.block_n,
+        },
+    )  # fmt: skip
+    entries = entering(recording, plan, tiles, tensors, shape, config, keep=keep)
+    _scan(recording, plan, tiles, tensors, shape, config, entries, scores, (out, final))
+    return out, final, entries.states if keep else None
+
+
+def _scan(
+    recording: Recording, plan: Launch, tiles: Tiles, tensors: Operands, shape: Ring,
+    config: Config, entries: Entering, scores: Tensor | None,
+    results: tuple[Tensor, Tensor | None],
+) -> None:  # fmt: skip
+    """Launch the walk that writes the outputs and the final states."""
+    z, D = tensors.z, tensors.D
+    out, final = results
+    constants = tiles.constants | {
+        "STAGES": shape.stages, "REGISTERS": config.registers,
+        "D_DIMS": 0 if D is None else D.dim(), "HAS_Z": z is not None,
+        "HAS_ENTRY": entries.states is not None, "COMBINE": entries.combine,
+        "STORE_FINAL": final is not None, "SCORES": scores is not None,
+    }  # fmt: skip
+    arguments = (
+        tiles_of(out, CHANNELS), tiles.x, None if z is None else tiles_of(z, CHANNELS),
+        tiles.B, tiles_of(tensors.C, shape.block_n),
+        None if scores is None else rows_of(scores, CHUNK, CHUNK),
+        tiles.cum, tiles.cumj, D, entries.states, entries.decay, entries.start, final,
+        *tiles.sizes,
+    )  # fmt: skip
+    grid = (plan.nsegments, tiles.npairs, plan.batch)
+    options = {"num_warps": 4, "launch_pdl": config.pdl}
+    recording.launch(scan_kernel, grid, arguments, constants, **options)
+
+
+def fetched(operands: Operands) -> Operands:
+    """Return the tensors as TMA can read them."""
+    x, z, B, C = operands.x, operands.z, operands.B, operands.C
+    z = None if z is None else fetchable(z)
+    return replace(operands, x=fetchable(x), z=z, B=fetchable(B), C=fetchable(C))
 
 
 def ssd_forward(
@@ -323,6 +358,7 @@ def ssd_forward(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
     *,
+    keep: bool = True,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Run the SSD forward on a Hopper GPU.
@@ -340,15 +376,21 @@ def ssd_forward(
         dt_softplus: whether dt goes through softplus, after the bias.
         dt_limit: range that dt is clamped to, last.
         return_final_states: whether to return the final states too.
+        keep: whether to return what enters the segments, for a backward.
         config: how the launches are made; None: as `choose` says.
 
     Returns:
         out (B, L, H, P) in x's dtype; final states (B, H, P, N) fp32 or None; what enters the
-        segments, (B, H, segments, P, N) fp32, or the initial states where there is one segment.
+        segments, (B, H, segments, P, N) fp32, or the initial states where there is one segment;
+        None unless `keep`.
 
     Raises:
         ValueError: what `supported` refuses.
     """
     plan = plan_hopper(x, B, dt_softplus=dt_softplus, dt_limit=dt_limit, config=config or DEFAULT)
-    operands = Operands.laid_out(x, dt, A, B, C, D, z, dt_bias, initial_states)
-    return run_forward(plan, operands, return_final_states=return_final_states, config=config)
+    operands = fetched(Operands.laid_out(x, dt, A, B, C, D, z, dt_bias, initial_states))
+    final = return_final_states
+    with on_device(x):
+        return run_forward(
+            Recording(None), plan, operands, return_final_states=final, keep=keep, config=config
+        )

@@ -1,6 +1,5 @@
 """Sizes, layouts and the launches that the forward and the backward pass of Triton SSD share."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambench.kernels.prepared import Recording
 from mambench.kernels.ssd import triton_parts as parts
 from mambench.kernels.ssd.triton_config import Tiling, segment_chunks, tiling
 
@@ -44,6 +44,11 @@ class Operands:
             dt_bias=None if dt_bias is None else dt_bias.contiguous(),
             initial_states=None if initial_states is None else initial_states.contiguous(),
         )
+
+    @classmethod
+    def of(cls, tensors: Any) -> "Operands":
+        """Take tensors that are laid out, in the order of the fields."""
+        return cls(**dict(zip(cls.__dataclass_fields__, tensors, strict=True)))
 
     def all(self) -> tuple[Tensor | None, ...]:
         """Return them in the order of the fields."""
@@ -154,13 +159,6 @@ def has_wgmma(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Make x's device current if it is not: Triton launches on the current one."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(x.device)
-
-
 def strides3(tensor: Tensor | None) -> tuple[int, int, int]:
     """Return the strides of the first three dimensions; zeros for None."""
     return (0, 0, 0) if tensor is None else tensor.stride()[:3]  # type: ignore[return-value]
@@ -174,37 +172,57 @@ def unit_last(tensor: Tensor | None) -> Tensor | None:
 
 
 def run_dt(
-    launch: Launch, dt: Tensor, A: Tensor, dt_bias: Tensor | None, *, store_dt: bool
+    recording: Recording,
+    launch: Launch,
+    dt: Tensor,
+    A: Tensor,
+    dt_bias: Tensor | None,
+    *,
+    store_dt: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return cum, cumj and, if wanted, dt, all (B, H, chunks * Q) fp32."""
     shape = (launch.batch, launch.nheads, launch.nchunks * launch.chunk)
-    cum = torch.empty(shape, dtype=torch.float32, device=dt.device)
-    cumj = torch.empty_like(cum)
-    dt_out = torch.empty_like(cum) if store_dt else None
+    cum, cumj, dt_out = (
+        recording.scratch(shape, torch.float32, dt.device) if wanted else None
+        for wanted in (True, True, store_dt)
+    )
+    assert cum is not None
+    assert cumj is not None
     grid = (launch.nchunks, -(-launch.nheads // _DT_BLOCK_H), launch.batch)
-    parts.dt_kernel[grid](
+    arguments = (
         dt, A, dt_bias, cum, cumj, dt_out,
         launch.seqlen, launch.nchunks, launch.nheads, *launch.dt_limit, *dt.stride(),
-        Q=launch.chunk, BLOCK_H=_DT_BLOCK_H, HAS_BIAS=dt_bias is not None,
-        SOFTPLUS=launch.dt_softplus, STORE_DT=store_dt, num_warps=4,
     )  # fmt: skip
+    constants = {
+        "Q": launch.chunk, "BLOCK_H": _DT_BLOCK_H, "HAS_BIAS": dt_bias is not None,
+        "SOFTPLUS": launch.dt_softplus, "STORE_DT": store_dt,
+    }  # fmt: skip
+    recording.launch(parts.dt_kernel, grid, arguments, constants, num_warps=4)
     return cum, cumj, dt_out
 
 
 def run_prefix(
-    launch: Launch, slots: Tensor, decay: Tensor, start: Tensor | None, *, reverse: bool
+    recording: Recording,
+    launch: Launch,
+    slots: Tensor,
+    decay: Tensor,
+    start: Tensor | None,
+    *,
+    reverse: bool,
 ) -> None:
     """Turn segments' own contributions into what enters them, in place."""
     size = launch.headdim * launch.d_state
     grid = (-(-size // _PREFIX_BLOCK), launch.batch * launch.nheads)
-    parts.prefix_kernel[grid](
-        slots, decay, start, launch.nsegments,
-        SIZE=size, BLOCK=_PREFIX_BLOCK, STAGES=4, REVERSE=reverse,
-        HAS_START=start is not None, num_warps=4,
-    )  # fmt: skip
+    constants = {
+        "SIZE": size, "BLOCK": _PREFIX_BLOCK, "STAGES": 4, "REVERSE": reverse,
+        "HAS_START": start is not None,
+    }  # fmt: skip
+    arguments = (slots, decay, start, launch.nsegments)
+    recording.launch(parts.prefix_kernel, grid, arguments, constants, num_warps=4)
 
 
 def segment_entries(
+    recording: Recording,
     launch: Launch,
     v: Tensor,
     z: Tensor | None,
@@ -215,28 +233,32 @@ def segment_entries(
     *,
     seq: Tensor | None,
     reverse: bool,
+    keep: bool = False,
 ) -> Tensor | None:
     """Return what enters each segment, (B, H, segments, P, N) fp32; `start` if there is but one.
 
     Forward in time: v = x, m = B, start = initial states. In reverse: v = dout, m = C, start =
-    gradient of the final states. None stands for zeros.
+    gradient of the final states. None stands for zeros. With `keep` it is a result of the call.
     """
     if launch.nsegments == 1:
         return start
     tiles = launch.tiling
     outer = (launch.batch, launch.nheads, launch.nsegments)
-    options = {"dtype": torch.float32, "device": v.device}
-    slots = torch.empty((*outer, launch.headdim, launch.d_state), **options)
-    decay = torch.empty(outer, **options)
+    allocate = recording.output if keep else recording.scratch
+    slots = allocate((*outer, launch.headdim, launch.d_state), torch.float32, v.device)
+    decay = recording.scratch(outer, torch.float32, v.device)
     grid = ((launch.nsegments - 1) * launch.blocks_p, launch.nheads, launch.batch)
-    parts.state_kernel[grid](
+    arguments = (
         v, z, m, cum, cumj, seq, None, None, slots, decay, None, *launch.sizes,
         *strides3(v), *strides3(z), *strides3(m),
-        P=launch.headdim, N=launch.d_state, Q=launch.chunk,
-        BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n, STAGES=tiles.state_stages,
-        REVERSE=reverse, CHUNK_STATES=False, HAS_ENTRY=False, STORE_END=True,
-        HAS_Z=z is not None, HAS_SEQ=seq is not None, PRECISION=tiles.precision,
-        num_warps=tiles.state_warps,
     )  # fmt: skip
-    run_prefix(launch, slots, decay, start, reverse=reverse)
+    constants = {
+        "P": launch.headdim, "N": launch.d_state, "Q": launch.chunk,
+        "BLOCK_P": tiles.block_p, "BLOCK_N": tiles.block_n, "STAGES": tiles.state_stages,
+        "REVERSE": reverse, "CHUNK_STATES": False, "HAS_ENTRY": False, "STORE_END": True,
+        "HAS_Z": z is not None, "HAS_SEQ": seq is not None, "PRECISION": tiles.precision,
+    }  # fmt: skip
+    warps = tiles.state_warps
+    recording.launch(parts.state_kernel, grid, arguments, constants, num_warps=warps)
+    run_prefix(recording, launch, slots, decay, start, reverse=reverse)
     return slots

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from mambench.kernels.prepared import Calls, Recording
 from mambench.kernels.registered import (
     Operation,
     Options,
@@ -51,7 +52,6 @@ from mambench.kernels.ssd.arguments import (
 from mambench.kernels.ssd.triton_launch import (
     Launch,
     Operands,
-    on_device,
     plan_launch,
     run_dt,
     segment_entries,
@@ -156,38 +156,65 @@ def scan_kernel(
 
 
 def run_forward(
+    recording: Recording,
     launch: Launch,
     tensors: Operands,
     *,
     return_final_states: bool,
+    keep: bool,
     seq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return out, the final states if wanted, and what enters each segment.
+    """Return out, the final states if wanted and, with `keep`, what enters each segment.
 
     seq (B, L) int32: numbers of the tokens' sequences, where a row holds several.
     """
     x, z, B, C, D = tensors.x, tensors.z, tensors.B, tensors.C, tensors.D
     tiles = launch.tiling
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = recording.output(x.shape, x.dtype, x.device)
     final = None
     if return_final_states:
         shape = (launch.batch, launch.nheads, launch.headdim, launch.d_state)
-        final = torch.empty(shape, dtype=torch.float32, device=x.device)
-    with on_device(x):
-        cum, cumj, _ = run_dt(launch, tensors.dt, tensors.A, tensors.dt_bias, store_dt=False)
-        start = tensors.initial_states
-        entries = segment_entries(launch, x, None, B, cum, cumj, start, seq=seq, reverse=False)
-        grid = (launch.nsegments * launch.blocks_p, launch.nheads, launch.batch)
-        scan_kernel[grid](
-            x, z, B, C, D, cum, cumj, seq, entries, out, final, *launch.sizes,
-            *strides3(x), *strides3(z), *strides3(B), *strides3(C),
-            P=launch.headdim, N=launch.d_state, Q=launch.chunk,
-            BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n, STAGES=tiles.scan_stages,
-            D_DIMS=0 if D is None else D.dim(), HAS_Z=z is not None,
-            HAS_ENTRY=entries is not None, STORE_FINAL=final is not None,
-            HAS_SEQ=seq is not None, PRECISION=tiles.precision, num_warps=tiles.scan_warps,
-        )  # fmt: skip
-    return out, final, entries
+        final = recording.output(shape, torch.float32, x.device)
+    dt, A, bias, start = tensors.dt, tensors.A, tensors.dt_bias, tensors.initial_states
+    cum, cumj, _ = run_dt(recording, launch, dt, A, bias, store_dt=False)
+    entries = segment_entries(
+        recording, launch, x, None, B, cum, cumj, start, seq=seq, reverse=False, keep=keep
+    )
+    grid = (launch.nsegments * launch.blocks_p, launch.nheads, launch.batch)
+    arguments = (
+        x, z, B, C, D, cum, cumj, seq, entries, out, final, *launch.sizes,
+        *strides3(x), *strides3(z), *strides3(B), *strides3(C),
+    )  # fmt: skip
+    constants = {
+        "P": launch.headdim, "N": launch.d_state, "Q": launch.chunk,
+        "BLOCK_P": tiles.block_p, "BLOCK_N": tiles.block_n, "STAGES": tiles.scan_stages,
+        "D_DIMS": 0 if D is None else D.dim(), "HAS_Z": z is not None,
+        "HAS_ENTRY": entries is not None, "STORE_FINAL": final is not None,
+        "HAS_SEQ": seq is not None, "PRECISION": tiles.precision,
+    }  # fmt: skip
+    recording.launch(scan_kernel, grid, arguments, constants, num_warps=tiles.scan_warps)
+    return out, final, entries if keep else None
+
+
+def _run(recording: Recording, tensors: Tensors, options: Options) -> Any:
+    *given, seq = tensors
+    *planned, return_final_states, keep = options
+    operands = Operands.of(given)
+    launch = _plan(operands.x, operands.B, tuple(planned))
+    return run_forward(
+        recording, launch, operands, return_final_states=return_final_states, keep=keep, seq=seq
+    )
+
+
+def _ready(tensors: Tensors, options: Options) -> Tensors:
+    """Check the arguments, and copy those that are not laid out as the kernels read them."""
+    *given, seq = tensors
+    check_dtype(given[0], DTYPES)
+    check_arguments(*given, options[1:3])
+    return (*Operands.laid_out(*given).all(), seq)
+
+
+_calls = Calls(_run, _ready)
 
 
 class _Ssd(torch.autograd.Function):
@@ -197,12 +224,10 @@ class _Ssd(torch.autograd.Function):
     def forward(ctx: Any, options: Options, return_final: bool, *tensors: Tensor | None) -> Any:
         *given, seq = tensors
         operands = Operands.laid_out(*given)
-        launch = _plan(operands.x, operands.B, options)
-        out, final, entries = run_forward(
-            launch, operands, return_final_states=return_final, seq=seq
-        )
-        ctx.launch = launch
-        ctx.save_for_backward(*operands.all(), seq, entries)
+        kept = (*operands.all(), seq)
+        out, final, entries = _calls(kept, (*options, return_final, True))
+        ctx.launch = _plan(operands.x, operands.B, options)
+        ctx.save_for_backward(*kept, entries)
         ctx.set_materialize_grads(False)
         return out, final
 
@@ -266,34 +291,40 @@ def ssd(
     Raises:
         ValueError: an argument has a wrong shape, dtype or device, or is beyond the kernels' sizes.
     """
-    check_dtype(x, DTYPES)
-    check_arguments(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_limit)
-    traced = is_traced()
-    seq = sequence_numbers(x, seq_idx, cu_seqlens, check=not traced)
-    headdim, d_state = x.shape[3], B.shape[3]
+    given = (x, dt, A, B, C, D, z, dt_bias, initial_states)
+    traced, packed = is_traced(), seq_idx is not None or cu_seqlens is not None
+    graph = needs_gradient(given)
+    headdim, d_state = x.shape[-1], B.shape[-1]
     more_p, more_n = _missing(headdim), _missing(d_state)
+    if traced or packed or graph or more_p or more_n:  # else an eager call's first of a kind does
+        check_dtype(x, DTYPES)
+        check_arguments(*given, dt_limit)
+    seq = sequence_numbers(x, seq_idx, cu_seqlens, check=not traced) if packed else None
     if more_p or more_n:
-        x, z = pad(x, (0, more_p)), None if z is None else pad(z, (0, more_p))
-        B, C = pad(B, (0, more_n)), pad(C, (0, more_n))
-        D = pad(D, (0, more_p)) if D is not None and D.dim() == 2 else D
-        if initial_states is not None:
-            initial_states = pad(initial_states, (0, more_n, 0, more_p))
-    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq)
+        given = _padded(given, more_p, more_n)
+    tensors = (*given, seq)
     options = (dt_softplus, *dt_limit, segments)
     if traced:
         out, final = _traced(tensors, options)
-    elif needs_gradient(tensors):
+    elif graph:
         out, final = _Ssd.apply(options, return_final_states, *tensors)
     else:  # without the cost of a graph node
-        operands = Operands.laid_out(*tensors[:-1])
-        launch = _plan(operands.x, operands.B, options)
-        out, final, _ = run_forward(
-            launch, operands, return_final_states=return_final_states, seq=seq
-        )
+        out, final, _ = _calls(tensors, (*options, return_final_states, False))
     if more_p or more_n:
         out = out[..., :headdim]
         final = None if final is None else final[..., :headdim, :d_state]
     return (out, final) if return_final_states else out
+
+
+def _padded(tensors: Tensors, more_p: int, more_n: int) -> Tensors:
+    """Add columns of zeros to whatever has headdim or d_state columns."""
+    x, dt, A, B, C, D, z, dt_bias, initial_states = tensors
+    x, z = pad(x, (0, more_p)), None if z is None else pad(z, (0, more_p))
+    B, C = pad(B, (0, more_n)), pad(C, (0, more_n))
+    D = pad(D, (0, more_p)) if D is not None and D.dim() == 2 else D
+    if initial_states is not None:
+        initial_states = pad(initial_states, (0, more_n, 0, more_p))
+    return x, dt, A, B, C, D, z, dt_bias, initial_states
 
 
 def _plan(x: Tensor, B: Tensor, options: Options) -> Launch:
@@ -312,13 +343,11 @@ def _missing(size: int) -> int:
 
 
 def _traced_forward(tensors: Tensors, options: Options, keep: bool) -> Results:
-    *given, seq = tensors
-    operands = Operands.laid_out(*given)
-    launch = _plan(operands.x, operands.B, options)
-    out, final, entries = run_forward(launch, operands, return_final_states=True, seq=seq)
+    out, final, entries = _calls(tensors, (*options, True, keep))
+    assert out is not None
     assert final is not None
-    if not keep or entries is None or launch.nsegments == 1:  # it is the initial states then
-        entries = final.new_empty(0)
+    if entries is None or _plan(tensors[0], tensors[3], options).nsegments == 1:
+        entries = final.new_empty(0)  # the initial states enter the only segment
     return out, final, entries
 
 

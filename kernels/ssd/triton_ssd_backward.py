@@ -38,13 +38,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambench.kernels.prepared import Recording, on_device
 from mambench.kernels.ssd import triton_parts as parts
 from mambench.kernels.ssd.triton_config import heads_per_program
 from mambench.kernels.ssd.triton_launch import (
     Launch,
     Operands,
     multiprocessors,
-    on_device,
     run_dt,
     segment_entries,
     strides3,
@@ -405,7 +405,8 @@ def run_backward(
     dfinal = None if dfinal is None else dfinal.contiguous()
     gradients: dict[str, Tensor] = {}
     with on_device(x):
-        cum, cumj, dt = run_dt(launch, operands.dt, operands.A, operands.dt_bias, store_dt=True)
+        dt, A, bias = operands.dt, operands.A, operands.dt_bias
+        cum, cumj, dt = run_dt(Recording(None), launch, dt, A, bias, store_dt=True)
         times = _Times(cum=cum, cumj=cumj, dt=dt, v=torch.empty_like(cum))
         _run_walks(launch, operands, entries, dout, dfinal, seq, times, gradients)
     given = dict(zip(Operands.__dataclass_fields__, operands.all(), strict=True))
@@ -450,7 +451,9 @@ def _run_walks(
     run_states(launch, x, None, B, cum, cumj, entries, states, seq=seq)
     shape = _Gradients.of(launch, operands, seq)
     partial_C = _run_grad_c(launch, operands, shape, dout, times, seq, states, gradients)
-    exits = segment_entries(launch, dout, z, C, cum, cumj, dfinal, seq=seq, reverse=True)
+    exits = segment_entries(
+        Recording(None), launch, dout, z, C, cum, cumj, dfinal, seq=seq, reverse=True
+    )
     end = None
     if operands.initial_states is not None:
         end = torch.empty_like(operands.initial_states, dtype=torch.float32)

@@ -218,7 +218,7 @@ def ablated(name):
     spec.loader.exec_module(module)
     from mambench.kernels.s6 import hopper_scan
     hopper_scan.serial_scan_kernel = module.serial_scan_kernel
-    hopper_scan._compiled.clear()
+    hopper_scan._calls.clear()
     return hopper_scan
 
 

@@ -10,7 +10,8 @@ pytest.importorskip("triton.experimental.gluon")
 
 from torch import Tensor
 
-from mambench.kernels.s6 import hopper_op
+from mambench.kernels.prepared import Calls
+from mambench.kernels.s6 import hopper_op, hopper_scan
 
 SHAPES = (  # batch, d_inner, seqlen, ngroups, d_state
     (1, 48, 1040, 1, 16),
@@ -60,12 +61,14 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     """Replace the kernel by nothing, and record how often it is asked to keep states."""
     calls: list[int | None] = []
 
-    def scan_forward(u, delta, A, *rest, checkpoint_every=None) -> Any:
-        calls.append(checkpoint_every)
-        kept = None if checkpoint_every is None else u.new_zeros(1)
+    def run(recording: Any, tensors: Any, options: Any) -> Any:
+        u, _, A, *_ = tensors
+        calls.append(options[1])
+        kept = None if options[1] is None else u.new_zeros(1)
         return torch.zeros_like(u), torch.zeros_like(A)[None], kept
 
-    monkeypatch.setattr(hopper_op, "scan_forward", scan_forward)
+    ready = hopper_scan._ready  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(hopper_scan, "_calls", Calls(run, ready))
     return calls
 
 

@@ -47,8 +47,8 @@ def test_interpreter_notices_a_wrong_kernel(tmp_path):
     fault = """
     from mambench.kernels.s6 import triton_scan
     combine = triton_scan._combine_segments
-    def forget(inputs, cut, end, total, start, *, reverse):
-        combine(inputs, cut, end, total, start, reverse=reverse)
+    def forget(recording, inputs, cut, end, total, start, *, reverse):
+        combine(recording, inputs, cut, end, total, start, reverse=reverse)
         start.zero_()
     triton_scan._combine_segments = forget
     print(json.dumps"""

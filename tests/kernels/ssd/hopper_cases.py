@@ -11,6 +11,7 @@ import math
 import os
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -65,6 +66,7 @@ def errors(op, case):
     out, state = cases.loop(**exact, **shared)
     inputs = {k: v.detach() for k, v in cases.cast(exact, dtype_of(case), "cpu").items()}
     got = op.ssd_forward(**inputs, **shared, return_final_states=True, config=config)
+    launches = [op.state_kernel.launches, op.scan_kernel.launches]
     found = {"out": cases.relative_error(got[0], out)}
     found["final_states"] = cases.relative_error(got[1], state)
     nchunks = -(-case["seqlen"] // 64)
@@ -74,7 +76,17 @@ def errors(op, case):
         head = {k: v[:, :start] if k in timed else v for k, v in exact.items()}
         entry = cases.loop(**head, **shared)[1]
         found[f"entry {index}"] = cases.relative_error(got[2][:, :, index], entry)
-    return found | {"launches": [op.state_kernel.launches, op.scan_kernel.launches]}
+    # Without a backward: what enters segments is added up by the scan, or by a launch in bf16.
+    for way, combined in (("combined", 16), ("by a launch", 0)):
+        config = replace(config, combined=combined)
+        again = op.ssd_forward(
+            **inputs, **shared, return_final_states=True, keep=False, config=config
+        )
+        found[f"out, {way}"] = cases.relative_error(again[0], out)
+        found[f"final_states, {way}"] = cases.relative_error(again[1], state)
+        if again[2] is not None:
+            raise ValueError("states are kept for no backward")
+    return found | {"launches": launches}
 
 
 def dtype_of(case):

@@ -36,8 +36,8 @@ def recorded(monkeypatch):
     """Replace the kernels by nothing, and record what they are asked for."""
     calls = []
 
-    def run_forward(plan, tensors, *, return_final_states):
-        calls.append((plan.nsegments, return_final_states))
+    def run_forward(recording, plan, tensors, *, return_final_states, keep):
+        calls.append((plan.nsegments, return_final_states, keep))
         final = torch.zeros(plan.batch, plan.nheads, plan.headdim, plan.d_state)
         return torch.zeros_like(tensors.x), final if return_final_states else None, None
 
@@ -59,7 +59,7 @@ def test_a_graph_node_is_made_only_for_a_gradient(cases, recorded):
     out, final = hopper_op.ssd(**inputs, chunk_size=64, return_final_states=True, segments=2)
     assert out.requires_grad
     assert final.dtype is torch.float32
-    assert recorded[1:] == [(5, False), (2, True)]
+    assert recorded[1:] == [(5, False, False), (2, True, True)]
 
 
 def test_what_is_beyond_it_is_refused(cases, recorded):

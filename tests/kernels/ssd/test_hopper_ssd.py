@@ -134,7 +134,10 @@ def resources(kernel, tmp_path):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def scan(*, d_state=128, dtype=torch.bfloat16, gated=False, D=1, entry=True, final=True, **config):
+def scan(
+    *, d_state=128, dtype=torch.bfloat16, gated=False, D=1, entry=True, combine=False, final=True,
+    **config,
+):  # fmt: skip
     config = hopper_ssd.Config(**config)
     ring = hopper_ssd.ring(d_state, dtype, gated, config)
     x = described((1, 1, 64, 64), dtype)
@@ -146,18 +149,21 @@ def scan(*, d_state=128, dtype=torch.bfloat16, gated=False, D=1, entry=True, fin
     types |= {"scores_desc": described((64, 64), ring.scores_dtype)} if config.scores else {}
     types |= {"D_ptr": "*fp32"} if D else {}
     types |= {"entry": "*fp32"} if entry else {}
+    types |= {"entry": "*bf16", "entry_decay": "*fp32", "start": "*fp32"} if combine else {}
     types |= {"final": "*fp32"} if final else {}
     constants = {
         "PDL": config.pdl, "P": 64, "N": d_state, "BLOCK_N": ring.block_n, "STAGES": ring.stages,
         "REGISTERS": config.registers, "D_DIMS": D, "HAS_Z": gated, "HAS_ENTRY": entry,
-        "STORE_FINAL": final, "SCORES": config.scores,
+        "COMBINE": combine, "STORE_FINAL": final, "SCORES": config.scores,
     }  # fmt: skip
-    constants |= {name: None for name in ("entry", "final") if name not in types}
+    optional = ("entry", "entry_decay", "start", "final")
+    constants |= {name: None for name in optional if name not in types}
     return compiled(hopper_kernel.scan_kernel, types, constants)
 
 
 SCANS = {
-    "as timed": {},
+    "as timed": {"combine": True, "final": False},
+    "for a backward": {},
     "gated": {"gated": True, "D": 2},
     "fp16": {"dtype": torch.float16, "gated": True},
     "small state, bare": {"d_state": 16, "D": 0, "entry": False, "final": False},
@@ -179,17 +185,18 @@ def test_the_scan_compiles_for_sm_90_without_spills(name, tmp_path):
     assert "ldmatrix.sync.aligned.m8n8.x4.trans" in ptx
 
 
-def test_the_state_walk_compiles_for_sm_90_without_spills(tmp_path):
+@pytest.mark.parametrize("states", ["*fp32", "*bf16"])
+def test_the_state_walk_compiles_for_sm_90_without_spills(states, tmp_path):
     ring = hopper_ssd.ring(128, torch.bfloat16, False, hopper_ssd.DEFAULT)
     row = described((1, 64), torch.float32)
     types = {"x_desc": described((1, 1, 64, 64), torch.bfloat16), "cum_desc": row, "cumj_desc": row}
     types |= {
         "B_desc": described((1, 1, 64, 128), torch.bfloat16),
-        "end": "*fp32",
+        "end": states,
         "decay": "*fp32",
     }
     constants = {"PDL": True, "P": 64, "N": 128, "BLOCK_N": 128, "STAGES": ring.state_stages}
-    constants |= {"REGISTERS": hopper_ssd.DEFAULT.state_registers}
+    constants |= {"REGISTERS": hopper_ssd.DEFAULT.state_registers, "FIRST": 0}
     kernel = compiled(hopper_kernel.state_kernel, types, constants)
     assert "STACK:0" in resources(kernel, tmp_path)
     assert kernel.metadata.shared <= 232448

@@ -1,0 +1,304 @@
+"""A call that is repeated gives the C launchers what the first one gave them through Triton."""
+
+import ctypes
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon")
+
+import triton
+from triton.backends.nvidia import driver as nvidia
+
+from mambench.kernels import prepared
+from mambench.kernels.ssd import hopper_launch
+
+META = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "fp4_padded": False}
+STREAM = 77
+
+
+@pytest.fixture(autouse=True)
+def driver(monkeypatch):
+    """Stand in for the driver: a tensor map is what it would be encoded from."""
+    maps = []
+
+    def fill_tma_descriptor(*how):
+        maps.append(tuple(tuple(h) if isinstance(h, list) else h for h in how))
+        return maps[-1]
+
+    utils = SimpleNamespace(fill_tma_descriptor=fill_tma_descriptor)
+    active = SimpleNamespace(
+        utils=utils, get_current_stream=lambda device: STREAM, get_current_device=lambda: 0
+    )
+    fake = SimpleNamespace(active=active)
+    monkeypatch.setattr(triton.runtime, "driver", fake)
+    monkeypatch.setattr(prepared, "driver", fake)
+    return SimpleNamespace(maps=maps)
+
+
+class Kernel:
+    """A JIT function and what it compiles to, as Triton 3.6 makes them; launches run `body`."""
+
+    def __init__(self, body, names, *, scratch=0, metas=None, signature=None):
+        self.arg_names, self.body = names, body
+        self.bound, self.direct = [], []
+        self.function, self.packed_metadata = 1234, (4, 1, 999)
+        self.metadata = SimpleNamespace(tensordesc_meta=metas)
+        launch = self.launch
+        if metas:
+            launch = nvidia.wrap_handle_tensordesc(launch, signature, metas)
+        kind = type("CudaLauncher", (), {"__module__": nvidia.__name__})
+        self.run = kind()
+        self.run.launch, self.run.launch_cooperative_grid, self.run.launch_pdl = launch, False, True
+        self.run.global_scratch_size, self.run.profile_scratch_size = scratch, 0
+
+    def launch(self, *flat):
+        """The C launcher."""
+        self.direct.append(flat)
+        assert flat[3:13] == (STREAM, 1234, False, True, None, None, (4, 1, 999), None, None, None)
+        self.body(flat[:3], *flat[13:])
+
+    def __getitem__(self, grid):
+        def run(*args, num_warps=None, **constants):
+            named = [constants[name] for name in self.arg_names[len(args) :]]
+            if num_warps is not None:
+                self.bound.append(constants)
+            flat = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in (*args, *named)]
+            if not self.metadata.tensordesc_meta:
+                self.body((*grid, 1, 1)[:3], *flat)
+            return self
+
+        return run
+
+
+def floats(address, count):
+    return (ctypes.c_float * count).from_address(address)
+
+
+def double(grid, source, target, count, factor):
+    for i in range(count):
+        floats(target, count)[i] = factor * floats(source, count)[i]
+
+
+def add(grid, left, right, target, count):
+    for i in range(count):
+        other = 0.0 if right is None else floats(right, count)[i]
+        floats(target, count)[i] = floats(left, count)[i] + other
+
+
+class Operation:
+    """factor * x + y in two launches, and the first argument as a second result."""
+
+    def __init__(self, **kernel):
+        self.double = Kernel(double, ["source", "target", "count", "FACTOR"], **kernel)
+        self.add = Kernel(add, ["left", "right", "target", "count"])
+        self.checked = []
+        self.scratch = []
+        self.calls = prepared.Calls(self.run, self.ready)
+
+    def ready(self, tensors, options):
+        self.checked.append(options)
+        return tuple(None if t is None else t.contiguous() for t in tensors)
+
+    def run(self, recording, tensors, options):
+        x, y = tensors
+        unused = recording.scratch((3,), x.dtype, x.device)
+        middle = recording.scratch(x.shape, x.dtype, x.device)
+        out = recording.output(x.shape, x.dtype, x.device)
+        self.scratch = [unused, middle]
+        factor = {"FACTOR": options[0]}
+        recording.launch(self.double, (2,), (x, middle, x.numel()), factor, num_warps=4)
+        recording.launch(self.add, (1, 1, 1), (middle, y, out, x.numel()), {}, num_warps=4)
+        return out, x
+
+    @property
+    def launches(self):
+        return len(self.double.bound), len(self.double.direct)
+
+
+def right(operation, x, y, factor=2.0):
+    out, same = operation.calls((x, y), (factor,))
+    want = factor * x + (0.0 if y is None else y)
+    return torch.equal(out, want) and same.data_ptr() == x.data_ptr()
+
+
+def test_the_second_call_allocates_and_launches_only():
+    operation = Operation()
+    tensors = [torch.randn(2, 5) for _ in range(6)]
+    outs = []
+    for x, y in zip(tensors[:3], tensors[3:], strict=True):
+        assert right(operation, x, y)
+        outs.append(operation.calls((x, y), (2.0,))[0])
+    assert operation.launches == (1, 5)
+    assert len(operation.checked) == 1
+    assert operation.double.direct[0][:3] == (2, 1, 1)
+    assert len({out.data_ptr() for out in outs}) == 3
+
+
+def test_what_launches_depend_on_is_told_apart():
+    operation = Operation()
+    x, y = torch.randn(64), torch.randn(64)
+    calls = [
+        (x, y, 2.0),
+        (x, y, 3.0),
+        (x, None, 2.0),
+        (x[:32], y[:32], 2.0),
+        (x[1:33], y[:32], 2.0),  # another alignment
+        (x.view(8, 8), y.view(8, 8), 2.0),
+        (x.view(4, 16), y.view(4, 16), 2.0),
+    ]
+    for _ in range(2):
+        for call in calls:
+            assert right(operation, *call)
+    assert operation.launches == (7, 7)
+
+
+def test_one_tensor_for_two_arguments_is_not_taken_for_either():
+    operation = Operation()
+    x, y = torch.randn(16), torch.randn(16)
+    assert right(operation, x, x)
+    assert right(operation, x, y)
+    assert operation.launches == (2, 0)
+    assert right(operation, y, x)
+    assert right(operation, x, x)
+    assert operation.launches == (2, 2)
+
+
+def test_copies_are_made_on_every_call():
+    operation = Operation()
+    for _ in range(3):
+        x, y = torch.randn(4, 6).t(), torch.randn(6, 4)
+        out, _ = operation.calls((x, y), (2.0,))
+        assert torch.equal(out, 2.0 * x + y)
+    assert operation.launches == (1, 2)
+
+
+def test_what_stays_as_it_is_after_a_copy_is_launched_all_the_same():
+    operation = Operation()
+    operation.ready = lambda tensors, options: tuple(t.clone() for t in tensors)
+    operation.calls = prepared.Calls(operation.run, operation.ready)
+    for _ in range(2):
+        x, y = torch.randn(6), torch.randn(6)
+        out, same = operation.calls((x, y), (2.0,))
+        assert torch.equal(out, 2.0 * x + y)
+        assert torch.equal(same, x)
+
+
+def test_results_are_of_the_call_and_scratch_memory_is_apart():
+    operation = Operation()
+    x, y = torch.randn(100), torch.randn(100)
+    operation.calls((x, y), (2.0,))
+    other = x.clone()
+    assert operation.calls((other, y), (2.0,))[1] is other
+    (unused, middle), call = operation.scratch, operation.double.direct[-1]
+    assert unused.numel() * 4 <= 256  # the first piece; the second follows at the next multiple
+    assert call[13] == other.data_ptr()
+    assert call[14] % 16 == 0
+    assert len({call[13], call[14], middle.data_ptr()}) == 3
+
+
+def test_what_cannot_be_repeated_is_launched_by_triton_every_time():
+    class Refused(Operation):
+        def run(self, recording, tensors, options):
+            recording.refuse()
+            return super().run(recording, tensors, options)
+
+    class Unknown(Operation):
+        def run(self, recording, tensors, options):
+            return super().run(recording, (tensors[0], tensors[1].clone()), options)
+
+    class Returned(Operation):
+        def run(self, recording, tensors, options):
+            return super().run(recording, tensors, options)[0].clone(), tensors[0]
+
+    for operation in (Refused(), Unknown(), Returned()):
+        for _ in range(3):
+            assert right(operation, torch.randn(8), torch.randn(8))
+        assert operation.launches == (3, 0)
+
+
+def test_a_profiler_s_hooks_see_every_launch(monkeypatch):
+    operation = Operation()
+    assert right(operation, torch.randn(8), torch.randn(8))
+    monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
+    assert right(operation, torch.randn(8), torch.randn(8))
+    assert operation.launches == (2, 0)
+
+
+@pytest.mark.parametrize("why", ["another version", "scratch memory"])
+def test_another_launcher_is_called_as_triton_calls_it(why, monkeypatch):
+    operation = Operation(scratch=128 if why == "scratch memory" else 0)
+    if why == "another version":
+        monkeypatch.setattr(triton, "__version__", "3.5.1")
+    for _ in range(3):
+        assert right(operation, torch.randn(8), torch.randn(8))
+    assert operation.launches == (1, 0)
+
+
+def test_errors_are_raised_every_time_and_nothing_is_remembered():
+    def ready(tensors, options):
+        raise ValueError("expected something else")
+
+    calls = prepared.Calls(lambda *_: (), ready)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="something else"):
+            calls((torch.zeros(3),), ())
+
+
+def described(x, recording):
+    """Launch a kernel on descriptors of x and of scratch memory."""
+    cum = recording.scratch((2, 3, 192), torch.float32, x.device)
+    signature = {
+        0: "tensordesc<bf16[1, 1, 64, 64]>", 1: "constexpr", 2: "tensordesc<fp32[1, 64]>",
+        3: "*fp32", 4: "i32", 5: "constexpr",
+    }  # fmt: skip
+    metas = [
+        META | {"block_size": [1, 1, 64, 64]},
+        META | {"elem_size": 4, "elem_type": 7, "swizzle": 0, "block_size": [1, 64]},
+    ]
+    names = ["x", "z", "cum_desc", "cum", "n", "Q"]
+    kernel = Kernel(lambda *_: None, names, metas=metas, signature=signature)
+    args = (hopper_launch.tiles_of(x, 64), None, hopper_launch.rows_of(cum, 64, 1), cum, 5)
+    recording.launch(kernel, (4, 3, 2), args, {"Q": 64}, num_warps=4)
+    return kernel, args, cum
+
+
+def test_the_c_launcher_gets_the_same_arguments_as_through_triton(driver):
+    x = torch.zeros(2, 130, 3, 64, dtype=torch.bfloat16)
+    recording = prepared.Recording((x,))
+    kernel, args, cum = described(x, recording)
+    before = (4, 3, 2, STREAM, 1234, False, True, None, None, (4, 1, 999), None, None, None)
+    kernel.run.launch(*before, *args, 64)
+    call = recording.prepared(())
+    assert call is not None
+    call((x,), [x.data_ptr()])
+    through_triton, around = kernel.direct
+    there = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in through_triton]
+    at = [i for i, a in enumerate(through_triton) if a is cum]
+    assert len(at) == 1
+    (first, *rest), (_, *others) = driver.maps[1::2]
+    assert first == cum.data_ptr()
+    assert rest != others or first != others[0]
+    differ = [i for i, (a, b) in enumerate(zip(there, around, strict=True)) if a != b]
+    scratch = around[at[0]]
+    # All but where scratch memory is, and the map of it, which names that address alone.
+    assert len(differ) == 2
+    assert at[0] in differ
+    encoded = next(around[i] for i in differ if i != at[0])
+    assert encoded == (scratch, *driver.maps[1][1:])
+
+
+def test_a_tensor_map_is_encoded_once_for_an_address(driver):
+    x = torch.zeros(2, 130, 3, 64, dtype=torch.bfloat16)
+    recording = prepared.Recording((x,))
+    described(x, recording)
+    call = recording.prepared(())
+    assert call is not None
+    for _ in range(3):
+        call((x,), [x.data_ptr()])
+    addresses = [made[0] for made in driver.maps]
+    assert addresses.count(x.data_ptr()) == 1
+    other = x.clone()
+    call((other,), [other.data_ptr()])
+    assert driver.maps[-2][0] == other.data_ptr() or driver.maps[-1][0] == other.data_ptr()
