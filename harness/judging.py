@@ -259,6 +259,12 @@ def _case_point(
     ]
     if broken:
         return replace(point, verdict=Verdict.FAILED, reason="; ".join(broken[:3]))
+    screening = len(evidence.stages.screening)
+    counts = [int(np.isfinite(side[i, :screening]).sum()) for side in (table.base, table.head)]
+    if counts[0] != counts[1] and point.verdict is not Verdict.REGRESSED:
+        why = f"measured in {counts[0]} rounds of the base and {counts[1]} of the candidate"
+        reason = f"{why}: processes of equal code do not all end well"
+        return replace(point, verdict=Verdict.UNSTABLE, reason=reason)
     methods = evidence.base.methods(case, metric), evidence.head.methods(case, metric)
     if methods[0] != methods[1]:
         what = " and ".join("/".join(sorted(m)) or "nothing" for m in methods)

@@ -195,6 +195,41 @@ def test_noise_is_kept_and_grows_to_the_newest_rounds(tmp_path: Path):
     assert (rate["alarms"], rate["aa_rounds"]) == (0, noise.KEPT_PAIRS)
 
 
+def test_noise_is_of_conditions_and_of_the_times_that_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    noise.keep(aa(9), CPU, SETTINGS, tmp_path)
+    known = noise.load(CPU, SETTINGS, tmp_path)
+    assert known is not None
+    assert known.knows(CASES)
+    assert not known.knows(CASES, ["time_s", "call_time_s"])
+    longer = replace(SETTINGS, target_s=SETTINGS.target_s * 2, time_limit_s=1.0)
+    assert noise.load(CPU, longer, tmp_path) is None
+    assert "(target_s: 0.5 -> 1.0)" in noise.unknown(CPU, longer, tmp_path)
+    assert noise.load(CPU, replace(SETTINGS, time_limit_s=1.0), tmp_path) is not None
+    noise.keep(aa(8), CPU, longer, tmp_path)
+    assert noise.load(CPU, longer, tmp_path) is not None
+    assert "not known for all cases" in noise.unknown(CPU, SETTINGS, tmp_path)
+    here = machine.environment(CPU)
+    other = {**here, "libraries": {**here["libraries"], "torch": "0.1"}}
+    monkeypatch.setattr(machine, "environment", lambda device=None: other)
+    assert noise.load(CPU, SETTINGS, tmp_path) is None
+    assert "torch" in noise.unknown(CPU, SETTINGS, tmp_path)
+
+
+def test_rounds_that_were_timed_in_another_way_are_forgotten(tmp_path: Path):
+    def timed(way: str) -> AA:
+        return replace(aa(9), methods={c.case_id: {"time_s": way} for c in CASES})
+
+    noise.keep(timed("events"), CPU, SETTINGS, tmp_path)
+    for count in (9, 18):
+        noise.keep(timed("cuda-graph"), CPU, SETTINGS, tmp_path)
+        known = noise.load(CPU, SETTINGS, tmp_path)
+        assert known is not None
+        assert len(known.pairs.rows(CASES[0], "time_s", {"cuda-graph"})) == count
+        assert known.pairs.rows(CASES[0], "time_s", {"events"}) == ()
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"version": 99}', '{"version": 1}'])
 def test_noise_that_cannot_be_read_is_refused(tmp_path: Path, text: str):
     noise.path(CPU, tmp_path).write_text(text)

@@ -75,6 +75,23 @@ def test_a_regression_exits_with_1_and_leaves_its_files(asked: list[Request], tm
     assert request.wanted.repository == tmp_path.resolve()
 
 
+def test_what_cannot_begin_leaves_no_folder_unless_asked_for(
+    asked: list[Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "runs" / "x"
+
+    def check(request: Request, progress: Any) -> tuple[CheckReport, Path]:
+        report = CheckReport(title="", assessment=Assessment(points=()), facts={}, problem="none")
+        return report, request.output or folder
+
+    monkeypatch.setattr(checking, "check", check)
+    done = call("--baseline", "nosuch")
+    assert (done.exit_code, "Not judged: none" in done.stdout) == (4, True)
+    assert not folder.parent.exists()
+    assert call("--baseline", "nosuch", "-o", str(tmp_path / "asked")).exit_code == 4
+    assert (tmp_path / "asked" / "junit.xml").is_file()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

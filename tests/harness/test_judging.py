@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 from check_rounds import ALL, CASES, LENGTHS, evidence, observation, side
 
+from mambench.harness.check_report import CheckReport
 from mambench.harness.judging import assess
 from mambench.harness.records import Observation
+from mambench.harness.rounds import AA
 from mambench.harness.rule import Rule
 from mambench.harness.spec import Case, Outcome
 from mambench.harness.verdict import Assessment, Kind, Point, Verdict
@@ -148,11 +150,11 @@ def test_a_case_that_fails_in_any_round_has_failed(round: int):
     assert failed.reason == "crashed: killed"
 
 
-def test_a_round_that_the_base_lost_leaves_the_others_to_compare_with():
+def test_a_round_that_the_base_lost_is_told():
     bad = observation(CASES[0], {}, round=3, outcome=Outcome.TIMEOUT, reason="late")
     base = [o for o in side(ALL) if o.case != CASES[0] or o.round != 3]
     found = assess(evidence([*base, bad], side(ALL, seed=1), confirmed=0), RULE)
-    assert point(found, CASES[0].label).verdict in (Verdict.SAME, Verdict.INCONCLUSIVE)
+    assert point(found, CASES[0].label).verdict is Verdict.UNSTABLE
     assert point(found, CASES[0].label).rounds == 4
 
 
@@ -182,16 +184,45 @@ def test_what_is_no_time_is_a_failure(value: float | None, broken: str):
     assert point(found, CASES[1].label).verdict is Verdict.SAME
 
 
-def test_unequal_counts_are_judged_by_the_rounds_that_both_have():
-    base = [o for o in side(ALL) if o.case != CASES[0] or o.round in (0, 1, 2, 3)]
+@pytest.mark.parametrize("kept", [1, 3])
+def test_unequal_counts_are_unstable_and_fail_the_check(kept: int):
+    base = [o for o in side(ALL) if o.case != CASES[0] or o.round <= kept]
     found = assess(evidence(base, side(ALL, seed=1), confirmed=0), RULE)
-    assert point(found, CASES[0].label).rounds == 3
-    assert point(found, CASES[0].label).verdict in (Verdict.SAME, Verdict.INCONCLUSIVE)
+    uneven = point(found, CASES[0].label)
+    assert (uneven.rounds, uneven.verdict) == (kept, Verdict.UNSTABLE)
+    assert f"{kept} rounds of the base and 5 of the candidate" in (uneven.reason or "")
+    assert CheckReport(title="", assessment=found, facts={}).exit_code == 3
+
+
+def test_a_slowdown_is_one_though_the_base_lost_a_round():
+    base = [o for o in side(ALL) if o.case != CASES[5] or o.round != 2]
+    found = assess(evidence(base, side(ALL, seed=1, factor=slower(0.2, CASES[5]))), RULE)
+    assert point(found, CASES[5].label).verdict is Verdict.REGRESSED
+
+
+def test_rounds_without_any_noise_are_judged():
+    same, head = side(ALL, noise=0.0), side(ALL, noise=0.0, factor=slower(0.08, CASES[5]))
+    assert verdicts(assess(evidence(same, same, confirmed=0), RULE)) == {Verdict.SAME}
+    found = assess(evidence(same, head), RULE)
+    regressed = {p.case for p in found.points if p.verdict is Verdict.REGRESSED and p.case}
+    assert regressed == {CASES[5]}
+
+
+def test_noise_of_another_way_to_time_is_not_used():
+    pairs = {c.case_id: {"time_s": [[0.0, 0.5], [0.5, 0.0]] * 5} for c in CASES}
+    smallest = {}
+    for way in ("events", "perf_counter"):
+        ways = {c.case_id: {"time_s": way} for c in CASES}
+        more = {"stored": AA(pairs=pairs, methods=ways), "confirmed": 0}
+        found = assess(evidence(side(ALL), side(ALL, seed=1), **more), RULE)
+        smallest[way] = found.smallest_seen_frac
+    assert smallest["events"] == pytest.approx(0.035, abs=0.015)
+    assert smallest["perf_counter"] is None or smallest["perf_counter"] > 0.3
 
 
 def test_too_few_rounds_are_inconclusive_and_blind():
-    base = [o for o in side(ALL) if o.round <= 2]
-    found = assess(evidence(base, side(ALL, seed=1), confirmed=0), RULE)
+    base, head = ([o for o in side(ALL, seed=n) if o.round <= 2] for n in (0, 1))
+    found = assess(evidence(base, head, confirmed=0), RULE)
     assert verdicts(found) == {Verdict.INCONCLUSIVE}
     assert found.blind
     assert "2 comparable rounds" in (point(found, CASES[0].label).reason or "")
