@@ -106,10 +106,10 @@ def _ssd_triton(draw: Draw, **sizes: Any) -> None:
     draw.backward(ssd(**_ssd(draw, **sizes)))
 
 
-def _ssd_hopper(draw: Draw, **sizes: Any) -> None:
+def _ssd_hopper(draw: Draw, *, train: bool) -> None:
     from mambench.kernels.ssd.hopper_op import ssd
 
-    ssd(**_ssd(draw, train=False, **sizes))
+    ssd(**_ssd(draw, train=train))  # its backward is the portable one
 
 
 def _associative_s6(draw: Draw) -> None:
@@ -187,5 +187,14 @@ ENTRIES = (
         call=lambda draw: _s6_hopper(draw, batch=8, seqlen=2048, train=False),
         architectures=HOPPER,
     ),
-    Entry(name="ssd hopper bf16 P=64 N=128", call=_ssd_hopper, architectures=HOPPER),
+    Entry(
+        name="ssd hopper bf16 P=64 N=128",
+        call=lambda draw: _ssd_hopper(draw, train=False),
+        architectures=HOPPER,
+    ),
+    Entry(
+        name="ssd hopper bf16 P=64 N=128 for a backward",
+        call=lambda draw: _ssd_hopper(draw, train=True),
+        architectures=HOPPER,
+    ),
 )
