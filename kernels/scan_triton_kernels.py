@@ -17,6 +17,8 @@ for ssd. All arithmetic is fp32. Offsets are 64-bit.
 import triton
 import triton.language as tl
 
+from mambench.kernels.rounding import rounded_product
+
 
 @triton.jit
 def _compose(decay, x, next_decay, next_x):
@@ -195,7 +197,7 @@ def grad_states_kernel(
         by_inflow = tl.sum(tl.where(both, grad * B, 0.0), axis=0)
         by_decay = tl.where(both, grad * h * tl.exp(dt[None, :] * A[:, None]), 0.0)
         grad_A += by_decay * dt[None, :]
-        grad_dt = (by_inflow * x + tl.sum(by_decay * A[:, None], axis=0)) * slope
+        grad_dt = (by_inflow * x + tl.sum(rounded_product(by_decay, A[:, None]), axis=0)) * slope
         tl.store(grad_x_ptr + row * seqlen + t, by_inflow * dt, mask=valid)
         tl.store(grad_dt_ptr + row * seqlen + t, grad_dt, mask=valid)
     tl.store(grad_A_ptr + row * d_state + n, tl.sum(grad_A, axis=1), mask=inside)

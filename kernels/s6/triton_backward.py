@@ -23,6 +23,7 @@ times INNER: INNER of them and 32 / INNER states lie across a warp's lanes, the 
 import triton
 import triton.language as tl
 
+from mambench.kernels.rounding import rounded_product
 from mambench.kernels.s6.triton_parts import (
     LN2,
     LOG2E,
@@ -387,7 +388,7 @@ def scan_backward(
                 du = dt * dx
                 if HAS_D:
                     du += skip[None, :, :] * dy
-                    dD += tl.sum(dy * u, 0)
+                    dD += tl.sum(rounded_product(dy, u), 0)
                 if HAS_BIAS:
                     dbias += tl.sum(tl.where(mask, ddelta, 0.0), 0)
                 element = du_ptr.dtype.element_ty

@@ -21,6 +21,8 @@ or (D, N); B, C (B, G, N); D, dt_bias (H,) or (D,) fp32. Only the batch is strid
 import triton
 import triton.language as tl
 
+from mambench.kernels.rounding import rounded_product
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -104,7 +106,7 @@ def ssd_update_kernel(
     decay = tl.exp2(dt * tl.load(A_ptr + head) * LOG2E)
     state = state * decay + (dt * x)[:, None] * B[None, :]
     tl.store(tile_ptr, state.to(state_ptr.dtype.element_ty), in_tile, eviction_policy=EVICTION)
-    y = tl.sum(state * C[None, :], 1)
+    y = tl.sum(rounded_product(state, C[None, :]), 1)
     if D_ptr is not None:
         y += tl.load(D_ptr + head) * x
     if z_ptr is not None:
@@ -175,7 +177,7 @@ def s6_update_kernel(
     decay = tl.exp2(dt[:, :, None] * A[None, :, :])
     state = state * decay + (dt * x)[:, :, None] * B[:, None, :]
     tl.store(tile_ptr, state.to(state_ptr.dtype.element_ty), in_tile, eviction_policy=EVICTION)
-    y = tl.sum(state * C[:, None, :], 2)
+    y = tl.sum(rounded_product(state, C[:, None, :]), 2)
     if D_ptr is not None:
         y += tl.load(D_ptr + d, in_d, other=0.0)[None, :] * x
     if z_ptr is not None:
