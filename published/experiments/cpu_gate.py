@@ -2,9 +2,10 @@
 
     python published/experiments/cpu_gate.py [REPEATS] [RECORD]      from the repository root
 
-Needs git: both sides are HEAD. First the machine's noise is calibrated; REPEATS (30) checks
-follow; before them goes one whose head does everything twice in one implementation. RECORD (a JSON
-file) is written anew after each. LIMIT_S ends the series early; what was done by then stays.
+First the machine's noise is calibrated, then comes a check whose head computes everything twice in
+one implementation, and then REPEATS (30) checks of equal code. RECORD (a JSON file) is written anew
+after each, with the machine's load; a record that is there already is continued. LIMIT_S ends the
+series early. Both sides are copies of the repository: no git is needed.
 """
 
 import json
@@ -12,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ RECORD = Path(sys.argv[2] if len(sys.argv) > 2 else "cpu-gate.json")
 LIMIT_S = float(os.environ.get("LIMIT_S", "1e9"))
 SUITE = (
     *("-s", "gate-cpu", "-i", "ssd", "-i", "flash_attention", "--device", "cpu"),
-    *("--measure", "time", "--target-time", "0.1"),
+    *("--filter", "seqlen<1024", "--measure", "time", "--target-time", "0.1"),
 )
 PROMISE = "10"
 BEGIN = time.monotonic()
@@ -36,17 +36,20 @@ def run(*words):
     return done.returncode, done.stdout + done.stderr, time.monotonic() - begin
 
 
-def check(folder, store, seed, base="HEAD", head="HEAD"):
+def check(folder, seed, head="head"):
     """Run one check; returns what the record keeps of it."""
+    made = folder / f"check-{seed}"
     load = os.getloadavg()[0]
-    words = ("check", "--base", base, "--head", head, *SUITE, "--store", str(store), "--wait", "-q")
-    code, said, took_s = run(*words, "--seed", str(seed), "--promise", PROMISE, "-o", str(folder))
+    words = ("check", "--base", f"{folder}/base", "--head", f"{folder}/{head}", *SUITE, "--wait")
+    words += ("--store", str(folder), "--seed", str(seed), "--promise", PROMISE, "-q")
+    code, said, took_s = run(*words, "-o", str(made))
     kept = {"seed": seed, "exit_code": code, "took_s": round(took_s, 1)}
     kept["load_average"] = [round(load, 2), round(os.getloadavg()[0], 2)]
     try:
-        found = json.loads((folder / "check.json").read_text())
+        found = json.loads((made / "check.json").read_text())
     except OSError:
         return {**kept, "problem": said[-500:]}
+    shutil.rmtree(made)
     regressed = [p["name"] for p in found["points"] if p["verdict"] == "regressed"]
     return {
         **kept,
@@ -61,14 +64,7 @@ def check(folder, store, seed, base="HEAD", head="HEAD"):
     }
 
 
-def planted_tree(folder):
-    """Check HEAD out and let SSD's forward compute everything twice."""
-    command = ["git", "worktree", "add", "--detach", "--force", str(folder), "HEAD"]
-    subprocess.run(command, check=True, capture_output=True)
-    path = folder / "implementations/ops/ssd.py"
-    path.write_text(
-        path.read_text()
-        + """
+PLANTED = """
 
 _op_of = Ssd.op
 
@@ -85,8 +81,17 @@ def _planted(self, family, variant):
 
 Ssd.op = _planted
 """
-    )
-    return folder
+
+
+def tree(root, *, planted=False):
+    """Copy the repository, unless it is there; with a slowdown if it is asked for."""
+    if root.exists():
+        return
+    kept_out = shutil.ignore_patterns("runs", "published", "tests", "__pycache__", ".*")
+    shutil.copytree(ROOT, root, ignore=kept_out)
+    if planted:
+        path = root / "implementations/ops/ssd.py"
+        path.write_text(path.read_text() + PLANTED)
 
 
 def summary(record):
@@ -102,39 +107,51 @@ def summary(record):
     }
 
 
+def begun():
+    """Return a new record."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    return {
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "suite": " ".join(SUITE),
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
+        "cores": os.cpu_count(),
+        "promise_percent": PROMISE,
+        "asked": REPEATS,
+        "checks": [],
+    }
+
+
 def main():
     """Calibrate, plant, repeat."""
-    record = {"made_at": datetime.now(UTC).isoformat(timespec="seconds"), "suite": " ".join(SUITE)}
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    record |= {"commit": commit.strip(), "cores": os.cpu_count(), "promise_percent": PROMISE}
-    record |= {"asked": REPEATS, "checks": []}
-    with tempfile.TemporaryDirectory(prefix="cpu-gate-") as name:
-        folder, tree = Path(name), Path(name) / "planted"
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else begun()
+    folder = RECORD.with_suffix("").resolve()
+    folder.mkdir(exist_ok=True)
+    for side in ("base", "head", "planted"):
+        tree(folder / side, planted=side == "planted")
 
-        def keep():
-            summary(record)
-            RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    def keep():
+        summary(record)
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
 
-        store = ("--store", name, "--wait", "-q", "-o", f"{name}/c")
-        code, said, took_s = run("calibrate", *SUITE, *store)
+    if "calibration" not in record:
+        made = folder / "calibration"
+        words = ("--head", f"{folder}/base", "--store", str(folder), "--wait", "-q")
+        code, said, took_s = run("calibrate", *SUITE, *words, "-o", str(made))
         record["calibration"] = {"exit_code": code, "took_s": round(took_s, 1), "said": said}
-        print(said, flush=True)
-        try:
-            record["planted"] = check(folder / "p", folder, 99, head=str(planted_tree(tree)))
-            print("planted", json.dumps(record["planted"]), flush=True)
-        finally:
-            subprocess.run([*git, "worktree", "remove", "--force", str(tree)], capture_output=True)
         keep()
-        for seed in range(1, REPEATS + 1):
-            if time.monotonic() - BEGIN > LIMIT_S:
-                break
-            found = check(folder / str(seed), folder, seed)
-            shutil.rmtree(folder / str(seed), ignore_errors=True)
-            record["checks"].append(found)
-            keep()
-            print(seed, found["exit_code"], found["took_s"], found.get("conclusion"), flush=True)
-    print(json.dumps(record.get("summary"), indent=1))
+        print(said, flush=True)
+    if "planted" not in record:
+        record["planted"] = check(folder, 0, head="planted")
+        keep()
+        print("planted", json.dumps(record["planted"]), flush=True)
+    for seed in range(len(record["checks"]) + 1, REPEATS + 1):
+        if time.monotonic() - BEGIN > LIMIT_S:
+            break
+        found = check(folder, seed)
+        record["checks"].append(found)
+        keep()
+        print(seed, found["exit_code"], found["took_s"], found.get("conclusion"), flush=True)
+    print(json.dumps(record["summary"], indent=1))
 
 
 if __name__ == "__main__":
