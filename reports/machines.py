@@ -1,12 +1,13 @@
-"""The same cases on several machines, side by side, and divided by what the machines can do."""
+"""The same questions on several machines, side by side, and divided by what the machines can do."""
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import geometric_mean
 
 from mambench.harness import curves
-from mambench.reports import roofline
+from mambench.reports import roofline, units
 from mambench.reports.rows import Report, Row
 
 NORMALISERS = ("bandwidth", "peak")
@@ -25,7 +26,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """One case and its row on each machine, in the order of the report's sources."""
+    """One question and its row on each machine, in the order of the report's sources."""
 
     rows: tuple[Row | None, ...]
 
@@ -33,6 +34,18 @@ class Shared:
     def first(self) -> Row:
         """Any row: the question is the same in all."""
         return next(row for row in self.rows if row is not None)
+
+    @property
+    def differs(self) -> bool:
+        """Whether the implementation took another variant on another machine."""
+        return len({row.series.variant for row in self.rows if row is not None}) > 1
+
+    @property
+    def label(self) -> str:
+        """The rows' label, without the variant if that is not one."""
+        parts = self.first.label.split(" · ")
+        own = self.first.series.variant
+        return " · ".join(part for part in parts if not self.differs or part != own)
 
     def speedup(self, machine: int, reference: int = 0) -> curves.Speedup | None:
         """How many times faster the case is on one machine than on another; None if not both."""
@@ -68,30 +81,91 @@ def ratio(ours: Row, theirs: Row) -> curves.Speedup | None:
 
 
 def describe(report: Report, dtype: str) -> tuple[Machine, ...]:
-    """Return every machine with its measured limits, else its datasheet's, of one dtype."""
-    found: list[Machine] = []
-    for source in report.sources:
-        known = next(iter(roofline.limits(source, dtype)), None)
-        found.append(
-            Machine(
-                key=source.key,
-                label=source.label,
-                bytes_per_s=known.bytes_per_s if known else None,
-                flop_per_s=known.flop_per_s if known else None,
-                origin=known.name if known else "",
-            )
+    """Return every machine with its limits of one dtype.
+
+    They are measured ones if all machines have those: a measured limit over a datasheet's would
+    be no ratio of machines. A machine of which only the other kind is known has that, and says so.
+    """
+    known = [{found.name: found for found in roofline.limits(s, dtype)} for s in report.sources]
+    first = "measured" if all("measured" in found for found in known if found) else "datasheet"
+    chosen = [found.get(first) or next(iter(found.values()), None) for found in known]
+    return tuple(
+        Machine(
+            key=source.key,
+            label=source.label,
+            bytes_per_s=limits.bytes_per_s if limits else None,
+            flop_per_s=limits.flop_per_s if limits else None,
+            origin=limits.name if limits else "",
         )
-    return tuple(found)
+        for source, limits in zip(report.sources, chosen, strict=True)
+    )
 
 
 def shared(report: Report) -> tuple[Shared, ...]:
-    """Return the cases that two machines or more were asked, in the order of the rows."""
+    """Return the questions that two machines or more were asked, in the order of the rows.
+
+    Implementations choose their variant by the machine. Where each has one, the question decides
+    what stands side by side; where one has several, variants stand beside their own.
+    """
     places = {source.key: place for place, source in enumerate(report.sources)}
-    cases: dict[str, list[Row | None]] = defaultdict(lambda: [None] * len(places))
+    asked: dict[Hashable, list[Row]] = defaultdict(list)
     for row in report.rows:
-        cases[row.case_id][places[row.slice.source]] = row
-    return tuple(Shared(rows=tuple(rows)) for rows in cases.values() if _count(rows) > 1)
+        case = row.result.case
+        asked[case.implementation, case.problem, case.pass_, case.dtype].append(row)
+    found: list[Shared] = []
+    for rows in asked.values():
+        for members in _side_by_side(rows):
+            by_place = {places[row.slice.source]: row for row in members}
+            if len(by_place) > 1:
+                found.append(Shared(rows=tuple(by_place.get(i) for i in range(len(places)))))
+    return tuple(found)
 
 
-def _count(rows: Sequence[Row | None]) -> int:
-    return sum(row is not None for row in rows)
+def _side_by_side(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """Split the rows of one question so that no machine has two."""
+    if len({row.slice.source for row in rows}) == len(rows):
+        yield rows
+        return
+    variants = dict.fromkeys(row.series.variant for row in rows)
+    yield from ([row for row in rows if row.series.variant == name] for name in variants)
+
+
+def sentences(report: Report, found: Sequence[Shared]) -> tuple[str, ...]:
+    """Say of every machine but the first how it stands against that one over what both ran."""
+    said: list[str] = []
+    for place, source in enumerate(report.sources[1:], start=1):
+        both = [case for case in found if case.speedup(place)]
+        names = f"{source.label} against {report.sources[0].label}"
+        if not both:
+            said.append(f"{names}: no question was measured on both.")
+            continue
+        values = [one.ratio for case in both if (one := case.speedup(place))]
+        middle = geometric_mean(values)
+        word = "faster" if middle >= 1 else "slower"
+        ends = sorted(v if middle >= 1 else 1 / v for v in (min(values), max(values)))
+        text = (
+            f"{names}: {units.ratio(max(middle, 1 / middle))} {word} over {len(both)} questions "
+            f"that both answered (geometric mean; {' to '.join(map(units.ratio, ends))})."
+        )
+        others = sum(case.differs for case in both)
+        if others:
+            text += f" In {others} of them they took different variants of the implementation."
+        said.append(text + _hardware(report, place, both))
+    return tuple(said)
+
+
+def _hardware(report: Report, place: int, both: Sequence[Shared]) -> str:
+    """Set the machines' limits beside their times, where both are known in the same way."""
+    dtype = Counter(case.first.slice.dtype for case in both).most_common(1)[0][0]
+    known = describe(report, dtype)
+    first, other = known[0], known[place]
+    if first.origin != other.origin:
+        return ""
+    parts: list[str] = []
+    for name, ours, theirs in (
+        ("memory bandwidth", other.bytes_per_s, first.bytes_per_s),
+        (f"{dtype} matrix rate", other.flop_per_s, first.flop_per_s),
+    ):
+        if ours and theirs:
+            parts.append(f"{name} is {units.ratio(ours / theirs)}")
+    return f" Its {', its '.join(parts)} the other's ({first.origin})." if parts else ""

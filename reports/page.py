@@ -87,7 +87,7 @@ def render(report: Report) -> str:
     """Return the page."""
     script = (HERE / "assets" / "report.js").read_text(encoding="utf-8")
     looks = styles(report.implementations)
-    summaries = summary.summarise(report)
+    summaries, shared = summary.summarise(report), machines.shared(report)
     return _smaller(
         environment()
         .get_template("report.html.j2")
@@ -96,7 +96,8 @@ def render(report: Report) -> str:
             summaries=summaries,
             failures=summary.failures(report),
             crossed=summary.CROSSED,
-            shared=machines.shared(report),
+            shared=shared,
+            compared=machines.sentences(report, shared),
             shared_most=SHARED,
             verdicts=verdicts.load(report.analysis.runs),
             environment=rows.environment(report.analysis.runs),

@@ -490,7 +490,14 @@
     $("wins-table").tBodies[0].replaceChildren(...body, ...sparse);
   };
 
-  // The same cases on another machine.
+  // The same questions on another machine, as machines.shared: implementations choose variants by it.
+  const matched = (here, there) => {
+    const question = (row) => ["implementation", "family", "seqlen", "d_state", "headdim", "ngroups", "gated"].map((name) => value(name, row)).join("|");
+    const unique = [here, there].every((rows) => new Set(rows.map(question)).size === rows.length);
+    const key = (row) => question(row) + (unique ? "" : `|${value("variant", row)}`);
+    const found = new Map(there.map((row) => [key(row), row]));
+    return (row) => found.get(key(row));
+  };
   const group = (slice) => slice.key.split("~").slice(1).join("~");
   const showMachines = () => {
     const card = cards.get("machines"), others = slices.filter((slice) => group(slice) === group(state.slice) && slice.key !== state.slice.key);
@@ -502,23 +509,23 @@
     const scales = { "": 1, bandwidth: remote.bytes_per_s / here.bytes_per_s, peak: remote.flop_per_s / here.flop_per_s };
     const known = Object.keys(scales).filter((name) => Number.isFinite(scales[name]) && scales[name] > 0);
     const norm = known.includes(state.norm) ? state.norm : "", scale = scales[norm];
-    const rowsThere = new Map(there.rows.map((row) => [value("case_id", row), row]));
+    const same = matched(state.slice.rows, there.rows);
     const template = state.slice.over_length.find((entry) => entry.d_state === state.d_state) || state.slice.over_length[0];
     const time = overLength(template, data.charts[0]) || { data: [], layout: {} };
     const traces = time.data.filter((trace) => !trace.meta.failure).map((trace) => {
-      const pairs = trace.rows.map((row, i) => [row, rowsThere.get(value("case_id", row)), Array.isArray(trace.x) ? trace.x[i] : value("seqlen", row)])
+      const pairs = trace.rows.map((row, i) => [row, same(row), Array.isArray(trace.x) ? trace.x[i] : value("seqlen", row)])
         .filter(([row, other]) => other !== undefined && value("time_s", row) !== null && value("time_s", other) !== null);
       const found = pairs.map(([row, other]) => speedup(other, row));
       return {
         ...trace, interval: undefined, rows: pairs.map(([row]) => row), x: pairs.map(([, , x]) => x), y: found.map((one) => one.ratio / scale),
-        hovertext: pairs.map(([row, other], i) => `<b>${escape(value("label", row))}</b><br>L = ${count(pairs[i][2])}<br>here ${seconds(value("time_s", row))}, there ${seconds(value("time_s", other))}<br>${factor(found[i].ratio)}${found[i].low === null ? "" : ` (${factor(found[i].low)} to ${factor(found[i].high)})`}`),
+        hovertext: pairs.map(([row, other], i) => `<b>${escape(value("label", row))}</b><br>L = ${count(pairs[i][2])}<br>here ${seconds(value("time_s", row))} (${escape(value("variant", row))}), there ${seconds(value("time_s", other))} (${escape(value("variant", other))})<br>${factor(found[i].ratio)}${found[i].low === null ? "" : ` (${factor(found[i].low)} to ${factor(found[i].high)})`}`),
         error_y: { type: "data", symmetric: false, thickness: 1.2, width: 3, color: colour(trace.meta.implementation),
           array: found.map((one) => (one.high === null ? 0 : (one.high - one.ratio) / scale)), arrayminus: found.map((one) => (one.low === null ? 0 : (one.ratio - one.low) / scale)) },
       };
     }).filter((trace) => trace.rows.length);
     card.spec = { data: traces, layout: { xaxis: time.layout.xaxis || {}, yaxis: { type: "linear", rangemode: "tozero", title: { text: norm ? `speed-up / ${norm} ratio` : "speed-up" } },
       shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 1, y1: 1, line: { dash: "dot", width: 1, color: css("soft") } }] } };
-    card.note.textContent = `${there.device} over ${state.slice.device}${norm ? `, divided by the ratio of their ${norm} (${factor(scale)}; ${remote.origin})` : ""}`;
+    card.note.textContent = `${there.device} over ${state.slice.device}${norm ? `, divided by the ratio of their ${norm} (${factor(scale)}; ${remote.origin}${remote.origin === here.origin ? "" : ` over ${here.origin}`})` : ""}`;
     describe(card, `Speed-up of ${there.device} over ${state.slice.device}`);
     card.caption.querySelectorAll(".field").forEach((field) => field.remove());
     const fields = [];

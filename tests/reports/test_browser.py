@@ -271,7 +271,8 @@ def test_machines_are_compared_and_normalised(open_page, full_page):
     expected = 0.5 if "H200" in here else 2
     assert plain == pytest.approx([expected] * len(plain), rel=1e-5)
     tab.get_by_label("divided by").select_option("bandwidth")
-    scale = 4.8e12 / 3.0e12 if expected == 2 else 3.0e12 / 4.8e12
+    # One machine's limits were not measured, so that both are the datasheets'.
+    scale = 4.8e12 / 3.35e12 if expected == 2 else 3.35e12 / 4.8e12
     assert tab.evaluate(drawn) == pytest.approx([expected / scale] * len(plain), rel=1e-5)
     assert "norm=bandwidth" in tab.url
     assert tab.errors == []

@@ -11,7 +11,7 @@ from mambench import reports
 from mambench.harness import analysis
 from mambench.harness.curves import CrossoverKind
 from mambench.harness.errors import RunFolderError, UsageError
-from mambench.reports import figures, index, machines, page, roofline, rows, static, summary
+from mambench.reports import figures, index, machines, page, roofline, rows, static, summary, units
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,87 @@ def test_the_same_cases_stand_side_by_side(both):
         found.ratio == pytest.approx(2, rel=1e-9) and found.significant for found in compared
     )
     here, there = machines.describe(both, "bf16")
-    assert (here.origin, here.bytes_per_s) == ("measured", 3.0e12)
+    assert (here.origin, here.bytes_per_s) == ("datasheet", 3.35e12)
     assert (there.origin, there.bytes_per_s) == ("datasheet", 4.8e12)
+    (said,) = machines.sentences(both, shared)
+    assert f"NVIDIA H200 against Fixture GPU 80GB: 2.00{units.TIMES} faster" in said
+    assert f"memory bandwidth is 1.43{units.TIMES}" in said
+    assert "variants" not in said
+
+
+def test_measured_limits_are_preferred_where_every_machine_has_them(full_run, tmp_path, write_run):
+    device = {"kind": "cuda", "name": "NVIDIA H200", "compute_capability": [9, 0]}
+    ceilings = {"ceilings": {"copy": {"value": 4.2e12, "datasheet": 4.8e12}}}
+    other = write_run(tmp_path / "ceilings", [], device=device, ceilings=ceilings)
+    found = machines.describe(rows.make(analysis.load([full_run, other])), "bf16")
+    assert [machine.origin for machine in found] == ["measured"] * 2
+    assert {machine.bytes_per_s for machine in found} == {3.0e12, 4.2e12}
+
+
+@pytest.fixture(scope="module")
+def three(gpu_observations, write_run, tmp_path_factory):
+    """A run on two GPUs and a CPU, whose implementations take other variants there."""
+
+    def elsewhere(name, scale, **device):
+        asked = [
+            replace(
+                o,
+                case=replace(o.case, variant="numba") if device["kind"] == "cpu" else o.case,
+                values=o.values | ({"time_s": t * scale} if (t := o.values.get("time_s")) else {}),
+                samples_s=o.samples_s and tuple(s * scale for s in o.samples_s),
+            )
+            for o in gpu_observations()
+            if device["kind"] == "cuda" or (o.case.problem.seqlen or 0) <= 1024
+        ]
+        return write_run(
+            tmp_path_factory.mktemp("three") / name, asked, device={"name": name} | device
+        )
+
+    gpu = {"kind": "cuda", "compute_capability": [9, 0]}
+    folders = (
+        elsewhere("NVIDIA H100", 1.0, **gpu),
+        elsewhere("NVIDIA H200", 0.75, **gpu),
+        elsewhere("A processor", 300.0, kind="cpu"),
+    )
+    return rows.make(analysis.load(folders))
+
+
+def test_a_cpu_stands_beside_gpus_though_its_variants_are_others(three):
+    found = machines.shared(three)
+    places = {source.label: place for place, source in enumerate(three.sources)}
+    on_all = [case for case in found if None not in case.rows]
+    assert len(on_all) > 20
+    assert all(case.differs and case.first.series.variant not in case.label for case in on_all)
+    for case in found:
+        assert len({(r.seqlen, r.d_state, r.slice[1:]) for r in case.rows if r}) == 1
+    first = three.sources[0].label
+    scale = {"NVIDIA H100": 1.0, "NVIDIA H200": 0.75, "A processor": 300.0}
+    for name, place in places.items():
+        values = [one.ratio for case in found if (one := case.speedup(place))]
+        assert values == pytest.approx([scale[first] / scale[name]] * len(values))
+    text = " ".join(machines.sentences(three, found))
+    assert "different variants" in text
+    assert page.render(three).count("</small>") > len(on_all)
+
+
+def test_where_a_machine_has_several_variants_each_stands_beside_its_own(three):
+    first = next(row for row in three.rows if row.series.family == "ssd" and row.seqlen == 512)
+    case = first.result.case
+    twice = [
+        row
+        for row in three.rows
+        if row.result.case.problem == case.problem
+        and row.result.case.pass_ is case.pass_
+        and row.series.implementation == case.implementation
+        and row.slice.dtype == first.slice.dtype
+    ]
+    assert len(twice) == 3
+    again = replace(twice[0], series=twice[0].series._replace(variant="other"))
+    split = list(machines._side_by_side([*twice, again]))
+    for members in split:
+        assert len({row.slice.source for row in members}) == len(members)
+        assert len({row.series.variant for row in members}) == 1
+    assert sum(map(len, split)) == len(twice) + 1
 
 
 def test_a_ratio_whose_intervals_touch_is_not_significant(full):
