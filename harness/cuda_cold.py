@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from mambench.harness.cuda_timing import (
-    MAX_CAPTURED_S,
     MAX_QUEUED_S,
     NotCapturableError,
     Run,
@@ -23,7 +22,6 @@ from mambench.harness.cuda_timing import (
     captured_once,
     event,
     hold_queue,
-    profiled,
     time_eager,
     without_bracket_s,
 )
@@ -61,20 +59,20 @@ def time_cold(
     run, reusable = Run(execute, rule, watch or ThrottleWatch(None)), True
     with collector_paused():
         run.warm_up()
-        evict, reason = evictor(), not_capturable
-        if run.warm.estimate_s > MAX_CAPTURED_S:
-            timing, reason = time_eager(run, evict), f"an execution takes over {MAX_CAPTURED_S:g} s"
-        else:
-            timing = None
-            if reason is None:
-                try:
-                    timing = _time_graph(run, evict)
-                except NotCapturableError as error:
-                    reason, reusable = str(error), False
-            timing = timing or profiled(run, evict) or time_eager(run, evict)
+        evict, reason, timing = evictor(), not_capturable or run.needs_no_graph, None
+        if run.needs_no_graph is not None:
+            timing = time_eager(run, evict)
+            if run.was_slow_once(timing):
+                timing, reason = None, not_capturable
+        if reason is None:
+            try:
+                timing = _time_graph(run, evict)
+            except NotCapturableError as error:
+                reason, reusable = str(error), False
+        timing = timing or run.without_graph(evict)
     timing.details["l2"] = f"cold: {EVICT_L2_SIZES} times its size read before each execution"
-    if reason:
-        timing.details["not_captured"] = reason
+    if reason is not None:
+        run.explain(timing, reason)
     return timing, reusable
 
 

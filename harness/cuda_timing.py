@@ -42,7 +42,11 @@ GRAPH_SAMPLE_S = 200e-6  # a few hundred times what an event resolves
 MAX_EXECUTIONS_PER_GRAPH = 100
 MAX_QUEUED_S = 0.1  # replays put into the queue before looking at their times
 BLOCKING_CYCLES = 400_000  # some 200 us in which the CPU fills the queue
-MAX_CAPTURED_S = 1.0  # longer is one long kernel, or so many that a graph of them is too large
+MAX_CAPTURED_S = 1.0  # longer needs no graph, unless it is the host that takes so long
+MAX_LAUNCHED_S = 6.0  # ... up to which a graph is not too large: some 300,000 launches
+LAUNCHING_SHARE = (
+    0.5  # of an execution; where the host is busy for as much, launching is what lasts
+)
 SHORT_S = 0.01  # shorter replays are tried several times to learn how long they take
 MAX_PROFILED = 50
 BRACKET_CYCLES = 10_000  # some 5 us: a kernel that hides nothing of a graph's launch
@@ -64,6 +68,7 @@ class Run:
     rule: StopRule
     watch: ThrottleWatch = field(default_factory=lambda: ThrottleWatch(None))
     warm: WarmUp = field(default=WarmUp(executions_s=(), stable=False))
+    host_s: float = 0.0  # how long the host was busy with the last execution that warmed up
 
     def warm_up(self) -> None:
         """Execute until the time has settled; what was slow meanwhile is forgotten.
@@ -71,10 +76,51 @@ class Run:
         A first execution of seconds is not believed: by it a kernel of microseconds that autotunes
         in it would be thought too long to capture.
         """
-        self.warm = warm_up_for(
-            lambda: call_s(self.execute, self.watch), self.rule, doubt_first=True
-        )
+
+        def timed() -> float:
+            taken_s, self.host_s = _called_s(self.execute, self.watch)
+            return taken_s
+
+        self.warm = warm_up_for(timed, self.rule, doubt_first=True)
         self.watch.reasons()
+
+    @property
+    def launching(self) -> bool:
+        """Whether the host launches all along: then eager calls take longer than their kernels."""
+        return self.host_s >= LAUNCHING_SHARE * self.warm.estimate_s
+
+    @property
+    def needs_no_graph(self) -> str | None:
+        """Why events around eager calls tell as much as a graph, or all that can be told."""
+        if self.warm.estimate_s <= MAX_CAPTURED_S:
+            return None
+        if not self.launching:
+            return f"an execution takes over {MAX_CAPTURED_S:g} s"
+        if self.warm.estimate_s > MAX_LAUNCHED_S:
+            return f"an execution launches for over {MAX_LAUNCHED_S:g} s"
+        return None
+
+    def was_slow_once(self, timing: Timing) -> bool:
+        """Whether a graph is needed after all: what told otherwise was no typical execution.
+
+        The samples are then what the warm-up should have been.
+        """
+        if timing.median_s > MAX_CAPTURED_S:
+            return False
+        self.warm = WarmUp(executions_s=timing.samples_s, stable=False)
+        return True
+
+    def without_graph(self, before: Execute | None = None) -> Timing:
+        """Time what could not be captured; of what is long the profiler would see too much."""
+        if self.warm.estimate_s > MAX_CAPTURED_S:
+            return time_eager(self, before)
+        return profiled(self, before) or time_eager(self, before)
+
+    def explain(self, timing: Timing, reason: str) -> None:
+        """Note why there is no graph, and whether gaps between launches are in the time."""
+        timing.details["not_captured"] = reason
+        if timing.method == "events":
+            timing.details.update(launch_gaps=self.launching, host_s=self.host_s)
 
 
 def time_gpu(
@@ -87,16 +133,17 @@ def time_gpu(
     run = Run(execute, rule, watch or ThrottleWatch(None))
     with collector_paused():
         run.warm_up()
-        if run.warm.estimate_s > MAX_CAPTURED_S:
+        if (reason := run.needs_no_graph) is not None:
             timing = time_eager(run)
-            timing.details["not_captured"] = f"an execution takes over {MAX_CAPTURED_S:g} s"
-            return timing, True
+            if not run.was_slow_once(timing):
+                run.explain(timing, reason)
+                return timing, True
         try:
             return _time_graph(run), True
         except NotCapturableError as error:
             reason = str(error)
-        timing = profiled(run) or time_eager(run)
-    timing.details["not_captured"] = reason
+        timing = run.without_graph()
+    run.explain(timing, reason)
     return timing, False
 
 
@@ -141,16 +188,25 @@ def time_profiler(execute: Execute, rule: StopRule) -> Timing | None:
 
 def call_s(execute: Execute, watch: ThrottleWatch, before: Execute | None = None) -> float:
     """Execute once on an idle device and return the time between two events around it."""
+    return _called_s(execute, watch, before)[0]
+
+
+def _called_s(
+    execute: Execute, watch: ThrottleWatch, before: Execute | None = None
+) -> tuple[float, float]:
+    """Return a call's time between two events, and how long the host was busy with it."""
     begin, end = event(), event()
     if before is not None:
         before()
     torch.cuda.synchronize()
     begin.record()
+    called_s = time.perf_counter()
     execute()
+    host_s = time.perf_counter() - called_s
     end.record()
     watch.look()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return begin.elapsed_time(end) / 1e3, host_s
 
 
 def event() -> torch.cuda.Event:
@@ -247,9 +303,12 @@ def short_wait() -> None:
 
 
 def captured_once(run: Run) -> tuple[torch.cuda.CUDAGraph, float]:
-    """Return a graph of one execution, uploaded unless slow, and about how long a replay takes."""
+    """Return a graph of one execution, uploaded unless slow, and about how long a replay takes.
+
+    Where it is the launching that is slow, a replay is not.
+    """
     graph = capture(run.execute, 1)
-    if run.warm.estimate_s >= SLOW_EXECUTION_S:
+    if run.warm.estimate_s >= SLOW_EXECUTION_S and not run.launching:
         return graph, run.warm.estimate_s
     graph.replay()  # the first replay uploads the graph
     return graph, min(replay_s(graph, 5 if run.warm.estimate_s < SHORT_S else 1, run.watch))

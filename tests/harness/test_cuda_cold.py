@@ -1,6 +1,7 @@
 """The bookkeeping of cold times, on a fake device; real ones are timed in test_cuda_timing."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -184,4 +185,71 @@ def test_a_slow_execution_is_not_replayed_to_learn_how_long_it_takes(
     timing, _ = cuda_timing.time_gpu(execute, RULE)
     assert timing.method == "cuda-graph"
     assert len(timing.samples_s) == 3
-    assert executions[0] == 4  # one warms up; capturing executes nothing
+    assert executions[0] == 5  # one is doubted, one warms up; capturing executes nothing
+
+
+@pytest.mark.parametrize("time", [cuda_timing.time_gpu, cuda_cold.time_cold])
+def test_one_slow_execution_does_not_decide_how_the_others_are_timed(
+    monkeypatch: pytest.MonkeyPatch, time: Callable[..., tuple[Any, bool]]
+) -> None:
+    device = Device(1e-3, 1e-3)
+    on(monkeypatch, device)
+    stalls = iter([0.0])
+
+    def execute() -> None:
+        device.now_s += next(stalls, 0.0)
+        device.execute()
+
+    for first in (0, 1, 2):  # whatever held the first, second or third execution up
+        stalls = iter([*[0.0] * first, 1.5])
+        timing, _ = time(execute, RULE)
+        assert timing.method.startswith("cuda-graph"), first
+        assert timing.median_s == pytest.approx(1e-3, rel=1e-6)
+    stalls = iter([1.5, 1.5])  # tuned twice, as a backward may after its forward
+    timing, _ = time(execute, RULE)
+    assert timing.method.startswith("cuda-graph")
+
+
+@pytest.mark.parametrize("time", [cuda_timing.time_gpu, cuda_cold.time_cold])
+@pytest.mark.parametrize(
+    ("launching_s", "capturable", "method", "gaps"),
+    [
+        (1.4, True, "cuda-graph", None),  # launched for seconds, and executed in 0.1 s
+        (1.4, False, "events", True),  # what is not the kernels' time says so
+        (7.0, True, "events", True),  # a graph of so much is too large
+        (0.0, True, "events", False),  # kernels that long need no graph
+    ],
+)
+def test_an_execution_that_launches_for_long_is_captured_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+    time: Callable[..., tuple[Any, bool]],
+    launching_s: float,
+    capturable: bool,
+    method: str,
+    gaps: bool | None,
+) -> None:
+    kernels_s = 0.1 if launching_s else 1.5
+    device = Device(kernels_s, kernels_s)
+    on(monkeypatch, device, capturable=capturable)
+    monkeypatch.setattr(cuda_timing.time, "perf_counter", lambda: host.now_s)
+    host = Device(0.0, 0.0)
+
+    def execute() -> None:
+        if replaying:
+            device.execute()
+            return
+        host.now_s += launching_s
+        device.now_s += max(0.0, launching_s - kernels_s)
+        device.execute()
+
+    replaying: list[bool] = []
+    usual = Graph.replay
+    monkeypatch.setattr(
+        Graph, "replay", lambda self: (replaying.append(True), usual(self), replaying.pop())
+    )
+    timing, _ = time(execute, RULE)
+    assert timing.method.removesuffix("-after-eviction") == method
+    expected_s = kernels_s if method == "cuda-graph" else max(launching_s, kernels_s)
+    assert timing.median_s == pytest.approx(expected_s, rel=1e-6)
+    assert timing.details.get("launch_gaps") is gaps
+    assert ("not_captured" in timing.details) is (method == "events")
