@@ -9,7 +9,6 @@ from mambench.harness.spec import Case, Device, DeviceKind, Outcome, metrics_of
 
 # A case that needs gradients launches about as many operations again, twice.
 GRADIENT_LAUNCHES = 3
-PER_CHILD = 12  # what a child has counted is known, and kept, when it has ended
 
 
 class Traffic(BatchProfiler):
@@ -49,7 +48,6 @@ class Traffic(BatchProfiler):
             code=batch.code,
             compile_limit_s=batch.settings.compile_limit_s,
             time_limit_s=batch.settings.time_limit_s,
-            per_child=PER_CHILD,
             total_limit_s=batch.left_s,
         )
         cases = sorted(batch.cases, key=lambda case: batch.first_calls_s.get(case.case_id, 0.0))
