@@ -16,7 +16,8 @@ implementations (names or globs, separated by commas), `pass=` and `dtype=` some
 `table=blocks` shows tokens per second and peak memory of whole blocks, of all passes and dtypes or
 of those named by `pass=` and `dtype=`.
 `table=traffic` shows counted beside modelled bytes, `table=repeat other=RUN` how well a second run
-of the same cases agrees, and `table=selftest` the file `selftest.json` in the named folder.
+of the same cases agrees, `table=selftest` the file `selftest.json` in the named folder, and
+`table=gate` what repeated checks ended in, of the named file without its `.json`.
 """
 
 import os
@@ -30,14 +31,14 @@ import mambench
 from mambench.harness import analysis
 from mambench.harness.analysis import Analysis
 from mambench.harness.errors import UsageError, unknown_name
-from mambench.reports import blocks, markdown, ratios, rows, summary, svg, tables
+from mambench.reports import blocks, gates, markdown, ratios, rows, summary, svg, tables
 from mambench.reports.page import write_atomically
 from mambench.reports.rows import Report, Slice
 
 _BEGIN = re.compile(r"<!-- figures:begin (?P<spec>[^\n]*?) -->")
 _BLOCK = re.compile(_BEGIN.pattern + r".*?<!-- figures:end -->", re.DOTALL)
 _FILTERS: tuple[str, ...] = ("level", "pass", "dtype", "batch", "width")
-_TABLES: tuple[str, ...] = ("ratios", "blocks", "traffic", "repeat", "selftest")
+_TABLES: tuple[str, ...] = ("ratios", "blocks", "traffic", "repeat", "selftest", "gate")
 _RATIO_WORDS: tuple[str, ...] = ("table", "metric", "ours", "peers", "pass", "dtype")
 
 
@@ -79,6 +80,8 @@ def _body(spec: str, document: Path, published: Path, charts: dict[Path, str]) -
     name, *filters = spec.split()
     if "table=selftest" in filters:
         return tables.selftest(published / name / "selftest.json")
+    if "table=gate" in filters:
+        return gates.table(published / f"{name}.json")
     known = sorted(path.parent.name for path in published.glob("*/manifest.json"))
     if name not in known:
         raise UsageError(f"{document}: {unknown_name('published run', name, known)}")
