@@ -133,7 +133,8 @@ def _count(
         if not ended and lack is None and time.monotonic() < ends_at:
             lack = "Nsight Compute ended without a word about any case"
     for item in left:
-        yield item["id"], Counted(outcome=Outcome.UNAVAILABLE, reason=lack)
+        outcome = Outcome.SKIPPED if lack == OVER else Outcome.UNAVAILABLE
+        yield item["id"], Counted(outcome=outcome, reason=lack)
 
 
 def _keep(folder: Path, target: Path | None, number: int) -> None:

@@ -252,7 +252,8 @@ class Batch:
         if cut_off:
             phase = self._watch.phase
             died = f"the process under ncu died in phase '{phase}': {self._tail()}"
-            self._end(Outcome.TIMEOUT if late else Outcome.CRASHED, late or died)
+            ending = {None: Outcome.CRASHED, OVER: Outcome.SKIPPED}.get(late, Outcome.TIMEOUT)
+            self._end(ending, late or died)
         elif not self._ended and late is not None:
             return {}, f"Nsight Compute: {error or late}: {self._tail()}"
         passes = ncu.passes(text + _read(self._output))

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from mambench.harness import counters, registry
-from mambench.harness.counters import Counted
+from mambench.harness.counters import OVER, Counted
 from mambench.harness.profilers.base import Batch, BatchProfiler, Failed, Measured, Work
 from mambench.harness.spec import Case, Device, DeviceKind, Outcome, metrics_of
 
@@ -61,6 +61,9 @@ def _measured(counted: Counted) -> Measured | Failed:
     if counted.outcome is Outcome.OK:
         return Measured(values=counted.values, method=counted.method, details=counted.details)
     reason = counted.reason or f"{counted.outcome}"
+    if reason == OVER:  # unlike a lack of the machine it is tried again on resume
+        again = f"time budget: {reason}; resume the run or raise --time-budget"
+        return Failed(outcome=Outcome.SKIPPED, reason=again)
     if counted.outcome in (Outcome.UNAVAILABLE, Outcome.SKIPPED):
         return Measured.missing(reason)  # a lack of the machine, and no failure of the case
     return Failed(outcome=counted.outcome, reason=reason, details=counted.details)

@@ -74,6 +74,17 @@ def test_a_lack_is_missing_and_a_crash_is_a_failure(monkeypatch: pytest.MonkeyPa
     assert (crashed.outcome, crashed.reason) == (Outcome.CRASHED, "it died")
 
 
+def test_what_a_time_budget_leaves_out_is_tried_again(monkeypatch: pytest.MonkeyPatch):
+    over = Counted(outcome=Outcome.SKIPPED, reason=counters.OVER)
+    many = Counted(outcome=Outcome.SKIPPED, reason="about 10 launches")
+    cut, many_launches, good = measure(monkeypatch, over, many, Counted(values={"dram_bytes": 5}))
+    assert isinstance(cut, Failed)  # `skipped` is not finished
+    assert cut.outcome is Outcome.SKIPPED
+    assert "--time-budget" in cut.reason
+    assert isinstance(many_launches, Measured)
+    assert isinstance(good, Measured)
+
+
 def test_it_is_switched_on_by_name_and_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch):
     profiler = catalog.load()["traffic"]
     tags = {metric.tag for metric in profiler.metrics}
