@@ -469,6 +469,9 @@ def _suspicions(observation: Observation) -> list[str]:
     if isinstance(throttled, list | tuple) and throttled:
         names = ", ".join(str(reason) for reason in cast("Sequence[Any]", throttled))
         found.append(f"the device was slowed down: {names}")
+    if observation.method == "events" and observation.details.get("launch_gaps", True):
+        reason = observation.details.get("not_captured") or "no graph could be captured"
+        found.append(f"timed by eager calls, gaps between launches included: {reason}")
     return found
 
 

@@ -160,6 +160,16 @@ def test_a_throttled_measurement_is_flagged():
     assert result.flags == ("the device was slowed down: power_cap",)
 
 
+def test_a_time_that_holds_launch_gaps_is_flagged() -> None:
+    details = {"launch_gaps": True, "not_captured": "it launches for over 6 s"}
+    (flag,) = fold_one(observation(method="events", details=details)).flags
+    assert "gaps between launches" in flag
+    assert "over 6 s" in flag
+    none = {**details, "launch_gaps": False}
+    assert fold_one(observation(method="events", details=none)).flags == ()
+    assert fold_one(observation(method="cuda-graph", details={})).flags == ()
+
+
 def test_memory_that_could_not_be_read_says_why():
     memory = observation(measurement="memory", values={}, details={"missing": "no meter here"})
     assert fold_one(observation(), memory).missing["peak_memory_bytes"] == "no meter here"
