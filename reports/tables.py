@@ -2,51 +2,108 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
 from mambench.harness.analysis import Analysis, Result
 from mambench.harness.errors import RunFolderError
-from mambench.harness.spec import Case, Outcome
+from mambench.harness.spec import Case, Family, Outcome, Pass
 from mambench.reports import units
 from mambench.reports.markdown import escape
 
 _CLOSE = 0.02  # cells of two runs that differ by less agree
+_FP32 = 4
+_RANGE = "\u2020"  # dagger
 
 
 def traffic(analysis: Analysis) -> str:
     """Return the bytes that counters saw beside those that any implementation must move.
 
     One row per case that was asked for its traffic; a case without says why. Sorted by family,
-    pass and ratio, the least first.
+    pass and ratio, the least first. Above it stands the condition of L2, and a scan's rows say how
+    large all states are, so that it shows who writes them out.
     """
-    rows = [r for r in analysis.results if "dram_bytes" in r.values or "dram_bytes" in r.missing]
+    rows = [r for r in analysis.results if "traffic" in r.found or "dram_bytes" in r.values]
     if not rows:
         return "No case was asked for its traffic."
     lines = [
-        "| pass | implementation | at least (modelled) | HBM (counted) | counted / modelled |",
-        "|---|---|---:|---:|---:|",
+        f"| pass | implementation |{' sizes |' if _differ(rows) else ''} at least (modelled) "
+        "| every state once (modelled) | HBM read | HBM written | counted / modelled |",
+        f"|---|---|{'---|' if _differ(rows) else ''}---:|---:|---:|---:|---:|",
     ]
-    return "\n".join([*lines, *map(_traffic_line, sorted(rows, key=_by_ratio))])
+    lines += [_traffic_line(row, sizes=_differ(rows)) for row in sorted(rows, key=_by_ratio)]
+    return "\n".join([_conditions(rows), "", *lines, *_footnotes(rows)])
 
 
-def _traffic_line(result: Result) -> str:
-    least = result.compulsory_bytes
-    modelled = units.MISSING if least is None else units.memory(least)
-    counted, ratio = result.value("dram_bytes"), result.value("traffic_ratio")
-    if counted is None:
-        seen = escape(result.missing.get("dram_bytes") or result.reason or "not counted")
+def _conditions(rows: Sequence[Result]) -> str:
+    """Say what was counted, at which sizes, and in which condition L2 was."""
+    same = "" if _differ(rows) else f" at {_sizes(rows[0].case)}"
+    said = f"Bytes of one execution{same}, by hardware counters."
+    found = [r.found.get("traffic", {}).get("l2") for r in rows if _counted(r)]
+    states = {(l2["before"], l2["after"]) for l2 in found if l2}
+    if not found:
+        return said
+    if len(states) != 1 or not all(found):
+        return f"{said} The condition of L2 is not the same, or not known, in all of them."
+    ((before, after),) = states
+    return (
+        f"{said} L2 before: {escape(before)}; caches are not emptied between kernels; "
+        f"after: {escape(after)}."
+    )
+
+
+def _footnotes(rows: Sequence[Result]) -> list[str]:
+    notes: list[str] = []
+    if any(_as_range(row) for row in rows):
+        notes += ["", f"{_RANGE} All launches counted as one range; the others kernel by kernel."]
+    return notes
+
+
+def _traffic_line(result: Result, *, sizes: bool) -> str:
+    case, least = result.case, result.compulsory_bytes
+    cells = [case.pass_.value, _name(case) + (f" {_RANGE}" if _as_range(result) else "")]
+    cells += [_sizes(case)] if sizes else []
+    cells += [units.memory(value) for value in (least, states_bytes(case))]
+    if _counted(result):
+        cells += [units.memory(result.value(f"dram_{way}_bytes")) for way in ("read", "write")]
     else:
-        seen = units.memory(counted)
-    times = units.MISSING if ratio is None else f"{units.digits(ratio)}{units.TIMES}"
-    return f"| {result.case.pass_.value} | {_name(result.case)} | {modelled} | {seen} | {times} |"
+        why = escape(result.missing.get("dram_bytes") or result.reason or "not counted")
+        cells += [why, units.MISSING]
+    cells += [units.ratio(result.value("traffic_ratio"))]
+    return f"| {' | '.join(cells)} |"
 
 
-def _by_ratio(result: Result) -> tuple[str, str, float, str]:
+def states_bytes(case: Case) -> int | None:
+    """Return the bytes of the state after every token, in fp32; None where there is no state."""
+    problem = case.problem
+    if problem.d_state is None or problem.seqlen is None:
+        return None
+    return problem.batch * problem.seqlen * problem.d_inner * problem.d_state * _FP32
+
+
+def _counted(result: Result) -> bool:
+    return result.value("dram_bytes") is not None
+
+
+def _as_range(result: Result) -> bool:
+    return _counted(result) and "proof" in result.found.get("traffic", {})
+
+
+def _differ(rows: Sequence[Result]) -> bool:
+    return len({_sizes(row.case) for row in rows}) > 1
+
+
+def _sizes(case: Case) -> str:
+    p = case.problem
+    return f"B={p.batch} L={units.count(p.seqlen)} D={units.count(p.d_inner)} {case.dtype.value}"
+
+
+def _by_ratio(result: Result) -> tuple[int, int, float, str, str]:
     case, ratio = result.case, result.value("traffic_ratio")
-    least = math.inf if ratio is None else ratio
-    return case.problem.family.value, case.pass_.value, least, _name(case)
+    place = list(Family).index(case.problem.family), list(Pass).index(case.pass_)
+    return (*place, math.inf if ratio is None else ratio, _name(case), _sizes(case))
 
 
 def repeat(first: Analysis, second: Analysis) -> str:

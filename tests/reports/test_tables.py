@@ -33,18 +33,62 @@ def analysis(*results):
     return Analysis(sources=(source,), results=results)
 
 
+L2 = {"before": "clean lines of another buffer", "after": "dirty lines written back"}
+MIB = 2**20
+
+
+def counted(name, read, written, **details):
+    moved = {"dram_read_bytes": read, "dram_write_bytes": written, "dram_bytes": read + written}
+    values = {**moved, "traffic_ratio": (read + written) / (2 * MIB)}
+    found = {"time": {}, "traffic": {"l2": L2, **details}}
+    return result(name, compulsory_bytes=2 * MIB, values=values, found=found)
+
+
+def barred(name):
+    found = {"time": {}, "traffic": {"missing": "no permission"}}
+    return result(name, compulsory_bytes=MIB, missing={"dram_bytes": "no permission"}, found=found)
+
+
 def test_traffic_is_shown_beside_the_model_and_a_missing_count_says_why():
-    counted = {"dram_bytes": 3.0 * 2**20, "traffic_ratio": 1.5}
     text = tables.traffic(
         analysis(
-            result("fused:x", compulsory_bytes=2 * 2**20, values=counted),
-            result("barred:x", compulsory_bytes=2**20, missing={"dram_bytes": "no permission"}),
-            result("unasked:x"),
+            counted("stores:x", 130 * MIB, 128 * MIB),
+            counted("fused:x", 2 * MIB, MIB),
+            barred("barred:x"),
+            result("unasked:x", found={"time": {}}, missing={"dram_bytes": "not measured"}),
         )
     )
-    assert f"| forward | s6 fused:x | 2.00 MiB | 3.00 MiB | 1.50{TIMES} |" in text
-    assert "no permission" in text
-    assert "unasked" not in text
+    first, _, *rows = text.splitlines()
+    assert "B=1 L=1,024 D=2,048 bf16" in first
+    assert f"L2 before: {L2['before']}; caches are not emptied between kernels" in first
+    assert f"after: {L2['after']}." in first
+    states = "128 MiB"  # 1024 tokens x 2048 channels x 16 states x 4 bytes: what `stores` writes
+    assert rows[2:] == [
+        f"| forward | s6 fused:x | 2.00 MiB | {states} | 2.00 MiB | 1.00 MiB | 1.50{TIMES} |",
+        f"| forward | s6 stores:x | 2.00 MiB | {states} | 130 MiB | 128 MiB | 129{TIMES} |",
+        f"| forward | s6 barred:x | 1.00 MiB | {states} | no permission | \u2013 | \u2013 |",
+    ]
+
+
+def test_what_was_counted_as_one_range_is_marked():
+    whole = counted("steps:x", MIB, MIB, proof={"known_bytes": 5})
+    text = tables.traffic(analysis(whole, counted("fused:x", MIB, MIB)))
+    assert "s6 steps:x \u2020 |" in text
+    assert "s6 fused:x |" in text
+    assert text.splitlines()[-1].startswith("\u2020 All launches counted as one range")
+    assert "\u2020" not in tables.traffic(analysis(counted("fused:x", MIB, MIB)))
+
+
+def test_traffic_at_several_lengths_says_which_and_another_l2_is_not_hidden():
+    text = tables.traffic(
+        analysis(
+            counted("fused:x", MIB, MIB, l2={**L2, "before": "unknown"}),
+            counted("other:x", MIB, MIB),
+            result("long:x", seqlen=2048, found={"traffic": {}}),
+        )
+    )
+    assert "not the same, or not known" in text.splitlines()[0]
+    assert "| s6 long:x | B=1 L=2,048 D=2,048 bf16 |" in text
 
 
 def test_a_run_without_counters_says_so():
