@@ -56,7 +56,8 @@ def block(entry: SliceSummary) -> str:
     ]
     for length in entry.lengths:
         cells = " | ".join(_cell(cell, length.fastest) for cell in length.cells)
-        lines.append(f"| {units.count(length.seqlen)} | {cells} |")
+        where = "any" if length.seqlen is None else units.count(length.seqlen)
+        lines.append(f"| {where} | {cells} |")
     return "\n".join(lines)
 
 

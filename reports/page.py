@@ -27,6 +27,7 @@ from mambench.harness.spec import METRICS, DeviceKind, Outcome, Settings
 from mambench.reports import (
     figures,
     machines,
+    names,
     packing,
     roofline,
     rows,
@@ -359,6 +360,7 @@ def environment() -> jinja2.Environment:
         "crossing_note": summary.crossing_note,
         "factor": summary.factor_text,
         "saving": summary.saving_text,
+        "explain": names.explain,
     }
     made.filters.update(filters)
     return made

@@ -10,7 +10,8 @@ from itertools import groupby
 from mambench.harness import curves
 from mambench.harness.curves import Crossover, CrossoverKind, Exponent, Speedup
 from mambench.harness.spec import Level, Outcome
-from mambench.reports import units
+from mambench.reports import contest, units
+from mambench.reports.contest import LengthSummary
 from mambench.reports.rows import Report, Row, Series, Slice
 
 CROSSED: Mapping[str, str] = {
@@ -20,17 +21,7 @@ CROSSED: Mapping[str, str] = {
 }
 
 
-_CLOSE = " At L = "
-
-
-@dataclass(frozen=True, kw_only=True)
-class LengthSummary:
-    """One length of a slice: each series' row (None: not asked), and the fastest."""
-
-    seqlen: int | None  # None: of cases that have no length
-    cells: tuple[Row | None, ...]  # in the order of the slice's series
-    fastest: Row | None
-    tied: tuple[Row, ...] = ()  # others whose interval overlaps the fastest's
+_EQUAL = 0.005  # shares of one that differ by less would read as 1.00
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +71,13 @@ def summarise(report: Report) -> tuple[SliceSummary, ...]:
 
 def summarise_slice(part: Slice) -> SliceSummary:
     """Return what one slice says."""
-    lengths = _by_length(part)
     reference = _reference(part)
+    lengths = contest.by_length(part, reference)
     series = tuple(_series(s, reference) for s in part.series)
     crossing, evidence = _crossing(series, reference)
-    headline = _headline(lengths)
+    headline = contest.headline(lengths)
     if reference is None:  # without a rival the best news is who is fastest
-        said, close, where = headline.partition(_CLOSE)
+        said, close, where = headline.partition(contest.CLOSE)
         crossing, headline = said, f"{crossing}{close}{where}"
     return SliceSummary(
         part=part,
@@ -115,7 +106,7 @@ def failures(report: Report) -> tuple[Failure, ...]:
                     label=label,
                     outcome=Outcome(outcome),
                     reason=reason,
-                    seqlens=tuple(sorted({r.seqlen for r in members}, key=_ascending)),
+                    seqlens=tuple(sorted({r.seqlen for r in members}, key=contest.ascending)),
                     case_ids=tuple(row.case_id for row in members),
                 )
             )
@@ -144,7 +135,7 @@ def crossing_note(found: Crossover | None) -> str:
     if found.kind is CrossoverKind.AT:
         said = _interval_text(found).strip().strip("()")
         return said or (f"between {_both(*found.bracket)}" if found.bracket else "")
-    return f"L = {_span(*found.range)}"
+    return f"L = {contest.span(*found.range)}"
 
 
 def factor_text(value: float | None) -> str:
@@ -166,29 +157,6 @@ def exponent_text(found: Exponent) -> str:
     if found.value is None or found.low is None:
         return units.MISSING
     return f"{found.value:.2f} ± {found.value - found.low:.2f}"
-
-
-def _by_length(part: Slice) -> tuple[LengthSummary, ...]:
-    columns = [{row.seqlen: row for row in s.at_state(s.usual_state)} for s in part.series]
-    names = {s.key.implementation for s in part.series}
-    found: list[LengthSummary] = []
-    lengths = {seqlen for column in columns for seqlen in column}
-    for seqlen in sorted(lengths, key=_ascending):
-        cells = tuple(column.get(seqlen) for column in columns)
-        asked = {row.series.implementation for row in cells if row is not None}
-        # Where only one of several was asked there is no race, and so no winner.
-        race = len(asked) > 1 or len(names) == 1
-        measured = [row for row in cells if race and row is not None and row.ok]
-        fastest = min(measured, key=lambda row: row.time_s or 0, default=None)
-        tied = tuple(row for row in measured if fastest is not None and _tied(row, fastest))
-        found.append(LengthSummary(seqlen=seqlen, cells=cells, fastest=fastest, tied=tied))
-    return tuple(found)
-
-
-def _tied(row: Row, fastest: Row) -> bool:
-    if row is fastest or row.time_low_s is None or fastest.time_high_s is None:
-        return False
-    return row.time_low_s <= fastest.time_high_s
 
 
 def _reference(part: Slice) -> Series | None:
@@ -234,7 +202,10 @@ def _others(rows: Sequence[Row], reference: Series) -> dict[str, Crossover]:
     for tag in CROSSED:
         ours = curves.curve([row.result for row in rows if row.ok], tag)
         if len(ours) > 1 and len(other := curves.curve(theirs, tag)) > 1:
-            found[tag] = curves.crossover(ours, other)
+            values = {point.seqlen: point.value for point in other}
+            both = [p.value / values[p.seqlen] for p in ours if p.seqlen in values]
+            if not both or any(abs(ratio - 1) >= _EQUAL for ratio in both):
+                found[tag] = curves.crossover(ours, other)
     return found
 
 
@@ -242,35 +213,6 @@ def _memory_ratio(theirs: Row, ours: Row) -> float | None:
     if not theirs.peak_memory_bytes or not ours.peak_memory_bytes:
         return None
     return theirs.peak_memory_bytes / ours.peak_memory_bytes
-
-
-def _headline(lengths: Sequence[LengthSummary]) -> str:
-    measured = [entry for entry in lengths if entry.fastest is not None]
-    if not measured:
-        return "No case of this selection was measured."
-    if sum(cell is not None for entry in lengths for cell in entry.cells) == len(lengths) and (
-        len({e.fastest.label for e in measured if e.fastest}) == 1
-    ):
-        only = measured[0].fastest
-        return f"Only {only.label if only else ''} was asked for."
-    if all(entry.seqlen is None for entry in measured):
-        return f"{measured[0].fastest.label if measured[0].fastest else ''} is the fastest."
-    stretches = [
-        (label, [entry.seqlen or 0 for entry in group])
-        for label, group in groupby(measured, key=lambda e: e.fastest.label if e.fastest else "")
-    ]
-    if len(stretches) == 1:
-        label, inside = stretches[0]
-        text = f"{label} is the fastest at every measured length, {_span(inside[0], inside[-1])}."
-        return text + _undecided(measured)
-    parts = [f"{label} {_at(inside)}" for label, inside in stretches]
-    return f"Fastest: {'; '.join(parts)}.{_undecided(measured)}"
-
-
-def _undecided(lengths: Sequence[LengthSummary]) -> str:
-    """Name the lengths at which the fastest is not told apart from others."""
-    close = [units.count(entry.seqlen) for entry in lengths if entry.tied]
-    return f"{_CLOSE}{', '.join(close)} intervals overlap." if close else ""
 
 
 def _crossing(series: Sequence[SeriesSummary], reference: Series | None) -> tuple[str, str]:
@@ -283,18 +225,42 @@ def _crossing(series: Sequence[SeriesSummary], reference: Series | None) -> tupl
     best = max(rivals, key=lambda s: (s.speedup_at or 0, s.speedup.ratio if s.speedup else 0))
     found = best.crossover
     assert found is not None
-    said = f"{_found_by(found)}{_advantage(best)}{_further(best)}".strip()
-    return _verdict(best, found, reference.label), said
+    own = next((s for s in series if s.series is reference), None)
+    said = f"{_found_by(found)}{_advantage(best)}{_why(best, own)}{_further(best, reference.label)}"
+    return _verdict(best, found, reference.label), said.strip()
 
 
-def _further(best: SeriesSummary) -> str:
+def _further(best: SeriesSummary, attention: str) -> str:
     """Say where the same one needs less of what else was measured."""
+    name = best.series.label
     parts = [
-        f"{CROSSED[tag]}: {crossing_text(found, 'less')}"
-        + (f" ({note})" if (note := crossing_note(found)) else "")
-        for tag, found in best.others.items()
+        f"{CROSSED[tag]} {_less(name, attention, found)}" for tag, found in best.others.items()
     ]
-    return f" Crossover in {'; in '.join(parts)}." if parts else ""
+    return f" In {'; in '.join(parts)}." if parts else ""
+
+
+def _less(name: str, attention: str, found: Crossover) -> str:
+    if found.kind is CrossoverKind.AT and found.seqlen:
+        note = f" ({text})" if (text := crossing_note(found)) else ""
+        return f"{name} takes less from {_length(found.seqlen)} on{note}"
+    if found.kind is CrossoverKind.SEVERAL:
+        lengths = " and ".join(_length(length) for length in found.crossings)
+        return f"neither takes less throughout, they cross at {lengths}"
+    if found.kind is CrossoverKind.NO_OVERLAP or found.range is None:
+        return "too few lengths in common"
+    less = name if found.kind is CrossoverKind.CHALLENGER_FASTER else attention
+    return f"{less} takes less throughout, L = {contest.span(*found.range)}"
+
+
+def _why(best: SeriesSummary, reference: SeriesSummary | None) -> str:
+    """Say how both grow, if a straight line was fitted to both."""
+    if reference is None or best.exponent.value is None or reference.exponent.value is None:
+        return ""
+    ours, theirs = (f"L^{one.exponent.value:.2f}" for one in (best, reference))
+    return (
+        f" Why: at long lengths the time of {reference.series.label} grows as {theirs}, "
+        f"that of {best.series.label} as {ours}."
+    )
 
 
 def _verdict(best: SeriesSummary, found: Crossover, attention: str) -> str:
@@ -313,7 +279,7 @@ def _verdict(best: SeriesSummary, found: Crossover, attention: str) -> str:
 
 def _where(found: Crossover) -> str:
     """Say over which lengths both were measured."""
-    return f"from L = {_span(*found.range)}" if found.range else "at every length"
+    return f"from L = {contest.span(*found.range)}" if found.range else "at every length"
 
 
 def _found_by(found: Crossover) -> str:
@@ -340,10 +306,14 @@ def _advantage(best: SeriesSummary) -> str:
     if best.speedup.low is not None and not best.speedup.significant:
         text += " (not significant)"
     if best.memory_ratio is not None:
-        share = best.memory_ratio
-        word = "lower" if share >= 1 else "higher"
-        text += f", its peak memory {units.ratio(max(share, 1 / share))} {word}"
+        text += f", its peak memory {_against(best.memory_ratio)}"
     return text + "."
+
+
+def _against(share: float) -> str:
+    if abs(share - 1) < _EQUAL:
+        return "the same"
+    return f"{units.ratio(max(share, 1 / share))} {'lower' if share >= 1 else 'higher'}"
 
 
 def _weights(part: Slice) -> str | None:
@@ -376,26 +346,12 @@ def _interval_text(found: Crossover) -> str:
     return f" (95 % interval {units.about(low)} to {units.about(high)})"
 
 
-def _ascending(seqlen: int | None) -> int:
-    return seqlen or 0
-
-
 def _length(seqlen: float) -> str:
     return f"L\u00a0≈\u00a0{units.about(seqlen)}"  # not broken over lines
 
 
-def _at(lengths: Sequence[int]) -> str:
-    if len(lengths) == 1:
-        return f"at L = {units.count(lengths[0])}"
-    return f"from L = {_span(lengths[0], lengths[-1], word='to')}"
-
-
 def _both(low: int, high: int) -> str:
     return units.count(low) if low == high else f"{units.count(low)} and {units.count(high)}"
-
-
-def _span(low: int, high: int, word: str = "to") -> str:
-    return f"{units.count(low)} {word} {units.count(high)}"
 
 
 def _failure_key(row: Row) -> tuple[str, str, str]:

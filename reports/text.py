@@ -1,18 +1,21 @@
 """The report for a terminal: the answer, and one table with a sparkline per selection."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 
-from mambench.reports import summary, units
+from mambench.reports import names, summary, units
 from mambench.reports.rows import Report, Row
-from mambench.reports.summary import SliceSummary
+from mambench.reports.summary import SeriesSummary, SliceSummary
 
 _BARS = "▁▂▃▄▅▆▇█"
+_ABSENT = "\u00b7"  # middle dot: not asked
+_WIDTH = 100
 
 
 def render(report: Report) -> str:
     """Return plain text without colours or control characters, whatever the records hold."""
-    blocks = [_block(entry) for entry in summary.summarise(report)]
+    blocks = [_block(entry, explained=not i) for i, entry in enumerate(summary.summarise(report))]
     failed = summary.failures(report)
     if failed:
         lines = [
@@ -25,13 +28,18 @@ def render(report: Report) -> str:
 
 
 def sparkline(values: Sequence[float | None]) -> str:
-    """Return one bar per value on a logarithmic scale; a missing value is a cross."""
-    known = [math.log(v) for v in values if v]
+    """Return one bar per value on a logarithmic scale; None is a cross, NaN (not asked) a dot."""
+    known = [math.log(v) for v in values if v and not math.isnan(v)]
     low, span = min(known, default=0), (max(known, default=0) - min(known, default=0)) or 1
-    return "".join(
-        units.TIMES if not v else _BARS[round((math.log(v) - low) / span * (len(_BARS) - 1))]
-        for v in values
-    )
+
+    def bar(value: float | None) -> str:
+        if not value:
+            return units.TIMES
+        if math.isnan(value):
+            return _ABSENT
+        return _BARS[round((math.log(value) - low) / span * (len(_BARS) - 1))]
+
+    return "".join(map(bar, values))
 
 
 def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -47,20 +55,22 @@ def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     return "\n".join(f"  {line.rstrip()}" for line in lines)
 
 
-def _block(entry: SliceSummary) -> str:
-    head = [
-        f"{entry.part.device}: {entry.part.title}",
-        f"  {entry.crossing}",
-        f"  {entry.headline}",
-    ]
-    head += [f"  {text}" for text in (entry.evidence, entry.weights) if text]
-    lengths = [length.seqlen for length in entry.lengths]
-    rows = [["", *map(units.length, lengths), ""]]
+def _block(entry: SliceSummary, *, explained: bool) -> str:
+    said = [entry.crossing, entry.headline, entry.evidence, entry.weights or ""]
+    said += [names.explain(entry.part)] if explained else []
+    head = [f"{entry.part.device}: {entry.part.title}"]
+    head += [textwrap.indent(textwrap.fill(text, _WIDTH - 2), "  ") for text in said if text]
+    lengths = ["any L" if n.seqlen is None else units.length(n.seqlen) for n in entry.lengths]
+    rows = [["time at L =" if len(lengths) > 1 else "time", *lengths, ""]]
     for i, series in enumerate(entry.series):
         cells = [length.cells[i] for length in entry.lengths]
-        line = sparkline([cell.time_s if cell else None for cell in cells])
-        rows.append([series.series.label, *map(_cell, cells), line])
+        line = sparkline([cell.time_s if cell else math.nan for cell in cells])
+        rows.append([_named(series), *map(_cell, cells), line])
     return "\n".join([*head, "", table(rows)])
+
+
+def _named(series: SeriesSummary) -> str:
+    return series.series.label + (f" (N = {series.d_state})" if series.d_state else "")
 
 
 def _lengths(seqlens: Sequence[int | None]) -> str:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import xml.etree.ElementTree as ET
 from itertools import pairwise
 
@@ -68,7 +69,13 @@ def test_text_holds_no_control_characters(hostile_run, gpu_report, tmp_path, wri
 
 
 @pytest.mark.parametrize(
-    ("values", "line"), [([1, 10, 100], "▁▅█"), ([1.0, None, 1.0], f"▁{units.TIMES}▁"), ([], "")]
+    ("values", "line"),
+    [
+        ([1, 10, 100], "▁▅█"),
+        ([1.0, None, 1.0], f"▁{units.TIMES}▁"),
+        ([1.0, math.nan, 10.0], "▁\u00b7█"),
+        ([], ""),
+    ],
 )
 def test_sparkline(values, line):
     assert text.sparkline(values) == line

@@ -132,6 +132,48 @@ def test_a_failed_case_is_in_its_cell_and_never_the_fastest():
     assert {c.outcome for e in said.lengths for c in e.cells if c} == {Outcome.OK, Outcome.OOM}
 
 
+def test_no_one_is_the_fastest_where_a_rival_was_not_measured():
+    everywhere = results("a", Family.S6, linear)
+    rival = results("b", Family.SSD, lambda n: 1.5 * linear(n))[1:-1]
+    hopeless = results("c", Family.S6, lambda n: 9 * linear(n))[2:]
+    said = summarise(everywhere, rival, hopeless)
+    ends = (said.lengths[0], said.lengths[-1])
+    assert [entry.fastest for entry in ends] == [None, None]
+    assert [entry.unasked for entry in said.lengths] == [("b",), (), (), (), ("b",)]
+    assert {entry.fastest.label for entry in said.lengths if entry.fastest} == {"a"}
+    assert said.crossing == (
+        "a is the fastest at every such length, 1,024 to 4,096. "
+        "Left out: L = 512, 8,192, where not all rivals were measured."
+    )
+
+
+def test_attention_is_a_rival_even_where_it_comes_late():
+    attention = results("fa", Family.ATTENTION, lambda n: 9 * linear(n))[2:]
+    said = summarise(results("ssd", Family.SSD, linear), attention)
+    assert said.lengths[0].fastest is None
+    assert said.lengths[2].fastest.label == "ssd"
+
+
+def test_where_no_length_was_asked_of_all_no_one_wins():
+    early = results("a", Family.S6, linear)
+    both = results("b", Family.SSD, linear)
+    said = summarise(early[:2], both[2:], results("c", Family.S6, lambda n: 9 * linear(n)))
+    assert said.crossing == "No length was asked of all rivals, so that none is the fastest."
+
+
+def test_the_reason_is_how_both_times_grow(gpu_report):
+    said = summary.summarise_slice(gpu_report.slices[0])
+    grows = {s.series.label: s.exponent.value for s in said.series}
+    for label in (said.reference.label, said.crossing.split(" overtakes ")[0]):
+        assert f"{grows[label]:.2f}" in said.evidence.split("Why: ")[1]
+
+
+def test_equal_memory_is_neither_lower_nor_a_crossover():
+    said = summarise(results("ssd", Family.SSD, linear), results("fa", Family.ATTENTION, quadratic))
+    assert "its peak memory the same" in said.evidence
+    assert "takes less" not in said.evidence
+
+
 def test_blocks_say_their_weights():
     said = summarise(
         results("ssd", Family.SSD, linear, Level.BLOCK),
