@@ -8,9 +8,9 @@ selective scan has a configuration that is a fifth slower), `one` (attention tak
 8,192 tokens on), `sixty` (sixty cases of equal code). Without any: all, with ten A/A checks.
 
 All GPUs that are visible work side by side: each calibrates, then takes the next part that is left.
-GPUS limits their number, LIMIT_S when the last part may begin. $OUT/h100-gate.json, written anew
-after each part, holds what is published; what the checks printed is in $OUT/gate-logs.txt. A table
-comes last.
+GPUS limits their number, LIMIT_S when the last part may begin. $OUT/h100-gate.json (or $NAME.json),
+written anew after each part, holds what is published; what the checks printed is in h100-gate.txt.
+A table comes last. `merge FILE ...` joins records of runs that were started apart.
 """
 
 import json
@@ -27,6 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path.cwd()
+NAME = os.environ.get("NAME", "h100-gate")
 OUT = Path(os.environ.get("OUT", "/tmp/gate-out"))
 LIMIT_S = float(os.environ.get("LIMIT_S", "430"))
 BEGIN = time.monotonic()
@@ -158,7 +159,7 @@ def work(folder, gpu, number, part):
         [sys.executable, "run_bench.py", *words], env=environment, capture_output=True, text=True
     )
     kept |= {"exit_code": done.returncode, "took_s": round(time.monotonic() - begin, 1)}
-    with _lock, (OUT / "gate-logs.txt").open("a") as file:
+    with _lock, (OUT / f"{NAME}.txt").open("a") as file:
         print(f"==== {kept}\n{done.stdout}\n---- stderr\n{done.stderr}", file=file, flush=True)
     steps = re.findall(
         r"^(.+?), (.+?): (\d+) cases in (?:(\d+) min )?([\d.]+) s", done.stderr, re.M
@@ -218,7 +219,7 @@ def keep():
         "aa_took_s": [p["took_s"] for p in aa],
         "aa_smallest_seen_frac": [p["smallest_seen_frac"] for p in aa],
     }
-    (OUT / "h100-gate.json").write_text(json.dumps(record, indent=1) + "\n")
+    (OUT / f"{NAME}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def serve(folder, gpu, tasks, calibrated):
@@ -269,9 +270,24 @@ def table():
     print(json.dumps(record["summary"]))
 
 
+def merge(paths):
+    """Join records into one."""
+    for path in paths:
+        other = json.loads(Path(path).read_text())
+        record["made_at"] = min(record["made_at"], other["made_at"])
+        record["took_s"] = max(record.get("took_s", 0), other["took_s"])
+        for name in ("parts", "gpus", "listed", "not_begun"):
+            record[name] = [*record.get(name, []), *other[name]]
+    record["listed"] = list(dict.fromkeys(record["listed"]))
+    keep()
+    table()
+
+
 def main():
     """Share the parts out among the GPUs."""
     OUT.mkdir(parents=True, exist_ok=True)
+    if sys.argv[1:2] == ["merge"]:
+        return merge(sys.argv[2:])
     asked = sys.argv[1:] or PARTS
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
