@@ -130,6 +130,14 @@ def stack_steps(parts):
 
 
 @gluon.jit
+def anew(x):
+    """Return integers that the compiler takes for others: to compute from again, not to hold."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def over_states(row):
     """Give a (channel lane, channel) tensor the dimensions of states."""
     return gl.expand_dims(gl.expand_dims(row, 0), 1)
@@ -160,14 +168,15 @@ def passed_back(
 
 @gluon.jit(
     do_not_specialize=[
-        "seqlen_units", "d_inner", "ngroups", "blocks_per_group", "segment_chunks", "segments",
+        "seqlen_units", "pitch_units", "d_inner", "ngroups", "blocks_per_group", "segment_chunks",
+        "segments",
     ]
 )  # fmt: skip
 def segment_adjoint_kernel(
     delta_ptr, A_ptr, C_ptr, z_ptr, bias_ptr, dout_ptr,
     end_ptr,  # (B, segments, D, D_STATE) fp32
     total_ptr,  # (B, segments, D) fp32
-    seqlen_units, d_inner, ngroups, blocks_per_group, segment_chunks, segments,
+    seqlen_units, pitch_units, d_inner, ngroups, blocks_per_group, segment_chunks, segments,
     D_STATE: gl.constexpr, STATE_BLOCKS: gl.constexpr,
     HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr,
     CHUNK: gl.constexpr, UNIT: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
@@ -198,6 +207,7 @@ def segment_adjoint_kernel(
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     PLAIN3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     seqlen = seqlen_units * UNIT
+    pitch = pitch_units * UNIT
 
     pid = gl.program_id(0)
     block = pid % blocks_per_group
@@ -227,12 +237,12 @@ def segment_adjoint_kernel(
     steps = gl.arange(0, RUN, layout=gl.SliceLayout(0, STEP_IO))
     io_step = gl.expand_dims(runs[:, None] * RUN + steps[None, :], 2)
     io_step = io_step + gl.full([RUNS, RUN, BLOCK], 0, gl.int32, layout=IO)
-    io_offset = over_states((batch * d_inner + io_channel) * seqlen) + io_step
+    io_offset = over_states((batch * d_inner + io_channel) * pitch) + io_step
     bias = over_states(gl.load(bias_ptr + io_channel)) if HAS_BIAS else 0.0
     row = gl.arange(0, 16, layout=gl.SliceLayout(0, ROWS)) + k * 16
     row_step = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, ROWS))[:, None]
     row_step = row_step + gl.full([CHUNK, 16], 0, gl.int32, layout=ROWS)
-    row_offset = (((batch * ngroups + group) * D_STATE + row) * seqlen)[None, :] + row_step
+    row_offset = (((batch * ngroups + group) * D_STATE + row) * pitch)[None, :] + row_step
 
     rows = gl.allocate_shared_memory(gl.float32, [CHUNK * 2, PLACES, CHANNELS], PLAIN)
     rows_io = rows._reinterpret(gl.float32, [PIECES, RUNS, RUN, 2 * BLOCK], PLAIN3)
@@ -279,29 +289,34 @@ def segment_adjoint_kernel(
 @gluon.jit(
     do_not_specialize=[
         "batches",
-        "seqlen_units", "d_inner", "ngroups", "blocks_per_group",
-        "n_chunks", "segment_chunks", "segments",
+        "seqlen_units", "pitch_units", "d_inner", "ngroups", "blocks_per_group",
+        "n_chunks", "segment_chunks", "segments", "kept_batch", "kept_chunk", "kept_channel",
     ]
 )  # fmt: skip
 def scan_backward_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, dout_ptr,
-    kept_ptr,  # (B, chunks, D, D_STATE) fp32: the state before each chunk
+    kept_ptr,  # (B, chunks, D, D_STATE) fp32, by strides: the state before each chunk
     end_ptr, total_ptr,  # of `segment_adjoint_kernel`
     dlast_ptr,  # (B, D, D_STATE) fp32
     r_ptr,  # (B, segments, D, D_STATE) fp32, for more than 16 states: scratch
+    first_ptr,  # (B, D, D_STATE) fp32: r at the beginning, for what comes before
     du_ptr, ddelta_ptr, dz_ptr,
     dA_ptr,  # (B, segments, D, D_STATE) fp32
     dD_ptr, dbias_ptr,  # (B, segments, D) fp32
     dBC_ptr,  # (blocks_per_group, B, G, STATE_BLOCKS, L, 2, 16) fp32
-    batches, seqlen_units, d_inner, ngroups, blocks_per_group, n_chunks, segment_chunks, segments,
+    batches, seqlen_units, pitch_units, d_inner, ngroups, blocks_per_group,
+    n_chunks, segment_chunks, segments, kept_batch, kept_chunk, kept_channel,
     D_STATE: gl.constexpr, STATE_BLOCKS: gl.constexpr,
     HAS_D: gl.constexpr, HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr,
-    HAS_LAST: gl.constexpr, CHUNK: gl.constexpr, UNIT: gl.constexpr,
+    HAS_LAST: gl.constexpr, PASS_ON: gl.constexpr, CHUNK: gl.constexpr, UNIT: gl.constexpr,
     CHANNELS: gl.constexpr, TILE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Write all gradients: the parameters' per batch and segment, those of B and C per block.
 
-    seqlen is seqlen_units * UNIT, so that the compiler knows how far rows are aligned.
+    seqlen is seqlen_units * UNIT, so that the compiler knows how far rows are aligned. It may be
+    that of a window of longer rows, pitch_units * UNIT apart: tensors over time then begin at the
+    window's first step, kept_ptr at its first state, and dBC is the window's alone. kept_ptr may
+    be memory of du, a chunk's state in the chunk's place: it is read before du is written.
     """
     LANES: gl.constexpr = 4  # of states
     STATES: gl.constexpr = 4  # of a thread
@@ -332,6 +347,7 @@ def scan_backward_kernel(
     element: gl.constexpr = u_ptr.dtype.element_ty
     LOG2E: gl.constexpr = 1.4426950408889634
     seqlen = seqlen_units * UNIT
+    pitch = pitch_units * UNIT
 
     # which channels, which time
     pid = gl.program_id(0)
@@ -360,14 +376,14 @@ def scan_backward_kernel(
     steps = gl.arange(0, RUN, layout=gl.SliceLayout(0, STEP_IO))
     io_step = gl.expand_dims(runs[:, None] * RUN + steps[None, :], 2)
     io_step = io_step + gl.full([RUNS, RUN, BLOCK], 0, gl.int32, layout=IO)
-    io_offset = over_states((batch * d_inner + io_channel) * seqlen) + io_step
+    io_offset = over_states((batch * d_inner + io_channel) * pitch) + io_step
     bias = over_states(gl.load(bias_ptr + io_channel)) if HAS_BIAS else 0.0
     skip = over_states(gl.load(D_ptr + io_channel)) if HAS_D else 0.0
 
     row = gl.arange(0, 16, layout=gl.SliceLayout(0, ROWS))
     row_step = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, ROWS))[:, None]
     row_step = row_step + gl.full([CHUNK, 16], 0, gl.int32, layout=ROWS)
-    row_offset = (((batch * ngroups + group) * D_STATE + row) * seqlen)[None, :] + row_step
+    row_offset = (((batch * ngroups + group) * D_STATE + row) * pitch)[None, :] + row_step
     part_step = gl.arange(0, TILE, layout=gl.SliceLayout(1, gl.SliceLayout(1, PARTIAL)))[:, None]
     part_place = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, PARTIAL)))[None, :]
     part_row = (block.to(gl.int64) * batches + batch) * ngroups + group
@@ -441,11 +457,14 @@ def scan_backward_kernel(
 
         for k in range(STATE_BLOCKS):
             row_mask = (start + row_step < seqlen) & (k * 16 + row < D_STATE)[None, :]
-            at_row = row_offset + k.to(gl.int64) * 16 * seqlen + start
+            at_row = row_offset + k.to(gl.int64) * 16 * pitch + start
             B_flat.store(to_fp32(gl.load(B_ptr + at_row, mask=row_mask, other=0.0)))
             C_flat.store(to_fp32(gl.load(C_ptr + at_row, mask=row_mask, other=0.0)))
             keep = live & (over_channels(state) + k * 16 < D_STATE)
-            kept = (batch * n_chunks + chunk) * state_size + at_state + k * 16
+            kept_row = first_channel + anew(places)[:, None] * CHANNELS + inner[None, :]
+            kept_row = (group * group_channels + kept_row) * kept_channel.to(gl.int64)
+            kept_row += batch * kept_batch + chunk.to(gl.int64) * kept_chunk
+            kept = over_states(kept_row) + over_channels(state) + k * 16
             h = gl.load(kept_ptr + kept, mask=keep, other=0.0)
             if STATE_BLOCKS > 1:
                 A2 = gl.load(A_ptr + at_state + k * 16, mask=keep, other=0.0) * LOG2E
@@ -553,6 +572,9 @@ def scan_backward_kernel(
             if STATE_BLOCKS > 1:
                 gl.store(r_ptr + own, r, mask=keep)
                 gl.store(dA_ptr + own, dA, mask=keep)
+                if PASS_ON:  # the last time it is the segment's
+                    before_first = first_ptr + batch * state_size + at_state + k * 16
+                    gl.store(before_first, r, mask=keep & (segment == 0))
 
         # du, ddelta and dz, from the inputs again
         for piece in range(PIECES):
@@ -588,7 +610,13 @@ def scan_backward_kernel(
             gl.store(ddelta_ptr + now + io_offset, ddelta.to(element), mask=io_mask)
 
     if STATE_BLOCKS == 1:
+        in_group = first_channel + anew(places)[:, None] * CHANNELS + inner[None, :]
+        channel = (group * group_channels + in_group).to(gl.int64)
+        at_state = over_states(channel * D_STATE) + over_channels(state)
+        live = over_states(in_group < group_channels) & (over_channels(state) < D_STATE)
         gl.store(dA_ptr + segment_row * state_size + at_state, dA, mask=live)
+        if PASS_ON:
+            gl.store(first_ptr + batch * state_size + at_state, r, mask=live & (segment == 0))
     per_channel = segment_row * d_inner + group * group_channels + io_in_group
     if HAS_D:
         gl.store(dD_ptr + per_channel, gl.sum(dD, 0), mask=io_in_group < group_channels)

@@ -92,8 +92,17 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-        kept, *tensors = ctx.saved_tensors
-        return (None, *_gradients(dout, dlast, kept, tuple(tensors), (ctx.delta_softplus,)))
+        *kept, tensors = _split(ctx.saved_tensors)
+        if hasattr(
+            ctx, "maybe_clear_saved_tensors"
+        ):  # unless the graph is to be gone through again
+            ctx.maybe_clear_saved_tensors()
+        return (None, *_gradients(dout, dlast, kept, tensors, (ctx.delta_softplus,)))
+
+
+def _split(saved: Tensors) -> tuple[Tensor, Tensors]:
+    """Return the kept states and the tensors."""
+    return saved[0], saved[1:]
 
 
 def _forward(tensors: Tensors, options: Options, keep: bool) -> Results:
@@ -110,9 +119,16 @@ def _checkpoint_every(u: Tensor, A: Tensor) -> int:
 
 
 def _gradients(
-    dout: Tensor | None, dlast: Tensor | None, kept: Tensor, tensors: Tensors, options: Options
+    dout: Tensor | None,
+    dlast: Tensor | None,
+    kept: Tensor | list[Tensor],
+    tensors: Tensors,
+    options: Options,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradient of every tensor, None for those not given."""
+    """Return the gradient of every tensor, None for those not given.
+
+    A list of the kept states is emptied where they can be freed before the rest is allocated.
+    """
     inputs = Inputs(*tensors, *options)
     if dout is None:
         dout = torch.zeros_like(inputs.u)
@@ -120,7 +136,8 @@ def _gradients(
         dout = dout.contiguous()
     config = hopper_backward.configuration(tensors[0], tensors[2].shape[1])
     if config is None:
-        return scan_backward(inputs, kept, dout, dlast)[:8]
+        states = kept if isinstance(kept, Tensor) else kept[0]
+        return scan_backward(inputs, states, dout, dlast)[:8]
     return hopper_backward.scan_backward(inputs, kept, dout, dlast, config=config)
 
 

@@ -59,6 +59,7 @@ class Problem:
     softplus: bool = True
     has_last: bool = True
     segments: int = 2
+    windows: int = 1
 
 
 def tensors(p: Problem, device: str = "cpu") -> tuple[dict[str, Any], Any, Any]:
@@ -176,7 +177,7 @@ def gradients(
 ) -> dict[str, Any]:
     inputs = triton_scan._Inputs(*(t[name] for name in NAMES), p.softplus)
     got = hopper_backward.scan_backward(
-        inputs, kept, dout, dlast, config=config, segments=p.segments
+        inputs, kept, dout, dlast, config=config, segments=p.segments, windows=p.windows
     )
     return dict(zip(NAMES, got, strict=True))
 
@@ -191,10 +192,13 @@ def assert_right(got: dict[str, Any], want: dict[str, Any], dtype: torch.dtype) 
         assert error < limit, f"{name}: {error:.1e}"
 
 
-def run(p: Problem, config: Config) -> None:
+def run(p: Problem, config: Config, *, give: bool = False) -> None:
     t, dout, dlast = tensors(p)
     want, kept = reference(p, t, dout, dlast, config.chunk)
-    got = gradients(p, config, t, dout, dlast, kept.float().contiguous())
+    kept = kept.float().contiguous()
+    given: Any = [kept] if give else kept
+    got = gradients(p, config, t, dout, dlast, given)
+    assert given == [] or not give
     assert_right(got, want, p.dtype)
 
 
@@ -228,6 +232,21 @@ def test_its_ptx_gives_the_gradients(name: str) -> None:
     run(*EMULATED[name])
 
 
+WINDOWS = {
+    "three windows, the states in du": Problem(batch=2, d_inner=8, seqlen=182, windows=3),
+    "blocks of states": Problem(
+        d_inner=5, seqlen=160, d_state=20, windows=2, dtype=torch.float32, has_last=False
+    ),
+    "no room in du": Problem(d_inner=3, seqlen=73, windows=2, segments=1, gated=True),
+}
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_pass_back_what_they_get(name: str) -> None:
+    run(WINDOWS[name], SMALL, give=True)
+
+
 FAULTS = {
     "a later segment forgotten": ("range(0, segments - 1 - segment)", "range(0, 0)"),
     "steps past the end that decay": ("dt = gl.where(io_mask, dt, 0.0)  # steps", "# steps"),
@@ -236,6 +255,11 @@ FAULTS = {
         "part = gl.reduce(part_smem.load(PARTIAL), 1, first)",
     ),
     "steps in the wrong order": ("gl.join(parts[0], parts[2])", "gl.join(parts[2], parts[0])"),
+    "a window that passes nothing back": ("r, mask=live & (segment == 0)", "0 * r, mask=live"),
+    "rows as long as the window": (
+        "io_offset = over_states((batch * d_inner + io_channel) * pitch)",
+        "io_offset = over_states((batch * d_inner + io_channel) * seqlen)",
+    ),
 }
 
 
@@ -252,15 +276,19 @@ def test_faults_are_caught(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         hopper_backward, "scan_backward_kernel", Emulated(wrong.scan_backward_kernel)
     )
+    p = Problem(d_inner=32, seqlen=40)
+    if "window" in name:
+        p = replace(p, seqlen=72, windows=2, segments=1)
     with pytest.raises(AssertionError):
-        run(Problem(d_inner=32, seqlen=40), Config(channels=2, tile=4, warps=2, chunk=32))
+        run(p, Config(channels=2, tile=4, warps=2, chunk=32))
 
 
-def test_it_compiles_for_sm_90_without_spills(tmp_path: Path) -> None:
+@pytest.mark.parametrize("passing", [False, True])
+def test_it_compiles_for_sm_90_without_spills(tmp_path: Path, passing: bool) -> None:
     config = Config()
     constants = hopper_backward.specialisation(
-        d_state=16, unit=8, has_D=True, has_z=False, has_bias=True, softplus=True, has_last=False,
-        config=config,
+        d_state=16, unit=8, has_D=True, has_z=False, has_bias=True, softplus=True,
+        has_last=passing, pass_on=passing, config=config,
     )  # fmt: skip
     kernel = hopper_backward_kernel.scan_backward_kernel
     given: dict[str, Any] = dict.fromkeys(kernel.arg_names, 1) | constants
@@ -269,7 +297,9 @@ def test_it_compiles_for_sm_90_without_spills(tmp_path: Path) -> None:
         if name.endswith("_ptr"):
             dtype = torch.bfloat16 if name[:-4] in narrow else torch.float32
             given[name] = torch.empty(16, dtype=dtype)
-    given |= {"z_ptr": None, "dz_ptr": None, "dlast_ptr": None}
+    given |= {"z_ptr": None, "dz_ptr": None}
+    if not passing:
+        given |= {"dlast_ptr": None, "first_ptr": None}
     compiled = compile_kernel(kernel, given, config.warps)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
@@ -278,18 +308,6 @@ def test_it_compiles_for_sm_90_without_spills(tmp_path: Path) -> None:
     assert "STACK:0" in usage.stdout
     assert "LOCAL:0" in usage.stdout
     assert config.resident * compiled.metadata.shared <= 232448
-
-
-def test_time_is_divided_until_the_gpu_is_full() -> None:
-    def divided(batch: int, seqlen: int) -> int:
-        return hopper_backward.divide(
-            batch=batch, seqlen=seqlen, ngroups=1, d_inner=2048, config=Config(), processors=132
-        )
-
-    assert divided(1, 2048) == 8
-    assert divided(1, 100) == 2
-    assert divided(8, 2048) == 1
-    assert divided(64, 2048) == 1
 
 
 def test_what_is_not_chosen_runs_the_portable_backward(monkeypatch: pytest.MonkeyPatch) -> None:
