@@ -104,13 +104,13 @@ def _compile_s(case: Case) -> float:
 
 
 def _jobs(cases: Iterable[Case], *, on_gpu: bool, parallel: int) -> list[_Job]:
-    """Divide what the cases need among workers, what takes longest first."""
+    """Divide what the cases need among workers: first what is not divided, which bounds the rest."""
     jobs: list[_Job] = []
     able = [case for case in cases if _compiles(case.implementation)]
     for group in _groups(able, on_gpu=on_gpu):
         shares = min(_shares(group[0]), parallel) if on_gpu else 1
         jobs += [_Job(cases=tuple(group), share=n, shares=shares) for n in range(shares)]
-    return sorted(jobs, key=lambda job: -sum(map(_compile_s, job.cases)) / job.shares)
+    return sorted(jobs, key=lambda job: job.shares)
 
 
 def _compiles(implementation: str) -> bool:

@@ -43,16 +43,16 @@ def test_a_training_step_has_what_a_backward_needs() -> None:
     assert precompile._groups(cases, on_gpu=True) == [[training]]
 
 
-def test_much_to_compile_is_divided_and_begun_first() -> None:
+def test_much_to_compile_is_divided_and_begun_last() -> None:
     ssd = Problem(family=Family.SSD, batch=1, seqlen=64, d_inner=64, d_state=16, headdim=64)
     cases = [
         Case(implementation=name, variant="v", problem=ssd, pass_=Pass.TRAINING, dtype=DType.BF16)
-        for name in ("ssd", "mamba_ssm_ssd")
+        for name in ("mamba_ssm_ssd", "ssd")
     ]
     jobs = precompile._jobs(cases, on_gpu=True, parallel=4)
     assert [(job.cases[0].implementation, job.share, job.shares) for job in jobs] == [
-        *(("mamba_ssm_ssd", share, 4) for share in range(4)),
         ("ssd", 0, 1),
+        *(("mamba_ssm_ssd", share, 4) for share in range(4)),
     ]
     assert len(precompile._jobs(cases, on_gpu=False, parallel=4)) == 2
 
