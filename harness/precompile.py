@@ -104,7 +104,7 @@ def _compile_s(case: Case) -> float:
 
 
 def _jobs(cases: Iterable[Case], *, on_gpu: bool, parallel: int) -> list[_Job]:
-    """Divide what the cases need among workers: first what is not divided, which bounds the rest."""
+    """Divide what the cases need among workers, first what bounds the rest: what is not divided."""
     jobs: list[_Job] = []
     able = [case for case in cases if _compiles(case.implementation)]
     for group in _groups(able, on_gpu=on_gpu):
