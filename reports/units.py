@@ -86,7 +86,9 @@ def about(value: float) -> str:
 
 def ratio(value: float | None) -> str:
     """Return a factor, such as 2.41 times."""
-    return MISSING if value is None else f"{digits(value)}{TIMES}"
+    if value is None:
+        return MISSING
+    return f"{about(value) if value >= 999.5 else digits(value)}{TIMES}"
 
 
 def entry(key: str, text: str) -> str:

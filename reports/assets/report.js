@@ -419,7 +419,8 @@
     return { ratio, low: ratio * Math.exp(-down), high: ratio * Math.exp(up) };
   };
   window.mambenchSpeedup = (ours, theirs) => speedup(ours, theirs);
-  const factor = (ratio) => (ratio < 0.1 ? `1/${digits(1 / ratio)}×` : `${digits(ratio)}×`);
+  const times = (ratio) => `${ratio >= 999.5 ? count(Number(ratio.toPrecision(3))) : digits(ratio)}×`;
+  const factor = (ratio) => (ratio < 0.1 ? `1/${times(1 / ratio)}` : times(ratio));
   const tinted = (cell, found) => {
     const sure = found.low === null || found.low > 1 || found.high < 1;
     if (!sure) cell.classList.add("unsure");
@@ -523,7 +524,9 @@
           array: found.map((one) => (one.high === null ? 0 : (one.high - one.ratio) / scale)), arrayminus: found.map((one) => (one.low === null ? 0 : (one.ratio - one.low) / scale)) },
       };
     }).filter((trace) => trace.rows.length);
-    card.spec = { data: traces, layout: { xaxis: time.layout.xaxis || {}, yaxis: { type: "linear", rangemode: "tozero", title: { text: norm ? `speed-up / ${norm} ratio` : "speed-up" } },
+    const drawn = traces.flatMap((trace) => trace.y), far = Math.min(...drawn) < 0.2 || Math.max(...drawn) > 5;
+    const scaled = far ? { type: "log", dtick: 1, exponentformat: "power" } : { type: "linear", rangemode: "tozero" };
+    card.spec = { data: traces, layout: { xaxis: time.layout.xaxis || {}, yaxis: { ...scaled, title: { text: norm ? `speed-up / ${norm} ratio` : "speed-up" } },
       shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 1, y1: 1, line: { dash: "dot", width: 1, color: css("soft") } }] } };
     card.note.textContent = `${there.device} over ${state.slice.device}${norm ? `, divided by the ratio of their ${norm} (${factor(scale)}; ${remote.origin}${remote.origin === here.origin ? "" : ` over ${here.origin}`})` : ""}`;
     describe(card, `Speed-up of ${there.device} over ${state.slice.device}`);
