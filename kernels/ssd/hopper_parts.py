@@ -11,7 +11,7 @@ from triton.language.extra import cuda
 from mambench.kernels.ssd.triton_parts import LOG2_E, softplus
 
 _PREPARE_SIZES = [
-    "seqlen", "nchunks", "nheads", "dt_min", "dt_max", "ngroups",
+    "seqlen", "nchunks", "nheads", "dt_min", "dt_max", "ngroups", "nflags",
     "stride_batch", "stride_token", "stride_head",
     "stride_B_batch", "stride_B_token", "stride_B_group",
     "stride_C_batch", "stride_C_token", "stride_C_group",
@@ -49,17 +49,19 @@ def _decay_sums(
 
 @triton.jit(do_not_specialize=_PREPARE_SIZES)
 def prepare_kernel(
-    dt_ptr, A_ptr, bias_ptr, cum_ptr, cumj_ptr, B_ptr, C_ptr, scores_ptr,
-    seqlen, nchunks, nheads, dt_min, dt_max, ngroups,
+    dt_ptr, A_ptr, bias_ptr, cum_ptr, cumj_ptr, B_ptr, C_ptr, scores_ptr, flags_ptr,
+    seqlen, nchunks, nheads, dt_min, dt_max, ngroups, nflags,
     stride_batch, stride_token, stride_head,
     stride_B_batch, stride_B_token, stride_B_group,
     stride_C_batch, stride_C_token, stride_C_group,
     Q: tl.constexpr, BLOCK_H: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, SCORES: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, SCORES: tl.constexpr, FLAGS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One chunk: first the scores of one group each, if wanted, then cum and cumj of BLOCK_H heads.
 
-    scores (B, G, chunks, Q j, Q i) = B_j . C_i for i >= j, else 0.
+    scores (B, G, chunks, Q j, Q i) = B_j . C_i for i >= j, else 0. nflags flags are set to zero, at
+    most FLAGS a chunk.
     Grid (chunks, G if SCORES + ceil(H / BLOCK_H), B).
     """
     if PDL:
@@ -67,6 +69,9 @@ def prepare_kernel(
     chunk = tl.program_id(0)
     part = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
+    if FLAGS > 0:
+        flag = (b * nchunks + chunk) * FLAGS + tl.arange(0, FLAGS)
+        tl.store(flags_ptr + flag, 0, mask=(flag < nflags) & (part == 0))
     if SCORES:
         if part < ngroups:
             q = tl.arange(0, Q)

@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from mambench.kernels.prepared import Recording, on_device
@@ -53,6 +54,8 @@ class Config:
     pdl: programmatic dependent launch.
     segments: into how many segments time is divided; None: as fills the device in one wave.
     combined: up to how many segments the scan adds up what enters them; with more a launch does.
+    alone: up to `combined` segments, let the scan's blocks make what their segments contribute, one
+        launch for all; blocks then wait for those of the segments before.
     narrow: keep segments' contributions in bf16 where x is and no backward follows.
     stages: most stages of the scan's ring; fewer where shared memory is short.
     registers: per thread of a consumer of the scan.
@@ -63,6 +66,7 @@ class Config:
     pdl: bool = True
     segments: int | None = None
     combined: int = MOST_COMBINED
+    alone: bool = False
     narrow: bool = True
     stages: int = 4
     state_stages: int = 5
@@ -172,9 +176,17 @@ def ring(d_state: int, dtype: torch.dtype, gated: bool, config: Config) -> Ring:
 
 
 def run_prepare(
-    recording: Recording, plan: Launch, tensors: Operands, shape: Ring, config: Config
+    recording: Recording,
+    plan: Launch,
+    tensors: Operands,
+    shape: Ring,
+    config: Config,
+    flags: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return cum and cumj (B, H, chunks * Q) fp32, and scores (B, G, chunks, Q, Q) if wanted."""
+    """Return cum and cumj (B, H, chunks * Q) fp32, and scores (B, G, chunks, Q, Q) if wanted.
+
+    Sets flags to zero.
+    """
     x, dt, A, bias = tensors.x, tensors.dt, tensors.A, tensors.dt_bias
     sums = (plan.batch, plan.nheads, plan.nchunks * CHUNK)
     cum, cumj = (recording.scratch(sums, torch.float32, x.device) for _ in range(2))
@@ -187,10 +199,12 @@ def run_prepare(
         "Q": CHUNK, "BLOCK_H": _BLOCK_H, "N": plan.d_state, "BLOCK_N": shape.block_n,
         "HAS_BIAS": bias is not None, "SOFTPLUS": plan.dt_softplus,
         "SCORES": scores is not None, "PDL": config.pdl,
+        "FLAGS": 0 if flags is None else triton.next_power_of_2(flags.numel() // plan.nsegments),
     }  # fmt: skip
     arguments = (
-        dt, A, bias, cum, cumj, tensors.B, tensors.C, scores,
+        dt, A, bias, cum, cumj, tensors.B, tensors.C, scores, flags,
         plan.seqlen, plan.nchunks, plan.nheads, *plan.dt_limit, plan.ngroups,
+        0 if flags is None else flags.numel(),
         *dt.stride(), *strides3(tensors.B), *strides3(tensors.C),
     )  # fmt: skip
     grid = (plan.nchunks, parts, plan.batch)
@@ -221,12 +235,14 @@ class Entering:
         segments - 1, P, N), what every segment but the last contributes; None: zeros.
     decay: of a segment, (B, H, segments) log2, if `combine`.
     start: (B, H, P, N), what enters the first segment, if `combine`; None: zeros.
+    flags: (B, segments, consumers), if the scan makes what segments contribute by itself.
     """
 
     states: Tensor | None
     combine: bool = False
     decay: Tensor | None = None
     start: Tensor | None = None
+    flags: Tensor | None = None
 
 
 def entering(
@@ -236,6 +252,7 @@ def entering(
     tensors: Operands,
     shape: Ring,
     config: Config,
+    flags: Tensor | None,
     *,
     keep: bool,
 ) -> Entering:
@@ -250,6 +267,8 @@ def entering(
     allocate = recording.output if keep else recording.scratch
     slots = allocate(states, torch.bfloat16 if narrow else torch.float32, device)
     decay = recording.scratch((*heads, segments), torch.float32, device)
+    if flags is not None:
+        return Entering(states=slots, combine=True, decay=decay, start=start, flags=flags)
     constants = tiles.constants | {
         "STAGES": shape.state_stages, "REGISTERS": config.state_registers,
         "FIRST": 0 if combine else 1,
@@ -293,7 +312,12 @@ def run_forward(
         states = (plan.batch, plan.nheads, plan.headdim, plan.d_state)
         final = recording.output(states, torch.float32, x.device)
     per_group = pairs(plan.heads_per_group, plan.headdim)
-    cum, cumj, scores = run_prepare(recording, plan, tensors, shape, config)
+    flags = None
+    if config.alone and not keep and 1 < plan.nsegments <= config.combined:
+        consumers = plan.nheads * -(-plan.headdim // CHANNELS)
+        size = (plan.batch, plan.nsegments, consumers)
+        flags = recording.scratch(size, torch.int32, x.device)
+    cum, cumj, scores = run_prepare(recording, plan, tensors, shape, config, flags)
     tiles = Tiles(
         x=tiles_of(x, CHANNELS), B=tiles_of(B, shape.block_n),
         cum=rows_of(cum, CHUNK, 1), cumj=rows_of(cumj, CHUNK, 1),
@@ -306,7 +330,7 @@ def run_forward(
             "PDL": config.pdl, "P": plan.headdim, "N": plan.d_state, "BLOCK_N": shape.block_n,
         },
     )  # fmt: skip
-    entries = entering(recording, plan, tiles, tensors, shape, config, keep=keep)
+    entries = entering(recording, plan, tiles, tensors, shape, config, flags, keep=keep)
     _scan(recording, plan, tiles, tensors, shape, config, entries, scores, (out, final))
     return out, final, entries.states if keep else None
 
@@ -323,14 +347,15 @@ def _scan(
         "STAGES": shape.stages, "REGISTERS": config.registers,
         "D_DIMS": 0 if D is None else D.dim(), "HAS_Z": z is not None,
         "HAS_ENTRY": entries.states is not None, "COMBINE": entries.combine,
-        "STORE_FINAL": final is not None, "SCORES": scores is not None,
+        "ALONE": entries.flags is not None, "STORE_FINAL": final is not None,
+        "SCORES": scores is not None,
     }  # fmt: skip
     arguments = (
         tiles_of(out, CHANNELS), tiles.x, None if z is None else tiles_of(z, CHANNELS),
         tiles.B, tiles_of(tensors.C, shape.block_n),
         None if scores is None else rows_of(scores, CHUNK, CHUNK),
-        tiles.cum, tiles.cumj, D, entries.states, entries.decay, entries.start, final,
-        *tiles.sizes,
+        tiles.cum, tiles.cumj, D, entries.states, entries.decay, entries.start, entries.flags,
+        final, *tiles.sizes,
     )  # fmt: skip
     grid = (plan.nsegments, tiles.npairs, plan.batch)
     options = {"num_warps": 4, "launch_pdl": config.pdl}

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,8 +136,8 @@ def resources(kernel, tmp_path):
 
 
 def scan(
-    *, d_state=128, dtype=torch.bfloat16, gated=False, D=1, entry=True, combine=False, final=True,
-    **config,
+    *, d_state=128, dtype=torch.bfloat16, gated=False, D=1, entry=True, combine=False, alone=False,
+    final=True, **config,
 ):  # fmt: skip
     config = hopper_ssd.Config(**config)
     ring = hopper_ssd.ring(d_state, dtype, gated, config)
@@ -150,19 +151,21 @@ def scan(
     types |= {"D_ptr": "*fp32"} if D else {}
     types |= {"entry": "*fp32"} if entry else {}
     types |= {"entry": "*bf16", "entry_decay": "*fp32", "start": "*fp32"} if combine else {}
+    types |= {"flags": "*i32"} if alone else {}
     types |= {"final": "*fp32"} if final else {}
     constants = {
         "PDL": config.pdl, "P": 64, "N": d_state, "BLOCK_N": ring.block_n, "STAGES": ring.stages,
         "REGISTERS": config.registers, "D_DIMS": D, "HAS_Z": gated, "HAS_ENTRY": entry,
-        "COMBINE": combine, "STORE_FINAL": final, "SCORES": config.scores,
+        "COMBINE": combine, "ALONE": alone, "STORE_FINAL": final, "SCORES": config.scores,
     }  # fmt: skip
-    optional = ("entry", "entry_decay", "start", "final")
+    optional = ("entry", "entry_decay", "start", "flags", "final")
     constants |= {name: None for name in optional if name not in types}
     return compiled(hopper_kernel.scan_kernel, types, constants)
 
 
 SCANS = {
     "as timed": {"combine": True, "final": False},
+    "alone": {"combine": True, "alone": True},
     "for a backward": {},
     "gated": {"gated": True, "D": 2},
     "fp16": {"dtype": torch.float16, "gated": True},
@@ -215,8 +218,9 @@ def test_the_small_launches_compile_for_sm_90_without_spills(scores, tmp_path):
     types |= {"scores_ptr": "*bf16"} if scores else {}
     constants = {
         "Q": 64, "BLOCK_H": 8, "N": 128, "BLOCK_N": 128, "HAS_BIAS": True, "SOFTPLUS": True,
-        "SCORES": scores, "PDL": True,
+        "SCORES": scores, "FLAGS": 32 if scores else 0, "PDL": True,
     }  # fmt: skip
+    types |= {"flags_ptr": "*i32"} if scores else {}
     kernel = compiled(hopper_parts.prepare_kernel, types, constants, source=ASTSource)
     assert "STACK:0" in resources(kernel, tmp_path)
     assert "griddepcontrol.launch_dependents" in kernel.asm["ptx"]
@@ -332,3 +336,10 @@ def test_it_is_right_on_the_gpu(cases, case, pdl):
     bound = torch.finfo(dtype).eps
     assert cases.relative_error(got[0], want[0]) < bound
     assert cases.relative_error(got[1], want[1]) < bound
+    for combined, alone in ((16, False), (16, True), (0, False)):  # without a backward
+        config = replace(config, combined=combined, alone=alone)
+        got = hopper_ssd.ssd_forward(
+            **inputs, **shared, return_final_states=True, keep=False, config=config
+        )
+        assert cases.relative_error(got[0], want[0]) < bound
+        assert cases.relative_error(got[1], want[1]) < bound
