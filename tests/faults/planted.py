@@ -140,6 +140,9 @@ class CompilesBadly(_Planted):
     def precompile(self, case: Case) -> None:
         raise RuntimeError("planted compiler")
 
+    def precompile_share(self, case: Case, share: int, shares: int) -> None:
+        raise RuntimeError(f"planted compiler, {share} of {shares}")
+
 
 class DiesCompiling(_Planted):
     name = "dies_compiling"

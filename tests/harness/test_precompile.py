@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 
 from mambench.harness import precompile
-from mambench.harness.spec import Case, Device, DeviceKind, DType, Family, Pass, Problem
+from mambench.harness.protocol import Done, Precompile, WorkerConfig
+from mambench.harness.runner import SilentListener
+from mambench.harness.spec import (
+    Case,
+    Device,
+    DeviceKind,
+    DType,
+    Family,
+    Pass,
+    Problem,
+    Settings,
+)
 
 _PATH = Path(__file__).parent.parent / "faults" / "planning.py"
 _SPEC = importlib.util.spec_from_file_location("planning_of_precompile", _PATH)
@@ -82,3 +93,68 @@ def test_only_what_compiles_gets_a_worker() -> None:
     assert precompile._compiles("ssd")
     assert not precompile._compiles("flash_attention")
     assert precompile._compiles("known to a worker's plugin only")
+
+
+class Compiler:
+    """A worker of a pool that remembers what it was told; the fifth never answers."""
+
+    def __init__(self, pool: "Compilers") -> None:
+        self.pool, self.number = pool, len(pool.told)
+        pool.busy += 1
+        pool.busiest = max(pool.busiest, pool.busy)
+
+    def send(self, message: Precompile) -> None:
+        self.pool.told.append(message)
+
+    def receive(self, timeout_s: float) -> Done | None:
+        self.pool.now += 1.0
+        return None if self.number == 4 else Done()
+
+    def kill(self) -> None:
+        self.pool.busy -= 1
+
+
+class Compilers:
+    def __init__(self) -> None:
+        self.told: list[Precompile] = []
+        self.busy = self.busiest = 0
+        self.now = 0.0
+
+    def worker(self, config: WorkerConfig) -> Compiler:
+        return Compiler(self)
+
+
+class Notes(SilentListener):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.phases: list[str] = []
+
+    def on_note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def on_phase(self, case: Case, phase: str) -> None:
+        self.phases.append(phase)
+
+
+def test_every_share_is_compiled_by_a_worker_and_a_stuck_one_is_stopped(monkeypatch) -> None:
+    monkeypatch.setattr(precompile, "_parallel", lambda: 3)
+    monkeypatch.setattr(precompile, "MAX_PARALLEL", 3)
+    ssd = Problem(family=Family.SSD, batch=1, seqlen=64, d_inner=64, d_state=16, headdim=64)
+    cases = [
+        Case(implementation=name, variant="v", problem=ssd, pass_=Pass.BACKWARD, dtype=DType.BF16)
+        for name in ("mamba_ssm_ssd", "ssd", "fla_simple_gla")
+    ]
+    config = WorkerConfig(device=GPU, settings=Settings(compile_limit_s=30.0), threads=1)
+    pool, notes = Compilers(), Notes()
+    precompile.compile_ahead(cases, pool, config, notes, clock=lambda: pool.now)
+    told = [(m.cases[0].implementation, m.share, m.shares) for m in pool.told]
+    assert told == [
+        ("ssd", 0, 1),
+        *(("mamba_ssm_ssd", share, 3) for share in range(3)),
+        *(("fla_simple_gla", share, 3) for share in range(3)),
+    ]
+    assert all(m.cases[0].pass_ is Pass.TRAINING for m in pool.told)
+    assert notes.phases[0] == "compiling ahead 1 of 7"
+    assert any("fla_simple_gla ahead took too long" in note for note in notes.notes)
+    assert notes.notes[-1].startswith("compiled ahead in ")
+    assert (pool.busiest, pool.busy) == (3, 0)

@@ -16,11 +16,12 @@ import psutil
 import pytest
 
 import mambench
-from mambench.harness import progress, runner
+from mambench.harness import machine, progress, runner
 from mambench.harness.errors import DeviceBusyError, RunFolderError
 from mambench.harness.lock import device_lock
 from mambench.harness.plan import PlannedCase
 from mambench.harness.pool import WorkerPool
+from mambench.harness.protocol import Done, Precompile, WorkerConfig
 from mambench.harness.records import Observation
 from mambench.harness.spec import Case, Outcome, Pass
 from mambench.harness.store import RunFolder
@@ -319,6 +320,24 @@ def test_failing_to_compile_ahead_is_told_and_harmless(tmp_path: Path, pool: Wor
     }
     assert any("planted compiler" in note for note in listener.notes)
     assert any("dies_compiling" in note for note in listener.notes)
+
+
+def test_a_worker_compiles_its_share_ahead(pool: WorkerPool) -> None:
+    worker = pool.worker(
+        WorkerConfig(
+            device=machine.cpu(),
+            settings=planning.QUICK,
+            threads=1,
+            plugins=(str(planning.PLUGIN),),
+        )
+    )
+    worker.send(Precompile(cases=(planning.case("compiles_badly"),), share=1, shares=3))
+    done = None
+    while done is None:
+        done = worker.receive(60.0)
+    worker.kill()
+    assert isinstance(done, Done)
+    assert "planted compiler, 1 of 3" in (done.reason or "")
 
 
 def test_busy_device_is_refused(tmp_path: Path, pool: WorkerPool) -> None:
