@@ -7,9 +7,11 @@ another child. What the numbers mean, and in which condition L2 is, says `harnes
 ncu handles each launch by itself, which for one of tens of thousands takes longer than anybody
 waits. So a case of more than `MOST_KERNELS` launches is counted as one range, in a child of its own
 kind: the sum is the same, and what each kernel moved is not known. There a copy of known bytes in a
-thousand launches comes first; unless it is counted rightly, nothing that follows is believed.
+thousand launches comes first; unless it is counted rightly, nothing that follows is believed, and
+what has not too many launches is counted one by one after all.
 """
 
+import itertools
 import shutil
 import tempfile
 import time
@@ -23,8 +25,9 @@ from mambench.implementations.cost import case_cost
 
 # Coarse, for the plan: ncu, Python and torch; building, compiling and warming up one case; the
 # instrumentation of one launch; one launch of those that are counted together, warming up included.
-START_S, CASE_S, LAUNCH_S, RANGE_LAUNCH_S = 20.0, 1.5, 0.01, 6e-5
-MOST_KERNELS = 2000  # as many are some seconds of instrumentation each
+START_S, CASE_S, LAUNCH_S, RANGE_LAUNCH_S = 20.0, 0.5, 0.015, 6e-5
+MOST_KERNELS = 200  # a few seconds of instrumentation
+MOST_REPLAYED = 2000  # as many are counted one by one all the same where ranges cannot be
 MAX_LAUNCHES = 500_000  # of a range: some tens of seconds
 INSTALL = "install NVIDIA Nsight Compute and put ncu on PATH"
 
@@ -59,25 +62,31 @@ def count_cases(
         on_begin: told when a case is about to be executed; one that another case cut off, twice.
     """
     by_id = {case.case_id: case for case in cases}
-    usual: list[Item] = []
-    long: list[Item] = []
-    for case_id, case in by_id.items():
-        expected = launches(case) if launches else 0
-        if expected <= MAX_LAUNCHES:
-            kind = usual if expected <= MOST_KERNELS else long
-            kind.append({"id": case_id, "case": case.to_dict()})
-            continue
-        reason = f"about {expected:,} launches; more than {MAX_LAUNCHES:,} take too long under ncu"
-        yield case, Counted(outcome=Outcome.SKIPPED, reason=reason)
+    expected = {name: launches(case) if launches else 0 for name, case in by_id.items()}
+    usual = [name for name, count in expected.items() if count <= MOST_KERNELS]
+    long = [name for name, count in expected.items() if MOST_KERNELS < count <= MAX_LAUNCHES]
+    for name in by_id.keys() - {*usual, *long}:
+        reason = f"about {expected[name]:,} launches; over {MAX_LAUNCHES:,} take too long under ncu"
+        yield by_id[name], Counted(outcome=Outcome.SKIPPED, reason=reason)
 
-    def begin(case_id: str) -> None:
+    def begin(name: str) -> None:
         if on_begin:
-            on_begin(by_id[case_id])
+            on_begin(by_id[name])
+
+    def count(names: Sequence[str], *, ranges: bool = False) -> Iterator[tuple[str, Counted]]:
+        items: list[Item] = [{"id": name, "case": by_id[name].to_dict()} for name in names]
+        return _count(items, replace(request, ranges=ranges), begin, ends_at)
 
     ends_at = time.monotonic() + request.total_limit_s
-    for items, ranges in ((usual, False), (long, True)):
-        for case_id, counted in _count(items, replace(request, ranges=ranges), begin, ends_at):
-            yield by_id[case_id], _with_ratio(by_id[case_id], counted)
+    again: list[str] = []
+    for name, counted in itertools.chain(count(usual), count(long, ranges=True)):
+        unavailable = name in long and counted.outcome is Outcome.UNAVAILABLE
+        if unavailable and expected[name] <= MOST_REPLAYED:
+            again.append(name)
+        else:
+            yield by_id[name], _with_ratio(by_id[name], counted)
+    for name, counted in count(again):
+        yield by_id[name], _with_ratio(by_id[name], counted)
 
 
 def count_copies(sizes_bytes: Sequence[int], request: Request) -> dict[int, Counted]:

@@ -8,6 +8,7 @@ from mambench.harness.profilers.timers import not_capturable
 from mambench.harness.spec import Device, DeviceKind, metrics_of
 
 CPU_CHUNK_S = 0.002
+TICK_S = 0.1  # of NVML's counter
 
 
 class Energy(CaseProfiler):
@@ -23,8 +24,8 @@ class Energy(CaseProfiler):
         return energy.Rapl().missing() if device.kind is DeviceKind.CPU else None
 
     def estimate_s(self, work: Work) -> float:
-        """Return the seconds of the ramp, the region and two ticks around it."""
-        return energy.RAMP_S + max(energy.REGION_S, work.settings.target_s) + 0.2
+        """Return the seconds of the ramp, the region and, in the mean, what two ticks add."""
+        return energy.RAMP_S + max(energy.REGION_S, work.settings.target_s) + TICK_S
 
     def measure(self, context: Context) -> Measured:
         """Repeat the execution until its energy is known."""

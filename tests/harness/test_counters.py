@@ -229,6 +229,14 @@ def test_where_ranges_cannot_be_counted_it_says_why_and_the_others_are(fake, cho
     assert reason in (found[FIRST].reason or "")
 
 
+def test_where_ranges_cannot_be_counted_what_has_few_launches_is_counted_one_by_one(fake):
+    fake(ranges=True)
+    found = count(CASES, REQUEST, launches=lambda c: 80_000 if c.case_id == FIRST else 1_000)
+    assert outcomes(found) == [Outcome.UNAVAILABLE, Outcome.OK, Outcome.OK]
+    assert found[SECOND].method == "ncu-kernel-replay"
+    assert found[SECOND].details["launches"] == 2
+
+
 @pytest.mark.parametrize("lose", [True, False])
 def test_a_crash_within_a_range_loses_no_other_case(fake, lose):
     fake(faults={SECOND: "crash"}, lose=lose)
@@ -258,8 +266,8 @@ def test_copies_are_counted_by_their_size(fake):
 
 def test_what_will_be_skipped_costs_nothing():
     assert counters.estimate_s(10**6) == 0
-    assert 0 < counters.estimate_s(5) < counters.estimate_s(500)
-    assert counters.estimate_s(80_000) < counters.estimate_s(1_000)  # as one range
+    assert 0 < counters.estimate_s(5) < counters.estimate_s(150)
+    assert counters.estimate_s(1_000) < counters.estimate_s(150)  # as one range
 
 
 def test_what_was_written_can_be_kept(fake, tmp_path: Path):

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from mambench.harness import machine, registry, suite
+from mambench.harness import counters, machine, registry, suite
 from mambench.harness.errors import PluginError, UsageError
 from mambench.harness.plan import make_plan
 from mambench.harness.profilers import catalog
@@ -84,12 +84,25 @@ def test_every_absence_has_a_reason_a_person_can_read() -> None:
     assert all(reason is None or len(reason) > 20 for reason in reasons)
 
 
+H100 = Device(kind=DeviceKind.CUDA, name="G", compute_capability=(9, 0), memory_bytes=80 << 30)
+
+
 @pytest.mark.parametrize("name", ["quick", "scan-vs-attention", "training"])
 def test_everything_that_workers_measure_at_most_triples_the_time(name: str) -> None:
     # What the estimates promise: the samples' shares and the energy's region are chosen for it.
     asked = [n for n, profiler in catalog.load().items() if isinstance(profiler, CaseProfiler)]
-    gpu = Device(kind=DeviceKind.CUDA, name="G", compute_capability=(9, 0), memory_bytes=80 << 30)
-    alone = make_plan(suite.find(name), gpu, measure=["time"])
-    everything = make_plan(suite.find(name), gpu, measure=asked)
+    alone = make_plan(suite.find(name), H100, measure=["time"])
+    everything = make_plan(suite.find(name), H100, measure=asked)
     assert len(asked) >= 7
     assert everything.estimate_s <= 3 * alone.estimate_s
+
+
+@pytest.mark.parametrize("name", ["quick", "scan-vs-attention"])
+def test_everything_with_counters_at_most_triples_the_time_a_start_up_aside(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counters, "missing", lambda device: None)
+    alone = make_plan(suite.find(name), H100, measure=["time"])
+    everything = make_plan(suite.find(name), H100, measure=list(catalog.load()))
+    assert everything.measure_s["traffic"] > 0.3 * len(everything.runnable)
+    assert everything.estimate_s - everything.start_s <= 3 * alone.estimate_s
