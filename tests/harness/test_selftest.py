@@ -358,16 +358,24 @@ class FakeGpu:
         return []
 
 
-def energy_verdicts(once: FakeGpu, twice: FakeGpu) -> list[bool | None]:
+def energy_verdicts(
+    once: FakeGpu, twice: FakeGpu, again: FakeGpu | None = None
+) -> list[bool | None]:
     observed = (
         selftest_energy.observe(gpu.burst, gpu, clock=gpu.clock)  # type: ignore[arg-type]
-        for gpu in (once, twice)
+        for gpu in (once, twice, again or FakeGpu(counter=once.counter))
     )
     return [check.passed for check in selftest_energy.judge(*observed)]
 
 
 def test_a_right_energy_counter_passes() -> None:
     assert energy_verdicts(FakeGpu(), FakeGpu(execution_s=4e-3)) == [True, True]
+
+
+def test_power_that_drifts_evenly_is_no_error_of_the_counter() -> None:
+    once, twice, again = FakeGpu(counter=1.045), FakeGpu(execution_s=4e-3), FakeGpu(counter=0.955)
+    assert energy_verdicts(once, twice, again) == [True, True]
+    assert energy_verdicts(once, FakeGpu(execution_s=4.4e-3), again) == [True, False]
 
 
 def test_an_energy_counter_that_is_ten_per_cent_off_fails() -> None:
