@@ -115,11 +115,11 @@ def repeat(first: Analysis, second: Analysis) -> str:
     if not ratios:
         raise RunFolderError("the runs share no case that was measured in both")
     values = list(ratios.values())
-    close = sum(abs(value - 1) <= _CLOSE for value in values) / len(values)
+    close = sum(abs(value - 1) <= _CLOSE for value in values)
     said = (
         f"{len(values)} cases, each measured in both runs: geometric mean of the ratios "
-        f"{geometric_mean(values):.4f}; {close:.0%} of the cases within {_CLOSE:.0%}; "
-        f"from {min(values):.3f} to {max(values):.3f}."
+        f"{geometric_mean(values):.4f}; {close} of them ({close / len(values):.1%}) within "
+        f"{_CLOSE:.0%}; from {min(values):.3f} to {max(values):.3f}."
     )
     lines = [
         "| implementation | cases | geometric mean | farthest from 1 |",

@@ -53,6 +53,20 @@ def test_a_backward_is_seen_although_another_thread_launches_it(found):
     assert counted["case"].details["launches"] >= 1
 
 
+def test_a_range_counts_what_its_launches_move(found):
+    size, one_by_one = found
+    device = machine.detect("cuda")
+    items = [{"id": "copy", "copy_bytes": size}, {"id": "case", "case": CASE.to_dict()}]
+    ranges = counters.count_probes(items, Request(device=device, ranges=True))
+    for name, counted in ranges.items():
+        if counted.outcome is Outcome.UNAVAILABLE:
+            pytest.skip(counted.reason or "this ncu counts no ranges")
+        assert counted.outcome is Outcome.OK, counted.reason
+        assert counted.method == "ncu-app-range"
+        expected = one_by_one[name].values["dram_bytes"]
+        assert counted.values["dram_bytes"] == pytest.approx(expected, rel=0.05), name
+
+
 def test_measured_ceilings_lie_below_what_is_stated():
     device = machine.detect("cuda")
     measured = ceilings.measure(device, 4)

@@ -106,7 +106,7 @@ def test_two_runs_agree_as_far_as_their_times_do():
     text = tables.repeat(first, second)
     mean = math.exp((math.log(1.01) + math.log(0.97)) / 3)
     assert f"3 cases, each measured in both runs: geometric mean of the ratios {mean:.4f}" in text
-    assert "67% of the cases within 2%; from 0.970 to 1.010." in text
+    assert "; 2 of them (66.7%) within 2%; from 0.970 to 1.010." in text
     assert f"| s6 scan:x | 3 | {mean:.4f} | 0.970 |" in text
 
 
