@@ -113,11 +113,12 @@ class _Session:
         try:
             implementation = self.implementation(case.implementation)
             ahead: Callable[[Case], None] = getattr(implementation, "precompile", _ignore)
+            # What a check compares with may be older code, which did not divide its work.
+            share = getattr(implementation, "precompile_share", None)
             for case in message.cases:
-                if message.shares > 1:
-                    divided: Any = implementation
-                    divided.precompile_share(case, message.share, message.shares)
-                else:
+                if message.shares > 1 and share is not None:
+                    share(case, message.share, message.shares)
+                elif message.share == 0:
                     ahead(case)
         except BaseException as error:
             return Done(
@@ -252,7 +253,10 @@ class _CaseWork:
         self._replace = True
 
     def _measure(self) -> Done:
-        self._session.implementation(self.case.implementation).begin_case(self.case)
+        implementation = self._session.implementation(self.case.implementation)
+        # What a check compares with may be older code, which does not know of it.
+        begin: Callable[[Case], None] = getattr(implementation, "begin_case", _ignore)
+        begin(self.case)
         self._first = self._session.first_of_kind(self.case)
         # What the first call of its kind loads, compiles and tries out is not the case's memory.
         if self._message.warm or self._first:
@@ -412,7 +416,7 @@ def _trace(error: BaseException) -> str:
 
 
 def _ignore(case: Case) -> None:
-    """Do nothing ahead."""
+    """Do nothing."""
 
 
 def _now() -> str:

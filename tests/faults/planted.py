@@ -144,6 +144,25 @@ class CompilesBadly(_Planted):
         raise RuntimeError(f"planted compiler, {share} of {shares}")
 
 
+class CompilesWhole(_Planted):
+    """Knows of no shares, as an older commit's implementations."""
+
+    name = "compiles_whole"
+
+    def precompile(self, case: Case) -> None:
+        raise RuntimeError("planted whole compiler")
+
+
+class Older(_Planted):
+    """An implementation of a commit whose base class had fewer hooks than today's."""
+
+    name = "older"
+
+    @property
+    def begin_case(self) -> Any:
+        raise AttributeError("begin_case")
+
+
 class DiesCompiling(_Planted):
     name = "dies_compiling"
 

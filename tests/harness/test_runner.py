@@ -331,13 +331,26 @@ def test_a_worker_compiles_its_share_ahead(pool: WorkerPool) -> None:
             plugins=(str(planning.PLUGIN),),
         )
     )
-    worker.send(Precompile(cases=(planning.case("compiles_badly"),), share=1, shares=3))
-    done = None
-    while done is None:
-        done = worker.receive(60.0)
+
+    def told(name: str, share: int) -> str | None:
+        worker.send(Precompile(cases=(planning.case(name),), share=share, shares=3))
+        done = None
+        while done is None:
+            done = worker.receive(60.0)
+        assert isinstance(done, Done)
+        return done.reason
+
+    assert "planted compiler, 1 of 3" in (told("compiles_badly", 1) or "")
+    assert told("compiles_whole", 1) is None
+    assert "planted whole compiler" in (told("compiles_whole", 0) or "")
     worker.kill()
-    assert isinstance(done, Done)
-    assert "planted compiler, 1 of 3" in (done.reason or "")
+
+
+def test_code_that_is_older_than_a_hook_is_measured_without_it(
+    tmp_path: Path, pool: WorkerPool
+) -> None:
+    _, summary = run(tmp_path / "run", [planning.case("older")], pool)
+    assert summary.counts == {Outcome.OK: 1}
 
 
 def test_busy_device_is_refused(tmp_path: Path, pool: WorkerPool) -> None:
