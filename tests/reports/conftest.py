@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -194,7 +195,8 @@ def write_run(
         "plugins": [],
         "notes": [],
     } | changes
-    with RunFolder.create(path, manifest) as folder:
+    # To wait for the disk at every line takes longer than most tests.
+    with patch("os.fsync"), RunFolder.create(path, manifest) as folder:
         for observation in observations:
             folder.append(observation)
     return path

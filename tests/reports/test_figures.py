@@ -2,7 +2,6 @@
 
 import math
 
-import plotly.graph_objects as go
 import pytest
 
 from mambench.harness.spec import Outcome
@@ -15,6 +14,8 @@ from mambench.reports.figures import (
     powers_of_two,
     resolve,
 )
+
+go = pytest.importorskip("plotly.graph_objects")
 
 
 def everything(report):
