@@ -266,7 +266,8 @@ class Check:
                 kinds = measurements[name]
                 failed[name] = self._measure(name, number, shuffled, kinds, pools[name], listener)
 
-            together(turns, {name: partial(work, name) for name in order})
+            everybody = {name: partial(work, name) for name in order}
+            together(turns, everybody, on_abort=stack.close)
         self._progress.on_process_end(sum(failed.values()))
 
     def _measure(

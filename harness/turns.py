@@ -75,11 +75,13 @@ class TurnListener(runner.SilentListener):
         self._listener.on_note(text)
 
 
-def together(turns: Turns, work: Mapping[str, Callable[[], None]]) -> None:
+def together(
+    turns: Turns, work: Mapping[str, Callable[[], None]], *, on_abort: Callable[[], None]
+) -> None:
     """Do everybody's work, each in a thread of its own; raises what the first to fail raised.
 
     Who fails loses the turns that it has left, and the others go on. If this thread is interrupted,
-    the round is aborted.
+    the round is aborted: `on_abort` ends what threads wait for other than their turns.
     """
     failed: list[BaseException] = []
 
@@ -99,6 +101,7 @@ def together(turns: Turns, work: Mapping[str, Callable[[], None]]) -> None:
             thread.join()
     except BaseException:
         turns.abort()
+        on_abort()
         for thread in threads:
             thread.join()
         raise

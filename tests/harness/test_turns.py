@@ -7,6 +7,10 @@ import pytest
 from mambench.harness.turns import AbortedError, Turns, together
 
 
+def never() -> None:
+    raise AssertionError("nothing was aborted")
+
+
 def test_turns_come_in_their_order_whatever_the_threads_do():
     order = ["a", "b", "b", "a", "a", "b", "c", "c"]
     turns, seen = Turns(order), []
@@ -17,7 +21,7 @@ def test_turns_come_in_their_order_whatever_the_threads_do():
             seen.append(name)
             turns.end(name)
 
-    together(turns, {name: lambda name=name: work(name) for name in "abc"})
+    together(turns, {name: lambda name=name: work(name) for name in "abc"}, on_abort=never)
     assert seen == order
 
 
@@ -35,7 +39,7 @@ def test_who_fails_loses_its_turns_and_the_others_go_on():
             turns.end("b")
 
     with pytest.raises(ValueError, match="planted"):
-        together(turns, {"a": failing, "b": other})
+        together(turns, {"a": failing, "b": other}, on_abort=never)
     assert seen == ["b"] * 3
 
 
@@ -57,8 +61,8 @@ def test_an_interruption_ends_everybody(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(threading.Thread, "join", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        together(turns, {"b": waiting})
-    assert ended == ["b"]
+        together(turns, {"b": waiting}, on_abort=lambda: ended.append("pools"))
+    assert sorted(ended) == ["b", "pools"]
 
 
 def test_a_turn_that_is_not_there_is_not_waited_for():
