@@ -226,6 +226,10 @@ def run(
 
     if resume is None and retry_failed:
         raise UsageError("--retry-failed goes with --resume RUN_DIR.")
+    if asked["suite"] == options.CALIBRATION:  # its programs are no cases: nothing is compared
+        where = {name: asked[name] for name in ("device", "threads")}
+        context.invoke(ceilings, as_json=False, wait=wait, **where)
+        return
     made, folder = _resumed(resume, output, asked) if resume else _created(output, asked)
     finished = {case_id for case_id, _, _ in folder.finished()}
     left = {p.case.case_id: p.estimate_s for p in made.runnable if p.case.case_id not in finished}

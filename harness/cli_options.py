@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 
 from mambench.harness.errors import UsageError, unknown_name
 
+CALIBRATION = "calibration"  # a suite without cases: what `ceilings` measures
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
 
 
@@ -101,7 +102,7 @@ class NearestGroup(click.Group):
 def _suites() -> list[str]:
     from mambench.harness import suite
 
-    return suite.names()
+    return sorted([*suite.names(), CALIBRATION])
 
 
 def _implementations() -> list[str]:

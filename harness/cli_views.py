@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mambench.harness import precompile, registry
+from mambench.harness.cli_options import CALIBRATION
 from mambench.harness.doctor import Check
 from mambench.harness.plan import Plan, PlannedCase
 from mambench.harness.profilers import catalog
@@ -34,9 +35,11 @@ def listing(
             for variant in registry.ask(item, "variants", device)
         ]
         lines.append(table(rows))
-    width = max((len(suite.name) for suite in suites), default=0)
+    questions = {suite.name: suite.question or suite.title for suite in suites}
+    questions[CALIBRATION] = "What can this machine do at most? As the command ceilings."
+    width = max(map(len, questions))
     lines += ["", "Suites", ""]
-    lines += [f"  {suite.name:<{width}}  {suite.question or suite.title}" for suite in suites]
+    lines += [f"  {name:<{width}}  {question}" for name, question in sorted(questions.items())]
     lines += ["", "Measurements, for --measure and a suite's `measure`"]
     for profiler in profilers.values():
         default = "; measured unless told" if profiler.name in catalog.DEFAULT[device.kind] else ""

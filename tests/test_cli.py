@@ -156,6 +156,21 @@ def test_a_folder_that_is_no_run_is_refused_untouched(call: Any, tmp_path: Path,
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["mine.txt"]
 
 
+def test_calibration_is_asked_for_as_a_suite_too(call: Any, monkeypatch: pytest.MonkeyPatch):
+    from mambench.harness import ceilings
+
+    asked: list[tuple[str, int]] = []
+    found = SimpleNamespace(text=lambda: "copy 1 TB/s", to_dict=dict)
+    monkeypatch.setattr(
+        ceilings, "measure", lambda d, count: asked.append((d.name, count)) or found
+    )
+    monkeypatch.setattr(ceilings, "save", lambda found, device: None)
+    done = call("run", "--suite", "calibration", "--threads", "1")
+    assert (done.code, asked) == (0, [(CPU.name, 1)])
+    assert "copy 1 TB/s" in done.out
+    assert "calibration" in call("list").out
+
+
 def test_list_shows_everything(call: Any):
     done = call("list", "--device", "cpu")
     assert done.code == 0
