@@ -292,6 +292,7 @@ def test_an_unknown_variant_and_family_are_refused() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # other projects' own, while they compile
 @pytest.mark.parametrize(
     "variant", ["fa4", "fa3", "fa2", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math"]
 )

@@ -64,30 +64,80 @@ def test_the_hopper_scan_refuses_a_state(literal):
         operation("hopper_op")(**inputs)
 
 
+# Of the problems on a GPU: groups, what is left out, whether it begins with a state. Each is
+# compiled for, and a size once for 1, once for multiples of 16 and once for the rest: so sizes are
+# free, but odd, apart from a few lengths.
+FORMS = (
+    (1, (), True), (2, (), False), (3, ("z",), True),
+    (1, OPTIONAL, False), (2, ("D", "delta_bias"), True), (1, ("z", "D"), False),
+)  # fmt: skip
+# What is added to delta before softplus, the decay A, and what u is multiplied with.
+STEPS = {"usual": 0.0, "tiny": -20.0, "large": 8.0, "huge": 60.0}
+DECAYS = {"usual": None, "near 0": -1e-7, "strong": -1e6, "zero": 0.0}
+INPUTS = {"usual": 1.0, "zero": 0.0, "huge": 1e4}
+
+
+def problem_on_the_gpu(literal, seed, *, started):
+    """Draw a shape and its inputs; every other problem is extreme in one or several ways."""
+    draw = random.Random(seed)
+    ngroups, without, state = FORMS[seed % len(FORMS)]
+    channels = ngroups * (2 * draw.randint(0, 19) + 1)
+    seqlen = draw.choice((1, 128)) if seed % 25 == 0 else 2 * int(90 ** draw.random()) + 1
+    shape = (draw.randint(2, 3) if ngroups > 1 else 1, channels, seqlen, 16, ngroups)
+    inputs = literal.draw(
+        *shape, seed=seed, without=without, started=started and state,
+        dtype=torch.bfloat16, device="cuda",
+    )  # fmt: skip
+    kinds = ("usual",) * 3
+    if seed // len(FORMS) % 2:
+        kinds = tuple(draw.choice(tuple(of)) for of in (STEPS, DECAYS, INPUTS))
+    steps, decay, scale = kinds
+    with torch.no_grad():
+        inputs["delta"] += STEPS[steps]
+        inputs["u"] *= INPUTS[scale]
+        if DECAYS[decay] is not None:
+            inputs["A"].fill_(DECAYS[decay])
+    return (shape, *kinds), inputs
+
+
+def far(literal, op, inputs, *, tame):
+    """Return what is off by name: outputs always; gradients if tame, else what is not finite.
+
+    Sums are fp32, so that what is fp32 is near; what is bf16 is rounded once. In extreme problems a
+    gradient that underflows has no relative error to judge.
+    """
+    got, want = literal.run(op, inputs), literal.truth(inputs)
+    wrong = {}
+    for name, exact in want.items():
+        limit = 2**-7 if got[name].dtype == torch.bfloat16 else 2**-10
+        # A gradient may be exactly zero: that of A at one token.
+        error = (got[name].double() - exact).norm() / exact.norm().clamp_min(1e-6)
+        judged = tame or not name.startswith("d")
+        if not (error <= limit if judged else bool(got[name].isfinite().all())):
+            wrong[name] = float(error)
+    return wrong
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("module", ["triton_scan", "hopper_op"])
 def test_two_hundred_shapes_on_the_gpu(literal, module):
-    """Sums are fp32, so gradients in fp32 are near; those in bf16 are rounded once."""
-    op, options = operation(module), {"dtype": torch.bfloat16, "device": "cuda"}
-    started = module == "triton_scan"
-
-    def inputs_of(seed):
-        return drawn(literal, seed, started=started, longest=180, **options)
-
+    op, started = operation(module), module == "triton_scan"
+    problems = [problem_on_the_gpu(literal, seed, started=started) for seed in range(SHAPES)]
     torch.zeros(1, device="cuda").requires_grad_().sum().backward()
     with ThreadPoolExecutor(8) as pool:  # compiles most of the forms side by side
-        list(pool.map(lambda seed: literal.run(op, inputs_of(seed)[1]), range(24)))
+        list(pool.map(lambda problem: literal.run(op, problem[1]), problems[:72]))
     wrong = {}
-    for seed in range(SHAPES):
-        shape, inputs = inputs_of(seed)
-        got, want = literal.run(op, inputs), literal.truth(inputs)
-        far = {}
-        for name, exact in want.items():
-            limit = 2**-7 if got[name].dtype == torch.bfloat16 else 2**-10
-            # A gradient may be exactly zero: that of A at one token.
-            error = (got[name].double() - exact).norm() / exact.norm().clamp_min(1e-6)
-            if not error <= limit:
-                far[name] = float(error)
-        wrong |= {shape: far} if far else {}
+    for what, inputs in problems:
+        if found := far(literal, op, inputs, tame=what[1:] == ("usual",) * 3):
+            wrong[what] = found
     assert not wrong
+
+
+@pytest.mark.gpu
+def test_a_decay_that_is_a_little_off_is_noticed(literal):
+    def off(*, A, **rest):
+        return operation("triton_scan")(A=1.2 * A, **rest)
+
+    problems = [problem_on_the_gpu(literal, seed, started=True) for seed in range(6)]
+    assert all(far(literal, off, inputs, tame=True) for what, inputs in problems if what[0][2] > 9)
