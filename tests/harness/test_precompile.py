@@ -85,6 +85,9 @@ def test_the_longest_job_bounds_the_time_that_is_announced(monkeypatch) -> None:
     assert alone_s > 60
     assert one == pytest.approx(precompile.START_S + alone_s)
     assert two == pytest.approx(precompile.START_S + alone_s / 2)
+    longer = replace(case, problem=replace(ssd, seqlen=128))
+    again = precompile.seconds([case, longer], GPU)
+    assert again == pytest.approx(one + precompile.AGAIN_FRAC * alone_s)
     assert precompile.seconds([case], CPU) == 0
     assert precompile.seconds([], GPU) == 0
 
