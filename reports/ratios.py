@@ -4,7 +4,9 @@ A question is a problem, pass and dtype that one of ours and a peer were both as
 Best is the one with the least of the metric among those that ended ok. The ratio is the peer's
 value over ours, so above one ours is ahead. Its interval takes the ends of both intervals that lie
 farthest apart. The table names no winner where it contains one, nor where it comes as near to one
-as two processes differ anyhow, unless both were measured in enough processes to know.
+as two processes differ anyhow, unless both were measured in enough processes to know. Nor does it
+where one of the two times holds gaps between launches, because no graph could be captured, and the
+other does not.
 """
 
 import fnmatch
@@ -22,6 +24,7 @@ from mambench.reports.markdown import escape
 
 OURS = ("selective_scan", "ssd")
 PEERS = ("mamba_ssm_*", "fla_*", "flashinfer_*")
+_GAPS = "\u2021"  # double dagger
 _UNITS = {metric.tag: metric.unit for metric in METRICS if metric.better == "lower"}
 
 
@@ -62,9 +65,16 @@ class Ratio:
         return peer.low / ours.high, peer.high / ours.low
 
     @property
+    def unlike(self) -> bool:
+        """Whether gaps between launches are in one of two times that are compared."""
+        if self.metric != "time_s" or self.value is None or self.peer is None:
+            return False
+        return _has_gaps(self.ours) != _has_gaps(self.peer)
+
+    @property
     def winner(self) -> Result | None:
         """The one that is ahead; None where that cannot be told."""
-        if self.value is None:
+        if self.value is None or self.unlike:
             return None
         low, high = self.interval or (self.value, self.value)
         results = (self.ours, self.peer)
@@ -160,9 +170,15 @@ def sentences(ratios: Sequence[Ratio]) -> str:
     for ratio in behind:
         by = units.digits(1 / ratio.value) if ratio.value else units.MISSING
         said.append(f"{_who(ratio.peer)} wins at {ratio.label}, by {by} times.")
-    open_ = [r.label for r in compared if r.winner is None]
+    open_ = [r.label for r in compared if r.winner is None and not r.unlike]
     if open_:
         said.append(f"No difference shows at {'; '.join(open_)}.")
+    unlike = [r.label for r in compared if r.unlike]
+    if unlike:
+        said.append(
+            f"Gaps between launches are in the time of {_GAPS}, which no graph was captured of; no "
+            f"winner is named at {'; '.join(unlike)}."
+        )
     unasked = [r for r in ratios if r.value is None]
     if unasked:
         said.append(f"Not compared: {'; '.join(r.label for r in unasked)}.")
@@ -178,6 +194,11 @@ def _line(ratio: Ratio) -> str:
     if ratio.ours_value is None:
         ours = _ending(ratio.ours)
     name = units.MISSING if ratio.peer is None else escape(_who(ratio.peer))
+    if ratio.unlike:
+        ours, peer = (
+            f"{text} {_GAPS}" if side is not None and _has_gaps(side) else text
+            for text, side in ((ours, ratio.ours), (peer, ratio.peer))
+        )
     text = units.MISSING
     if ratio.value is not None:
         text = f"{units.digits(ratio.value)}{units.TIMES}"
@@ -213,6 +234,12 @@ def _quantity(value: float, unit: str) -> str:
 def _ending(result: Result) -> str:
     """How a result without the metric ended; `ok` has a time but lacks this metric."""
     return "not measured" if result.outcome is Outcome.OK else result.outcome.value
+
+
+def _has_gaps(result: Result) -> bool:
+    """Whether the time is that of eager calls; a record that does not say so may be."""
+    by_events = "events" in (result.method or "")
+    return by_events and bool(result.found.get("time", {}).get("launch_gaps", True))
 
 
 def _who(result: Result | None) -> str:

@@ -96,6 +96,21 @@ def test_no_winner_within_what_two_processes_differ_by(rounds: int, told: bool):
     assert (ratio.winner is None) == (not told)
 
 
+def test_a_time_with_launch_gaps_is_marked_and_beats_nobody():
+    gaps = {"method": "events", "found": {"time": {"launch_gaps": True}}}
+    ours = result("selective_scan:hopper", 1e-3, method="cuda-graph")
+    made = ratios.make(analysis(ours, result("mamba_ssm_scan:cuda", 12e-3, **gaps)))
+    text = ratios.table(made)
+    assert made[0].winner is None
+    assert "no winner is named at s6 forward" in text
+    assert "| 1.00 ms | 12.0 ms \u2021 |" in text
+    assert "Ours is ahead in 0 of 1 rows." in text
+    long = {"method": "events", "found": {"time": {"launch_gaps": False}}}  # kernels of seconds
+    (fair,) = ratios.make(analysis(ours, result("mamba_ssm_scan:cuda", 12e-3, **long)))
+    assert fair.winner is fair.ours
+    assert "\u2021" not in ratios.table([fair])
+
+
 def test_without_intervals_the_medians_decide_and_none_is_shown():
     ratio = only(
         result("selective_scan:hopper", 1e-3),
