@@ -159,6 +159,8 @@ class WorkerPool:
     def close(self) -> None:
         """End the server and all workers, and wait until they are gone."""
         self._control.close()
+        if not self._ready:  # it imports torch, looks at nothing meanwhile, and has no workers
+            self._server.kill()
         try:
             self._server.wait(EXIT_LIMIT_S)
         except subprocess.TimeoutExpired:
