@@ -15,9 +15,10 @@ a peer were asked; `metric=TAG` chooses another metric than time_s, `ours=` and 
 implementations (names or globs, separated by commas), `pass=` and `dtype=` some of the questions.
 `table=blocks` shows tokens per second and peak memory of whole blocks, of all passes and dtypes or
 of those named by `pass=` and `dtype=`.
-`table=traffic` shows counted beside modelled bytes, `table=repeat other=RUN` how well a second run
-of the same cases agrees, `table=selftest` the file `selftest.json` in the named folder, and
-`table=gate` what repeated checks ended in, of the named file without its `.json`.
+`table=traffic` shows counted beside modelled bytes, `table=memory` what a token adds to memory (of
+one `batch=`), `table=repeat other=RUN` how well a second run of the same cases agrees,
+`table=selftest` the file `selftest.json` in the named folder, and `table=gate` what repeated checks
+ended in, of the named file without its `.json`.
 """
 
 import os
@@ -31,14 +32,14 @@ import mambench
 from mambench.harness import analysis
 from mambench.harness.analysis import Analysis
 from mambench.harness.errors import UsageError, unknown_name
-from mambench.reports import blocks, gates, markdown, ratios, rows, summary, svg, tables
+from mambench.reports import blocks, gates, growth, markdown, ratios, rows, summary, svg, tables
 from mambench.reports.page import write_atomically
 from mambench.reports.rows import Report, Slice
 
 _BEGIN = re.compile(r"<!-- figures:begin (?P<spec>[^\n]*?) -->")
 _BLOCK = re.compile(_BEGIN.pattern + r".*?<!-- figures:end -->", re.DOTALL)
 _FILTERS: tuple[str, ...] = ("level", "pass", "dtype", "batch", "width")
-_TABLES: tuple[str, ...] = ("ratios", "blocks", "traffic", "repeat", "selftest", "gate")
+_TABLES: tuple[str, ...] = ("ratios", "blocks", "traffic", "memory", "repeat", "selftest", "gate")
 _RATIO_WORDS: tuple[str, ...] = ("table", "metric", "ours", "peers", "pass", "dtype")
 
 
@@ -90,6 +91,12 @@ def _body(spec: str, document: Path, published: Path, charts: dict[Path, str]) -
     table = dict(word.split("=", 1) for word in filters if "=" in word).get("table")
     if table == "traffic":
         return "\n\n".join([tables.traffic(made), markdown.provenance(made.sources[0])])
+    if table == "memory":
+        batch = _words(filters, ("table", "batch"), where).get("batch")
+        if batch is not None and not batch.isdigit():
+            raise UsageError(f"{where}: batch={batch} is no whole number.")
+        shown = growth.table(made, batch=int(batch) if batch else None)
+        return "\n\n".join([shown, markdown.provenance(made.sources[0])])
     if table == "blocks":
         words = _words(filters, ("table", "pass", "dtype"), where)
         shown = blocks.table(made, pass_=words.get("pass"), dtype=words.get("dtype"))
