@@ -11,27 +11,9 @@ from mambench.harness.timing import StopRule
 
 torch = pytest.importorskip("torch")
 
-from mambench.harness import cuda_timing  # noqa: E402
+from mambench.harness import cuda_timing, kernel_times  # noqa: E402
 
 RULE = StopRule(target_s=0.3, min_samples=10, max_samples=200, relative_error=0.002)
-
-
-def test_kernels_are_split_among_equal_executions() -> None:
-    assert cuda_timing.per_execution([1.0, 2.0, 3.0, 4.0], 2) == [3.0, 7.0]
-
-
-def test_unequal_executions_give_their_mean_only() -> None:
-    assert cuda_timing.per_execution([1.0, 2.0, 3.0], 2) == [3.0]
-
-
-def test_other_kernels_between_executions_are_not_counted() -> None:
-    durations = [9.0, 1.0, 2.0, 9.0, 3.0, 4.0]
-    assert cuda_timing.per_execution(durations, 2, skip=1) == [3.0, 7.0]
-
-
-def test_what_cannot_be_told_from_other_kernels_has_no_time() -> None:
-    assert cuda_timing.per_execution([9.0, 1.0, 9.0], 2, skip=1) == []
-    assert cuda_timing.per_execution([9.0, 9.0], 2, skip=1) == []
 
 
 @pytest.fixture
@@ -55,8 +37,8 @@ def test_graph_replay_and_profiler_agree(size: int) -> None:
     assert reusable
     assert timing.method == "cuda-graph"
     count = 20
-    durations = cuda_timing.kernel_durations_s(execute, count)
-    profiled = sorted(cuda_timing.per_execution(durations, count))[count // 2]
+    durations = kernel_times.kernel_durations_s(execute, count)
+    profiled = sorted(kernel_times.per_execution(durations, count))[count // 2]
     assert timing.median_s == pytest.approx(profiled, rel=0.03, abs=2e-6)
 
 
