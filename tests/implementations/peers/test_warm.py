@@ -7,8 +7,9 @@ from types import ModuleType
 
 import pytest
 
+from mambench.harness import registry
 from mambench.harness.spec import Case, DType, Family, Level, Pass, Problem
-from mambench.implementations.peers.warm import compiling_only, tune_for
+from mambench.implementations.peers.warm import _tuners, compiling_only, tune_for
 
 triton = pytest.importorskip("triton")
 torch = pytest.importorskip("torch")
@@ -82,6 +83,11 @@ def test_shares_compile_each_configuration_once_and_launch_none(tuners, tmp_path
     assert names[:2] == names[2:4] == ["kernel"] * 2
     assert len(list(tmp_path.rglob("*.cubin"))) == 5
     assert tuners[0].fn.best_config is CONFIGS[0]
+    for function in (kernel, other_kernel):
+        function.device_caches.clear()
+    with compiling_only():
+        step(tuners)
+    assert len(list(tmp_path.rglob("*.cubin"))) == 5  # found there
 
 
 def test_no_share_compiles_none(tuners, tmp_path):
@@ -120,3 +126,33 @@ def test_each_size_has_its_own_choice_also_under_heuristics(monkeypatch: pytest.
     assert bare.cache == under.cache == {"sizes but for the length": CONFIGS[0]}
     tune_for("tuned", replace(case(), dtype=DType.FP16))
     assert not bare.cache
+
+
+@pytest.mark.filterwarnings("default")  # what a peer and the libraries it imports warn of is theirs
+@pytest.mark.gpu
+def test_what_the_shares_compile_is_what_a_tuned_step_needs(monkeypatch, tmp_path):
+    """With two configurations a kernel: all of them would take minutes."""
+    from mambench.harness import machine
+    from mambench.implementations.workload import build
+
+    peer, device = registry.get("mamba_ssm_ssd"), machine.detect("cuda")
+    if missing := peer.variants(device)[0].unavailable:
+        pytest.skip(missing)
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    long = replace(case(seqlen=2048), implementation=peer.name)
+    peer.begin_case(long)
+    for tuner in _tuners("mamba_ssm"):
+        monkeypatch.setattr(tuner, "configs", tuner.configs[:2])
+    for share in range(2):
+        peer.precompile_share(long, share, 2)
+    for tuner in _tuners("mamba_ssm"):
+        jitted = tuner.fn
+        while not hasattr(jitted, "device_caches"):
+            jitted = jitted.fn
+        jitted.device_caches.clear()  # what this process compiled; a timed one has the disk only
+    compiled = len(list(tmp_path.rglob("*.cubin")))
+    assert compiled > 10
+    build(long, peer, device, seed=0).prepare(Pass.TRAINING)()
+    torch.cuda.synchronize()
+    assert len(list(tmp_path.rglob("*.cubin"))) == compiled
+    assert any(tuner.cache for tuner in _tuners("mamba_ssm"))
