@@ -184,14 +184,22 @@ def test_state_update(name, dim, d_state, gated, dtype, groups):
     judge_update(update_op(name), dim, d_state, gated, dtype, "cpu", groups=groups)
 
 
+def update_cases():
+    """Return (dim, groups, d_state, gated, dtype): all pairs of values, and all of single channels.
+
+    A kernel is compiled for every case.
+    """
+    options = [(gated, dtype) for dtype in UPDATE for gated in (False, True)]
+    cases = [(2048, None, n, *option) for n in (16, 32, 64) for option in options]
+    widths = [(2064, None), (4096, None), *((d, g) for d in (2048, 4096) for g in (1, 2, 4))]
+    for i, (dim, groups) in enumerate(widths):
+        for j, n in enumerate((16, 32, 64)):
+            cases += [(dim, groups, n, *options[(i + 2 * j + k) % 6]) for k in (0, 3)]
+    return cases
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", UPDATE)
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("d_state", [16, 32, 64])
-@pytest.mark.parametrize(
-    ("dim", "groups"),
-    [(2048, None), (2064, None), (4096, None), *((d, g) for d in (2048, 4096) for g in (1, 2, 4))],
-)
+@pytest.mark.parametrize(("dim", "groups", "d_state", "gated", "dtype"), update_cases())
 def test_state_update_on_a_gpu(dim, d_state, gated, dtype, groups):
     judge_update(update_op("triton"), dim, d_state, gated, dtype, "cuda", groups=groups)
 

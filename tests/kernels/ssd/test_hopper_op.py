@@ -79,8 +79,10 @@ def test_what_is_beyond_it_is_refused(cases, recorded):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", GPU)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "bfloat16") for name in GPU), *((name, "float16") for name in list(GPU)[2:5:2])],
+)
 def test_outputs_and_gradients_agree_with_the_loop_on_the_gpu(cases, name, dtype):
     case = {**GPU[name], "dtype": dtype}
     segments = case.pop("segments", None)

@@ -85,15 +85,21 @@ GPU = [
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("case", GPU, ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, "bfloat16") for case in GPU),
+        *((case, dtype) for case in (GPU[2], GPU[4], GPU[6]) for dtype in ("float32", "float16")),
+    ],
+    ids=str,
+)
 def test_outputs_and_gradients_agree_with_the_loop_on_the_gpu(cases, case, dtype):
     assert not cases.failures(gpu_op(), {**case, "dtype": dtype}, device="cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_problems_agree_with_the_loop_on_the_gpu(cases, seed):
     draw = random.Random(seed)
     ngroups = draw.choice([1, 2, 4, 8])
