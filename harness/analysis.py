@@ -404,7 +404,7 @@ def _values(by_measurement: Mapping[str, list[Observation]]) -> dict[str, Any]:
     for tag, rounds in _recorded(by_measurement).items():
         if missing.pop(tag, None) is None:
             continue
-        number = max(rounds) if "memory" in tag else median(rounds)
+        number = max(rounds) if "memory" in tag or len(rounds) == 1 else median(rounds)
         own = values if tag in _OWN_FIELDS else others
         own[tag] = int(number) if "bytes" in tag else number
     for tag in (tag for name in by_measurement for tag in _HOLDS.get(name, ())):
