@@ -4,6 +4,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -106,14 +107,17 @@ def _checked(request: Request, path: Path, progress: Progress) -> CheckReport:
         if request.baseline is not None:  # nothing of the base is built
             wanted = replace(wanted, base=wanted.head)
         base, head = stack.enter_context(sides.prepared(wanted, temporary, progress.on_note))
-        plan = side_plan.ask(head, request.asked)
+        both = (base, head) if request.baseline is None else (head,)
+        with ThreadPoolExecutor() as beside:  # each is asked in a process of its own
+            planned = {s.name: beside.submit(side_plan.ask, s, request.asked) for s in both}
+        plan = planned[head.name].result()
         if left := unjudged(plan):
             progress.on_note(f"measured, and judged by budgets only: {', '.join(left)}")
         if request.baseline is not None:
             return _against_stored(request, path, head, plan, progress)
         notes: list[str] = []
         try:
-            base_plan = side_plan.ask(base, request.asked)
+            base_plan = planned[base.name].result()
         except UsageError as error:
             base_plan, notes = replace(plan, cases=()), [str(error)]
         arms = [
