@@ -32,6 +32,7 @@ def called(monkeypatch) -> list[Case]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 80 << 30))
     return cases
 
 
@@ -95,6 +96,15 @@ def test_a_case_that_needs_much_memory_is_shortened_and_keeps_its_alignment():
     assert 512 <= short.length < 1 << 20
     assert short.length & (short.length - 1) == 0
     assert replace(short, seqlen=1 << 20) == long.problem
+
+
+def test_on_a_large_gpu_longer_cases_are_called_as_they_are(called, monkeypatch):
+    case = replace(CASE, pass_=Pass.TRAINING, problem=replace(PROBLEM, batch=8))
+    peer = registry.get("mamba_ssm_ssd")
+    peer.precompile(case)  # its heads a program depend on the length, and the kernels on them
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 16 << 30))
+    peer.precompile(case)
+    assert called == [case, replace(case, problem=replace(case.problem, seqlen=1024))]
 
 
 def test_without_a_gpu_nothing_is_called(monkeypatch):
