@@ -14,7 +14,7 @@ arguments), if a kernel wants memory of its own from Triton, or in Triton's inte
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from inspect import getclosurevars
 from operator import itemgetter
@@ -66,23 +66,29 @@ class Calls:
 
         Raises what `ready` and `run` raise.
         """
+        return self.with_ready(tensors, options)[1]
+
+    def with_ready(self, tensors: Tensors, options: tuple[Any, ...]) -> tuple[Tensors, Results]:
+        """Return the tensors as `ready` gives them, for a backward, and the results."""
         key, addresses = _kind(tensors, options)
         prepared = self._known.get(key)
         if prepared is None or _hooked():
             return self._first(key, tensors, options)
-        return prepared(tensors, addresses)
+        return tensors, prepared(tensors, addresses)
 
     def clear(self) -> None:
         """Forget what was recorded."""
         self._known.clear()
 
-    def _first(self, key: tuple[Any, ...], tensors: Tensors, options: tuple[Any, ...]) -> Results:
+    def _first(
+        self, key: tuple[Any, ...], tensors: Tensors, options: tuple[Any, ...]
+    ) -> tuple[Tensors, Results]:
         ready = self._ready(tensors, options)
         if any(a is not b for a, b in zip(ready, tensors, strict=True)):
             key, addresses = _kind(ready, options)
             prepared = self._known.get(key)
             if prepared is not None and not _hooked():
-                return prepared(ready, addresses)
+                return ready, prepared(ready, addresses)
         recording = Recording(ready)
         assert ready[0] is not None
         with on_device(ready[0]):
@@ -92,7 +98,7 @@ class Calls:
             if len(self._known) >= _KEPT:
                 self._known.clear()
             self._known[key] = prepared
-        return results
+        return ready, results
 
 
 def _kind(tensors: Tensors, options: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[int | None]]:
@@ -119,6 +125,7 @@ class _Place:
 
     kind: str
     index: int
+    offset: int = 0  # bytes
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,7 @@ class Recording:
         self._inputs: Tensors = tensors or ()
         self._places: dict[int, _Place] = {}
         self._outputs: list[Tensor] = []
+        self._spare: list[Tensor] = []
         self._scratch: list[Tensor] = []  # held: no address may stand for two of them
         for index, tensor in enumerate(self._inputs):
             if tensor is None:
@@ -166,7 +174,14 @@ class Recording:
 
     def scratch(self, shape: Sizes, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Allocate what only the call's launches use."""
+        for index, tensor in enumerate(self._spare):
+            if tensor.shape == shape and tensor.dtype == dtype:
+                return self._spare.pop(index)
         return self._allocate("scratch", self._scratch, shape, dtype, device)
+
+    def spare(self, *held: Tensor) -> None:
+        """Let later launches use the scratch memory of those before, except what is held."""
+        self._spare = [t for t in self._scratch if all(t is not h for h in held)]
 
     def _allocate(
         self, kind: str, held: list[Tensor], shape: Sizes, dtype: torch.dtype, device: torch.device
@@ -176,6 +191,15 @@ class Recording:
             self._places[tensor.data_ptr()] = _Place(kind, len(held))
             held.append(tensor)
         return tensor
+
+    def part(self, tensor: Tensor, begin: int, count: int) -> Tensor:
+        """Return `count` entries of dimension 1 from `begin`, of a tensor of the recording's."""
+        part = tensor.narrow(1, begin, count)
+        place = self._places.get(tensor.data_ptr())
+        if place is not None and begin > 0:
+            offset = part.data_ptr() - tensor.data_ptr()
+            self._places[part.data_ptr()] = replace(place, offset=offset)
+        return part
 
     def launch(
         self,
@@ -237,7 +261,8 @@ class Recording:
         if len(launchers) < len(steps):
             return None
         first = next(t for t in self._inputs if t is not None)
-        layout = _Layout(len(self._inputs), self._outputs, self._scratch)
+        arguments = [argument for step in steps for argument in step.arguments]
+        layout = _Layout(len(self._inputs), self._outputs, self._scratch, arguments)
         picks = [
             itemgetter(*map(layout.position, (*before, *step.arguments)))
             for (_, before), step in zip(launchers, steps, strict=True)
@@ -250,6 +275,7 @@ class Recording:
             outputs=tuple(_template(t.shape, t.dtype, t.device) for t in self._outputs),
             scratch=_template((layout.bytes,), torch.uint8, first.device) if layout.bytes else None,
             offsets=tuple(layout.offsets),
+            parts=tuple(layout.parts),
             maps=tuple((layout.index(d.place), _Encoder(d)) for d in layout.described),
             constants=tuple(layout.constants),
             steps=tuple((call, pick) for (call, _), pick in zip(launchers, picks, strict=True)),
@@ -260,30 +286,38 @@ class Recording:
 class _Layout:
     """Where a repeated call puts everything that launches take, in one list.
 
-    Addresses of the inputs, of the outputs and of scratch memory, the stream, tensor maps;
-    constants are counted from the end.
+    Addresses of the inputs, of the outputs, of scratch memory and of parts of these, the stream,
+    tensor maps; constants are counted from the end.
     """
 
-    def __init__(self, inputs: int, outputs: list[Tensor], scratch: list[Tensor]) -> None:
+    def __init__(
+        self, inputs: int, outputs: list[Tensor], scratch: list[Tensor], arguments: list[Any]
+    ) -> None:
         self.offsets: list[int] = []
         self.bytes = 0
         for tensor in scratch:
             self.offsets.append(self.bytes)
             self.bytes += -(-tensor.numel() * tensor.element_size() // _ALIGNED) * _ALIGNED
         self._first = {"input": 0, "output": inputs, "scratch": inputs + len(outputs)}
-        self._stream = inputs + len(outputs) + len(scratch)
-        self._inputs = inputs
+        self._after_scratch = inputs + len(outputs) + len(scratch)
+        places = (a.place if isinstance(a, _Described) else a for a in arguments)
+        apart = (p for p in places if isinstance(p, _Place) and p.offset > 0)
+        self._apart = list(dict.fromkeys(apart))
+        self.parts = [(self.index(replace(p, offset=0)), p.offset) for p in self._apart]
+        self._stream = self._after_scratch + len(self.parts)
         self.described: list[_Described] = []
         self.constants: list[Any] = []
 
     def index(self, place: _Place) -> int:
         """Return where a place's address is."""
+        if place.offset > 0:
+            return self._after_scratch + self._apart.index(place)
         return self._first[place.kind] + place.index
 
     def result(self, place: _Place) -> int:
         """Return which of the inputs and outputs is a result."""
-        if place.kind == "scratch":
-            raise ValueError("expected an output or an input as a result, got scratch memory")
+        if place.kind == "scratch" or place.offset > 0:
+            raise ValueError(f"expected an output or an input as a result, got {place}")
         return self.index(place)
 
     def position(self, argument: Any) -> int:
@@ -308,6 +342,7 @@ class Prepared:
     outputs: tuple[Tensor, ...]  # without memory of their own
     scratch: Tensor | None
     offsets: Sizes
+    parts: tuple[tuple[int, int], ...]  # where the address of the whole is, and bytes from there
     maps: "tuple[tuple[int, _Encoder], ...]"
     constants: tuple[Any, ...]
     steps: tuple[tuple[Callable[..., Any], Callable[[Any], tuple[Any, ...]]], ...]
@@ -328,6 +363,7 @@ class Prepared:
             scratch = torch.empty_like(self.scratch, memory_format=_DENSE)
             base = scratch.data_ptr()
             filled += [base + offset for offset in self.offsets]
+        filled += [filled[index] + offset for index, offset in self.parts]
         filled.append(driver.active.get_current_stream(self.device))
         filled += [encoder(filled[index]) for index, encoder in self.maps]
         filled += self.constants

@@ -64,14 +64,14 @@ def selective_scan(
     B = B.unsqueeze(1) if B.dim() == 3 else B
     C = C.unsqueeze(1) if C.dim() == 3 else C
     tensors = (u, delta, A, B, C, D, z, delta_bias)
-    traced, graph = is_traced(), needs_gradient(tensors)
-    if traced or graph:  # else an eager call's first of a kind does
+    traced = is_traced()
+    if traced or u.dim() != 3 or A.dim() != 2:  # else an eager call's first of a kind does
         check_arguments(*tensors)
         if (reason := supported(d_state=A.shape[1], dtype=u.dtype)) is not None:
             raise TypeError(reason)
     if traced:
         out, last = _traced(tensors, (delta_softplus,))
-    elif graph:
+    elif needs_gradient(tensors):
         out, last = _SelectiveScan.apply(delta_softplus, *tensors)
     else:  # without the cost of a graph node, and without states for a backward
         out, last, _ = scan_forward(*tensors, delta_softplus)

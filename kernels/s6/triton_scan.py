@@ -73,12 +73,10 @@ def selective_scan(
     B = B.unsqueeze(1) if B.dim() == 3 else B
     C = C.unsqueeze(1) if C.dim() == 3 else C
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    traced, graph = is_traced(), needs_gradient(tensors)
-    if traced or graph:  # else an eager call's first of a kind does
-        _check(tensors)
-    if traced:
+    if is_traced():
+        _check(tensors)  # of an eager call the first of a kind does
         out, last = _traced(tensors, (delta_softplus,))
-    elif graph:
+    elif needs_gradient(tensors):
         out, last = _SelectiveScan.apply(delta_softplus, *tensors)
     else:  # without the cost of a graph node, and without states for a backward
         out, last, _ = _calls(tensors, (delta_softplus, False))

@@ -57,34 +57,6 @@ def let_next_launch(PDL: gl.constexpr):
 
 
 @gluon.jit
-def publish(flag):
-    """Say that what this thread has stored is there: of four warps, 128 are added to the flag."""
-    gl.inline_asm_elementwise(
-        "red.release.gpu.global.add.u32 [$1], 1; mov.u32 $0, 0;", "=r,l", [flag.to(gl.int64)],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def await_published(flag):
-    """Wait until another block's four warps have published; it was started before this one."""
-    gl.inline_asm_elementwise(
-        """
-        {
-            .reg .pred waits;
-            .reg .u32 there;
-        again:
-            ld.acquire.gpu.global.u32 there, [$1];
-            setp.lt.u32 waits, there, 128;
-            @waits bra again;
-            mov.u32 $0, there;
-        }
-        """,
-        "=r,l", [flag.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def ring_barriers(STAGES: gl.constexpr):
     """Barriers of a ring of stages: one filled by TMA, one emptied by both consumers."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -138,13 +110,10 @@ def state_tile(
 
 @gluon.jit
 def entering_state(
-    before, head, segment, nsegments, tile, mask, flags, nflags,
-    SIZE: gl.constexpr, COMBINE: gl.constexpr, ALONE: gl.constexpr, STATE: gl.constexpr,
+    before, head, segment, nsegments, tile, mask,
+    SIZE: gl.constexpr, FIRST: gl.constexpr, COMBINE: gl.constexpr, STATE: gl.constexpr,
 ):  # fmt: skip
-    """Load what enters a segment, or add it up from what the segments before it contribute.
-
-    If ALONE, these are blocks of the same launch, each waited for by its flag.
-    """
+    """Load what enters a segment, or add it up from what the segments before it contribute."""
     entry, decay, start = before
     if COMBINE:
         if start is None:
@@ -153,35 +122,43 @@ def entering_state(
             state = gl.load(start + head * SIZE + tile, mask=mask, other=0.0).to(gl.float32)
         slots = entry + head * (nsegments - 1) * SIZE + tile
         decays = decay + head * nsegments + gl.arange(0, 1, layout=gl.SliceLayout(1, STATE))
-        if ALONE:
-            await_published(flags)
         # The next segment's loads are in flight while this one's are used.
         own = gl.load(slots, mask=mask & (segment > 0), other=0.0)
         log_decay = gl.load(decays)
         for k in range(0, segment):
             following = gl.minimum(k + 1, segment - 1)
-            if ALONE:
-                await_published(flags + following * nflags)
             next_own = gl.load(slots + following * SIZE, mask=mask, other=0.0)
             next_decay = gl.load(decays + following)
             state = state * gl.exp2(log_decay)[:, None] + own.to(gl.float32)
             own = next_own
             log_decay = next_decay
-    else:
+    elif FIRST:
         slot = head * nsegments + segment
         state = gl.load(entry + slot * SIZE + tile, mask=mask, other=0.0).to(gl.float32)
+    else:
+        slot = head * (nsegments - 1) + segment - 1
+        later = mask & (segment > 0)
+        state = gl.load(entry + slot * SIZE + tile, mask=later, other=0.0).to(gl.float32)
+        if start is not None:
+            earliest = mask & (segment == 0)
+            state += gl.load(start + head * SIZE + tile, mask=earliest, other=0.0).to(gl.float32)
     return state
 
 
 @gluon.jit
-def own_state(
-    which: gl.constexpr, tiles, count, STAGES: gl.constexpr, STATE: gl.constexpr
+def _state_consumer(
+    which: gl.constexpr, tiles, work,
+    P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
-    """Walk chunks from a state of zero; return the state after them and their log2 decay."""
     xs, Bs, cums, full, empty = tiles
+    end, decay, b, pair, segment, _first, count, nsegments, sizes = work
+    nheads, pairs_per_group, heads_per_group = sizes
+    BLOCK_N: gl.constexpr = Bs.shape[2]
+    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
     scalar: gl.constexpr = gl.SliceLayout(1, STATE)
-    state = gl.full([_P, Bs.shape[2]], 0.0, gl.float32, layout=STATE)
+    h, channel = consumers_head(pair, which, pairs_per_group, heads_per_group, P)
+    state = gl.full([_P, BLOCK_N], 0.0, gl.float32, layout=STATE)
     log_decay = gl.full([1], 0.0, gl.float32, layout=scalar)
     for c in range(0, count):
         stage = c % STAGES
@@ -194,21 +171,6 @@ def own_state(
         state = warpgroup_mma(scaled, Bs.index(stage), state, is_async=True)
         state = warpgroup_mma_wait(0, deps=(state,))
         mbarrier.arrive(empty.index(stage), count=1)
-    return state, log_decay
-
-
-@gluon.jit
-def _state_consumer(
-    which: gl.constexpr, tiles, work,
-    P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, FIRST: gl.constexpr,
-):  # fmt: skip
-    end, decay, b, pair, segment, _first, count, nsegments, sizes = work
-    nheads, pairs_per_group, heads_per_group = sizes
-    BLOCK_N: gl.constexpr = tiles[1].shape[2]
-    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    scalar: gl.constexpr = gl.SliceLayout(1, STATE)
-    h, channel = consumers_head(pair, which, pairs_per_group, heads_per_group, P)
-    state, log_decay = own_state(which, tiles, count, STAGES, STATE)
     head = b.to(gl.int64) * nheads + h
     slot = head * (nsegments - 1 + FIRST) + segment + FIRST
     offsets, mask = state_tile(slot, channel, P, N, BLOCK_N, STATE)
@@ -308,12 +270,12 @@ def state_kernel(
 def _scan_consumer(
     which: gl.constexpr, tiles, sources, work,
     PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr, COMBINE: gl.constexpr,
-    ALONE: gl.constexpr, STORE_FINAL: gl.constexpr, SCORES: gl.constexpr,
+    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr, FIRST: gl.constexpr,
+    COMBINE: gl.constexpr, STORE_FINAL: gl.constexpr, SCORES: gl.constexpr,
 ):  # fmt: skip
     xs, zs, Bs, Cs, scores_ring, cums, all_weights, outs, full, empty = tiles
     out_desc = sources[0]
-    D_ptr, before, flags, final, b, pair, segment, first, count, nsegments, sizes = work
+    D_ptr, before, final, b, pair, segment, first, count, nsegments, sizes = work
     nheads, pairs_per_group, heads_per_group = sizes
     dtype: gl.constexpr = Bs.dtype
     BLOCK_N: gl.constexpr = Bs.shape[2]
@@ -329,40 +291,19 @@ def _scan_consumer(
         skip = gl.load(D_ptr + h + 0 * p).to(gl.float32)[:, None]
     elif D_DIMS == 2:
         skip = gl.load(D_ptr + h * P + p, mask=p < P, other=0.0).to(gl.float32)[:, None]
-    walked = 0  # chunks that have been through the ring before
     if HAS_ENTRY:
         wait_for_launch_before(PDL)
         tile, mask = state_tile(0, channel, P, N, BLOCK_N, STATE)
-        blocks: gl.constexpr = (P + _P - 1) // _P
-        nflags = nheads * blocks
-        if ALONE:
-            entry, entry_decay, _start = before
-            flags += b.to(gl.int64) * nsegments * nflags + h * blocks + channel // _P
-            flags += gl.arange(0, 1, layout=gl.SliceLayout(1, STATE))
-            walked = gl.where(segment + 1 < nsegments, count, 0)
-            own, log_decay = own_state(
-                which, (xs, Bs, cums, full, empty), walked, STAGES, STATE
-            )  # fmt: skip
-            slot = head * (nsegments - 1) + segment
-            gl.store(entry + slot * (P * N) + tile, own, mask=mask & (segment + 1 < nsegments))
-            one = gl.arange(0, 1, layout=gl.SliceLayout(1, STATE))
-            gl.store(
-                entry_decay + head * nsegments + segment + one, log_decay,
-                mask=one + channel == 0,
-            )  # fmt: skip
-            publish(flags + segment * nflags)
         state = entering_state(
-            before, head, segment, nsegments, tile, mask, flags, nflags, P * N, COMBINE, ALONE,
-            STATE,
+            before, head, segment, nsegments, tile, mask, P * N, FIRST, COMBINE, STATE
         )  # fmt: skip
     else:
         state = gl.full([_P, BLOCK_N], 0.0, gl.float32, layout=STATE)
     for c in range(0, count):
-        turn = walked + c
-        stage = turn % STAGES
+        stage = c % STAGES
         # What enters the chunk, before the chunk's own part: S C^T.
         entering = gl.convert_layout(state.to(dtype), LEFT)
-        mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
+        mbarrier.wait(full.index(stage), (c // STAGES) & 1)
         x_tile = xs.index(stage * 2 + which)
         B, C = Bs.index(stage), Cs.index(stage)
         zero = gl.full([_P, _Q], 0.0, gl.float32, layout=OUT)
@@ -416,11 +357,11 @@ def _scan_consumer(
 def _scan_consumer_0(
     tiles, sources, work,
     PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr, COMBINE: gl.constexpr,
-    ALONE: gl.constexpr, STORE_FINAL: gl.constexpr, SCORES: gl.constexpr,
+    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr, FIRST: gl.constexpr,
+    COMBINE: gl.constexpr, STORE_FINAL: gl.constexpr, SCORES: gl.constexpr,
 ):  # fmt: skip
     _scan_consumer(
-        0, tiles, sources, work, PDL, P, N, STAGES, D_DIMS, HAS_Z, HAS_ENTRY, COMBINE, ALONE,
+        0, tiles, sources, work, PDL, P, N, STAGES, D_DIMS, HAS_Z, HAS_ENTRY, FIRST, COMBINE,
         STORE_FINAL, SCORES,
     )  # fmt: skip
 
@@ -429,11 +370,11 @@ def _scan_consumer_0(
 def _scan_consumer_1(
     tiles, sources, work,
     PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr, COMBINE: gl.constexpr,
-    ALONE: gl.constexpr, STORE_FINAL: gl.constexpr, SCORES: gl.constexpr,
+    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr, FIRST: gl.constexpr,
+    COMBINE: gl.constexpr, STORE_FINAL: gl.constexpr, SCORES: gl.constexpr,
 ):  # fmt: skip
     _scan_consumer(
-        1, tiles, sources, work, PDL, P, N, STAGES, D_DIMS, HAS_Z, HAS_ENTRY, COMBINE, ALONE,
+        1, tiles, sources, work, PDL, P, N, STAGES, D_DIMS, HAS_Z, HAS_ENTRY, FIRST, COMBINE,
         STORE_FINAL, SCORES,
     )  # fmt: skip
 
@@ -442,12 +383,12 @@ def _scan_consumer_1(
 def _scan_producer(
     tiles, sources, work,
     PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr, COMBINE: gl.constexpr,
-    ALONE: gl.constexpr, STORE_FINAL: gl.constexpr, SCORES: gl.constexpr,
+    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr, FIRST: gl.constexpr,
+    COMBINE: gl.constexpr, STORE_FINAL: gl.constexpr, SCORES: gl.constexpr,
 ):  # fmt: skip
     xs, zs, Bs, Cs, scores_ring, cums, _all_weights, _outs, full, empty = tiles
     _out_desc, x_desc, z_desc, B_desc, C_desc, scores_desc, cum_desc, cumj_desc, nchunks = sources
-    _D_ptr, _before, _flags, _final, b, pair, segment, first, count, nsegments, sizes = work
+    _D_ptr, _before, _final, b, pair, _segment, first, count, _nsegments, sizes = work
     nheads, pairs_per_group, heads_per_group = sizes
     group = pair // pairs_per_group
     itemsize: gl.constexpr = Bs.dtype.primitive_bitwidth // 8
@@ -459,17 +400,9 @@ def _scan_producer(
         groups = nheads // heads_per_group
         scores_row = (b * groups + group) * nchunks * _Q
     wait_for_launch_before(PDL)
-    walked = 0
-    if ALONE:
-        walked = gl.where(segment + 1 < nsegments, count, 0)
-        _state_producer(
-            (xs, Bs, cums, full, empty), (x_desc, B_desc, cum_desc, cumj_desc),
-            (0, 0, b, pair, segment, first, walked, nsegments, sizes), False, P, N, STAGES, 0,
-        )  # fmt: skip
     for c in range(0, count):
-        turn = walked + c
-        stage = turn % STAGES
-        mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
+        stage = c % STAGES
+        mbarrier.wait(empty.index(stage), ((c // STAGES) & 1) ^ 1)
         bar = full.index(stage)
         mbarrier.expect(bar, fetched)
         t = (first + c) * _Q
@@ -495,20 +428,17 @@ def _scan_producer(
 @gluon.jit(do_not_specialize=_RUNTIME_SIZES)
 def scan_kernel(
     out_desc, x_desc, z_desc, B_desc, C_desc, scores_desc, cum_desc, cumj_desc,
-    D_ptr, entry, entry_decay, start, flags, final,
+    D_ptr, entry, entry_decay, start, final,
     nchunks, segment_chunks, nsegments, nheads, pairs_per_group, heads_per_group,
     PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr, COMBINE: gl.constexpr,
-    ALONE: gl.constexpr, STORE_FINAL: gl.constexpr, SCORES: gl.constexpr,
+    D_DIMS: gl.constexpr, HAS_Z: gl.constexpr, HAS_ENTRY: gl.constexpr, FIRST: gl.constexpr,
+    COMBINE: gl.constexpr, STORE_FINAL: gl.constexpr, SCORES: gl.constexpr,
 ):  # fmt: skip
     """The outputs of each segment, from what enters it. Grid (segments, pairs of consumers, B).
 
-    entry is what enters each segment, or if COMBINE what every segment but the last contributes,
-    with the segments' entry_decay and the state from which the first one starts, or none. If ALONE,
-    the blocks themselves make these contributions first, and say so in flags (B, segments, H *
-    ceil(P / 64)), which are zero before. A block waits for segments before its own only, whose
-    blocks are started before it.
+    entry is what enters each segment, unless FIRST all but the first, which begins from start or
+    zeros; or if COMBINE what every segment but the last contributes, and entry_decay the segments'.
     Without z or SCORES, their descriptors are another tensor's and not read.
     """
     let_next_launch(PDL)
@@ -538,7 +468,7 @@ def scan_kernel(
     sizes = (nheads, pairs_per_group, heads_per_group)
     before = (entry, entry_decay, start)
     work = (
-        D_ptr, before, flags, final, gl.program_id(2), gl.program_id(1), segment, first, count,
+        D_ptr, before, final, gl.program_id(2), gl.program_id(1), segment, first, count,
         nsegments, sizes,
     )  # fmt: skip
     gl.warp_specialize(
@@ -556,8 +486,8 @@ def scan_kernel(
                     D_DIMS,
                     HAS_Z,
                     HAS_ENTRY,
+                    FIRST,
                     COMBINE,
-                    ALONE,
                     STORE_FINAL,
                     SCORES,
                 ),
@@ -575,8 +505,8 @@ def scan_kernel(
                     D_DIMS,
                     HAS_Z,
                     HAS_ENTRY,
+                    FIRST,
                     COMBINE,
-                    ALONE,
                     STORE_FINAL,
                     SCORES,
                 ),
@@ -594,8 +524,8 @@ def scan_kernel(
                     D_DIMS,
                     HAS_Z,
                     HAS_ENTRY,
+                    FIRST,
                     COMBINE,
-                    ALONE,
                     STORE_FINAL,
                     SCORES,
                 ),

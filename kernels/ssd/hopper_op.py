@@ -79,12 +79,10 @@ def ssd(
         )
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states)
     options = (dt_softplus, *dt_limit, segments)
-    traced, graph = is_traced(), needs_gradient(tensors)
-    if traced or graph:  # else an eager call's first of a kind does
-        check_arguments(*tensors, dt_limit)
-    if traced:
+    if is_traced():
+        check_arguments(*tensors, dt_limit)  # of an eager call the first of a kind does
         out, final = _traced(tensors, options)
-    elif graph:
+    elif needs_gradient(tensors):
         out, final = _Ssd.apply(options, return_final_states, *tensors)
     else:  # without the cost of a graph node
         out, final, _ = _calls(tensors, (*options, return_final_states, False))
@@ -125,8 +123,8 @@ class _Ssd(torch.autograd.Function):
     def forward(
         ctx: Any, options: Options, return_final_states: bool, *tensors: Tensor | None
     ) -> Any:
-        kept = Operands.laid_out(*tensors).all()
-        out, final, entries = _calls(kept, (*options, return_final_states, True))
+        how = (*options, return_final_states, True)
+        kept, (out, final, entries) = _calls.with_ready(tensors, how)
         ctx.plan = _plan(tensors[0], tensors[3], options)
         ctx.save_for_backward(*kept, entries)
         ctx.set_materialize_grads(False)

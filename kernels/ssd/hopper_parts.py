@@ -11,7 +11,7 @@ from triton.language.extra import cuda
 from mambench.kernels.ssd.triton_parts import LOG2_E, softplus
 
 _PREPARE_SIZES = [
-    "seqlen", "nchunks", "nheads", "dt_min", "dt_max", "ngroups", "nflags",
+    "seqlen", "nchunks", "nheads", "dt_min", "dt_max", "ngroups",
     "stride_batch", "stride_token", "stride_head",
     "stride_B_batch", "stride_B_token", "stride_B_group",
     "stride_C_batch", "stride_C_token", "stride_C_group",
@@ -49,19 +49,17 @@ def _decay_sums(
 
 @triton.jit(do_not_specialize=_PREPARE_SIZES)
 def prepare_kernel(
-    dt_ptr, A_ptr, bias_ptr, cum_ptr, cumj_ptr, B_ptr, C_ptr, scores_ptr, flags_ptr,
-    seqlen, nchunks, nheads, dt_min, dt_max, ngroups, nflags,
+    dt_ptr, A_ptr, bias_ptr, cum_ptr, cumj_ptr, B_ptr, C_ptr, scores_ptr,
+    seqlen, nchunks, nheads, dt_min, dt_max, ngroups,
     stride_batch, stride_token, stride_head,
     stride_B_batch, stride_B_token, stride_B_group,
     stride_C_batch, stride_C_token, stride_C_group,
     Q: tl.constexpr, BLOCK_H: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, SCORES: tl.constexpr, FLAGS: tl.constexpr,
-    PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, SCORES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One chunk: first the scores of one group each, if wanted, then cum and cumj of BLOCK_H heads.
 
-    scores (B, G, chunks, Q j, Q i) = B_j . C_i for i >= j, else 0. nflags flags are set to zero, at
-    most FLAGS a chunk.
+    scores (B, G, chunks, Q j, Q i) = B_j . C_i for i >= j, else 0.
     Grid (chunks, G if SCORES + ceil(H / BLOCK_H), B).
     """
     if PDL:
@@ -69,9 +67,6 @@ def prepare_kernel(
     chunk = tl.program_id(0)
     part = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    if FLAGS > 0:
-        flag = (b * nchunks + chunk) * FLAGS + tl.arange(0, FLAGS)
-        tl.store(flags_ptr + flag, 0, mask=(flag < nflags) & (part == 0))
     if SCORES:
         if part < ngroups:
             q = tl.arange(0, Q)
@@ -107,12 +102,13 @@ def prepare_kernel(
 @triton.jit(do_not_specialize=["nsegments"])
 def prefix_kernel(
     slots_ptr, decay_ptr, start_ptr, nsegments,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_START: tl.constexpr, PDL: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_START: tl.constexpr, FIRST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Turn each segment's own contribution into what enters the segment, in place.
+    """Turn each segment's own contribution into what enters the segment after it, in place.
 
     slots (B, H, segments, P, N) fp32 or bf16, decay (B, H, segments) log2; start (B, H, P, N) or
-    none enters the first segment. Grid (ceil(SIZE / BLOCK), B * H).
+    none enters the first segment, which has a slot if FIRST. Grid (ceil(SIZE / BLOCK), B * H).
     """
     if PDL:
         cuda.gdc_launch_dependents()
@@ -122,18 +118,20 @@ def prefix_kernel(
     carry = tl.zeros([BLOCK], dtype=tl.float32)
     if HAS_START:
         carry = tl.load(start_ptr + head * SIZE + e, mask=mask, other=0.0).to(tl.float32)
-    slots_ptr += head * nsegments * SIZE + e
+    slots_ptr += head * (nsegments - 1 + FIRST) * SIZE + e
     decay_ptr += head * nsegments
     if PDL:
         cuda.gdc_wait()
-    tl.store(slots_ptr, carry.to(slots_ptr.dtype.element_ty), mask=mask)
-    own = tl.load(slots_ptr + SIZE, mask=mask, other=0.0)
+    if FIRST:
+        tl.store(slots_ptr, carry.to(slots_ptr.dtype.element_ty), mask=mask)
+        slots_ptr += SIZE
+    own = tl.load(slots_ptr, mask=mask, other=0.0)
     decay = tl.load(decay_ptr)
-    for k in tl.range(1, nsegments):
+    for k in tl.range(0, nsegments - 1):
         # The next segment's loads are in flight while this one's store waits.
-        following = tl.minimum(k + 1, nsegments - 1)
+        following = tl.minimum(k + 1, nsegments - 2)
         next_own = tl.load(slots_ptr + following * SIZE, mask=mask, other=0.0)
-        next_decay = tl.load(decay_ptr + following - 1)
+        next_decay = tl.load(decay_ptr + following)
         carry = carry * tl.exp2(decay) + own.to(tl.float32)
         tl.store(slots_ptr + k * SIZE, carry.to(slots_ptr.dtype.element_ty), mask=mask)
         own = next_own

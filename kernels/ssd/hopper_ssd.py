@@ -7,8 +7,9 @@
 
 It leaves what the portable forward leaves (`triton_ssd.run_forward`): the output, the final states
 and the fp32 states that enter the segments, so that the portable backward continues from it. Where
-nothing is kept for a backward, a few segments need no prefix_kernel: the scan adds up what the
-segments before its own contribute, which is then stored for all but the last, in bf16 if x is.
+nothing is kept for a backward, these states are in bf16 if x is, two segments need no
+prefix_kernel, and a long sequence is a row of shorter ones, each starting from the state that the
+one before left.
 """
 
 import math
@@ -17,13 +18,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from mambench.kernels.prepared import Recording, on_device
 from mambench.kernels.ssd.hopper_config import (
     CHANNELS,
     CHUNK,
+    LONGEST_WALK,
     MOST_COMBINED,
     chunks_per_segment,
     pairs,
@@ -54,9 +55,9 @@ class Config:
     pdl: programmatic dependent launch.
     segments: into how many segments time is divided; None: as fills the device in one wave.
     combined: up to how many segments the scan adds up what enters them; with more a launch does.
-    alone: up to `combined` segments, let the scan's blocks make what their segments contribute, one
-        launch for all; blocks then wait for those of the segments before.
-    narrow: keep segments' contributions in bf16 where x is and no backward follows.
+    narrow: keep the states of more segments in bf16 where x is and no backward follows.
+    walk: most chunks of a segment where no backward follows; more are done in parts of the
+        sequence; None: any number. Blocks that read the same B and C drift apart on long walks.
     stages: most stages of the scan's ring; fewer where shared memory is short.
     registers: per thread of a consumer of the scan.
     """
@@ -66,8 +67,8 @@ class Config:
     pdl: bool = True
     segments: int | None = None
     combined: int = MOST_COMBINED
-    alone: bool = False
     narrow: bool = True
+    walk: int | None = LONGEST_WALK
     stages: int = 4
     state_stages: int = 5
     registers: int = 232
@@ -79,14 +80,15 @@ _WITHOUT_PDL = Config(pdl=False)
 _PDL_TOKEN_HEADS = 1 << 17
 
 
-def choose(plan: Launch) -> Config:
-    """Return the configuration for a problem: PDL where the launches are long.
+def choose(plan: Launch, *, keep: bool = True) -> Config:
+    """Return the configuration for a problem: PDL where it pays.
 
-    On an H100 it costs 5 to 10 % up to 2048 tokens of 32 heads, where launches wait for each other
-    longer than they run, and gains up to 5 % from 8192 on.
+    On an H100 it costs 5 to 10 % up to 2048 tokens of 32 heads with states in fp32 or without any,
+    and gains up to 5 % from 8192 on; with states in bf16 it costs nothing and gains up to 20 %.
     """
     token_heads = plan.batch * plan.seqlen * plan.nheads
-    return DEFAULT if token_heads >= _PDL_TOKEN_HEADS else _WITHOUT_PDL
+    narrow = not keep and plan.nsegments > MOST_COMBINED
+    return DEFAULT if narrow or token_heads >= _PDL_TOKEN_HEADS else _WITHOUT_PDL
 
 
 def supported(*, headdim: int, d_state: int, dtype: torch.dtype) -> str | None:
@@ -176,17 +178,9 @@ def ring(d_state: int, dtype: torch.dtype, gated: bool, config: Config) -> Ring:
 
 
 def run_prepare(
-    recording: Recording,
-    plan: Launch,
-    tensors: Operands,
-    shape: Ring,
-    config: Config,
-    flags: Tensor | None,
+    recording: Recording, plan: Launch, tensors: Operands, shape: Ring, config: Config
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return cum and cumj (B, H, chunks * Q) fp32, and scores (B, G, chunks, Q, Q) if wanted.
-
-    Sets flags to zero.
-    """
+    """Return cum and cumj (B, H, chunks * Q) fp32, and scores (B, G, chunks, Q, Q) if wanted."""
     x, dt, A, bias = tensors.x, tensors.dt, tensors.A, tensors.dt_bias
     sums = (plan.batch, plan.nheads, plan.nchunks * CHUNK)
     cum, cumj = (recording.scratch(sums, torch.float32, x.device) for _ in range(2))
@@ -199,12 +193,10 @@ def run_prepare(
         "Q": CHUNK, "BLOCK_H": _BLOCK_H, "N": plan.d_state, "BLOCK_N": shape.block_n,
         "HAS_BIAS": bias is not None, "SOFTPLUS": plan.dt_softplus,
         "SCORES": scores is not None, "PDL": config.pdl,
-        "FLAGS": 0 if flags is None else triton.next_power_of_2(flags.numel() // plan.nsegments),
     }  # fmt: skip
     arguments = (
-        dt, A, bias, cum, cumj, tensors.B, tensors.C, scores, flags,
+        dt, A, bias, cum, cumj, tensors.B, tensors.C, scores,
         plan.seqlen, plan.nchunks, plan.nheads, *plan.dt_limit, plan.ngroups,
-        0 if flags is None else flags.numel(),
         *dt.stride(), *strides3(tensors.B), *strides3(tensors.C),
     )  # fmt: skip
     grid = (plan.nchunks, parts, plan.batch)
@@ -231,18 +223,17 @@ class Tiles:
 class Entering:
     """What the scan starts its segments from.
 
-    states: (B, H, segments, P, N) fp32, what enters each segment; or, if `combine`, (B, H,
-        segments - 1, P, N), what every segment but the last contributes; None: zeros.
+    states: (B, H, segments, P, N), what enters each segment; unless `first`, (B, H, segments - 1,
+        P, N), what enters all but the first, or if `combine` what all but the last contribute.
     decay: of a segment, (B, H, segments) log2, if `combine`.
-    start: (B, H, P, N), what enters the first segment, if `combine`; None: zeros.
-    flags: (B, segments, consumers), if the scan makes what segments contribute by itself.
+    start: (B, H, P, N), what enters the first segment unless `first`; None: zeros.
     """
 
     states: Tensor | None
+    first: bool = True
     combine: bool = False
     decay: Tensor | None = None
     start: Tensor | None = None
-    flags: Tensor | None = None
 
 
 def entering(
@@ -252,7 +243,6 @@ def entering(
     tensors: Operands,
     shape: Ring,
     config: Config,
-    flags: Tensor | None,
     *,
     keep: bool,
 ) -> Entering:
@@ -261,32 +251,30 @@ def entering(
     if segments == 1:
         return Entering(states=start)
     combine = not keep and segments <= config.combined
-    narrow = not keep and config.narrow and tensors.x.dtype == torch.bfloat16
+    wide = keep or combine or not config.narrow or tensors.x.dtype != torch.bfloat16
     device, heads = tensors.x.device, (plan.batch, plan.nheads)
-    states = (*heads, segments - 1 if combine else segments, plan.headdim, plan.d_state)
+    states = (*heads, segments if keep else segments - 1, plan.headdim, plan.d_state)
     allocate = recording.output if keep else recording.scratch
-    slots = allocate(states, torch.bfloat16 if narrow else torch.float32, device)
+    slots = allocate(states, torch.float32 if wide else torch.bfloat16, device)
     decay = recording.scratch((*heads, segments), torch.float32, device)
-    if flags is not None:
-        return Entering(states=slots, combine=True, decay=decay, start=start, flags=flags)
     constants = tiles.constants | {
-        "STAGES": shape.state_stages, "REGISTERS": config.state_registers,
-        "FIRST": 0 if combine else 1,
+        "STAGES": shape.state_stages, "REGISTERS": config.state_registers, "FIRST": int(keep),
     }  # fmt: skip
     grid = (segments - 1, tiles.npairs, plan.batch)
     arguments = (tiles.x, tiles.B, tiles.cum, tiles.cumj, slots, decay, *tiles.sizes)
     on = {"launch_pdl": config.pdl}
     recording.launch(state_kernel, grid, arguments, constants, num_warps=4, **on)
     if combine:
-        return Entering(states=slots, combine=True, decay=decay, start=start)
+        return Entering(states=slots, first=False, combine=True, decay=decay, start=start)
     size = plan.headdim * plan.d_state
     constants = {
-        "SIZE": size, "BLOCK": _PREFIX_BLOCK, "HAS_START": start is not None, "PDL": config.pdl,
+        "SIZE": size, "BLOCK": _PREFIX_BLOCK, "HAS_START": start is not None, "FIRST": int(keep),
+        "PDL": config.pdl,
     }  # fmt: skip
     grid = (-(-size // _PREFIX_BLOCK), plan.batch * plan.nheads, 1)
     arguments = (slots, decay, start, segments)
     recording.launch(prefix_kernel, grid, arguments, constants, num_warps=2, **on)
-    return Entering(states=slots)
+    return Entering(states=slots, first=keep, start=None if keep else start)
 
 
 def run_forward(
@@ -303,21 +291,59 @@ def run_forward(
     The same as the portable `triton_ssd.run_forward`; `plan` comes from `plan_hopper`, and TMA can
     read x, z, B and C (`hopper_launch.fetchable`). Without a config `choose` takes one.
     """
-    config = config or choose(plan)
-    x, z, B = tensors.x, tensors.z, tensors.B
-    shape = ring(plan.d_state, x.dtype, z is not None, config)
+    config = config or choose(plan, keep=keep)
+    x = tensors.x
     out = recording.output(x.shape, x.dtype, x.device)
     final = None
+    states = (plan.batch, plan.nheads, plan.headdim, plan.d_state)
     if return_final_states:
-        states = (plan.batch, plan.nheads, plan.headdim, plan.d_state)
         final = recording.output(states, torch.float32, x.device)
+    nparts = 1
+    if not keep and config.walk is not None:
+        nparts = -(-plan.segment_chunks // config.walk)
+    if nparts == 1:
+        entries = _run_part(recording, plan, tensors, config, (out, final), keep=keep)
+        return out, final, entries
+    config = replace(config, narrow=False)  # or every part would add a rounding to the state
+    segment_chunks = -(-plan.segment_chunks // nparts)
+    length = segment_chunks * plan.nsegments * CHUNK
+    carried = [recording.scratch(states, torch.float32, x.device) for _ in range(2)]
+    begins = range(0, plan.seqlen, length)
+    for index, begin in enumerate(begins):
+        recording.spare(*carried)  # a part's first launch waits for all before it
+        count = min(length, plan.seqlen - begin)
+        end = final if begin == begins[-1] else carried[index % 2]
+        start = tensors.initial_states if index == 0 else carried[1 - index % 2]
+        part = _part_of(recording, tensors, begin, count, start)
+        planned = replace(
+            plan, seqlen=count, nchunks=-(-count // CHUNK), segment_chunks=segment_chunks,
+            nsegments=-(-count // (segment_chunks * CHUNK)),
+        )  # fmt: skip
+        written = recording.part(out, begin, count)
+        _run_part(recording, planned, part, config, (written, end), keep=False)
+    return out, final, None
+
+
+def _part_of(
+    recording: Recording, tensors: Operands, begin: int, count: int, start: Tensor | None
+) -> Operands:
+    """Return the operands of `count` tokens from `begin`, which start from a state."""
+    x, dt, B, C = (
+        recording.part(t, begin, count) for t in (tensors.x, tensors.dt, tensors.B, tensors.C)
+    )
+    z = None if tensors.z is None else recording.part(tensors.z, begin, count)
+    return replace(tensors, x=x, dt=dt, B=B, C=C, z=z, initial_states=start)
+
+
+def _run_part(
+    recording: Recording, plan: Launch, tensors: Operands, config: Config,
+    results: tuple[Tensor, Tensor | None], *, keep: bool,
+) -> Tensor | None:  # fmt: skip
+    """Fill the results, out and the final states if wanted; return what `keep` keeps."""
+    x, z, B = tensors.x, tensors.z, tensors.B
+    shape = ring(plan.d_state, x.dtype, z is not None, config)
     per_group = pairs(plan.heads_per_group, plan.headdim)
-    flags = None
-    if config.alone and not keep and 1 < plan.nsegments <= config.combined:
-        consumers = plan.nheads * -(-plan.headdim // CHANNELS)
-        size = (plan.batch, plan.nsegments, consumers)
-        flags = recording.scratch(size, torch.int32, x.device)
-    cum, cumj, scores = run_prepare(recording, plan, tensors, shape, config, flags)
+    cum, cumj, scores = run_prepare(recording, plan, tensors, shape, config)
     tiles = Tiles(
         x=tiles_of(x, CHANNELS), B=tiles_of(B, shape.block_n),
         cum=rows_of(cum, CHUNK, 1), cumj=rows_of(cumj, CHUNK, 1),
@@ -330,9 +356,9 @@ def run_forward(
             "PDL": config.pdl, "P": plan.headdim, "N": plan.d_state, "BLOCK_N": shape.block_n,
         },
     )  # fmt: skip
-    entries = entering(recording, plan, tiles, tensors, shape, config, flags, keep=keep)
-    _scan(recording, plan, tiles, tensors, shape, config, entries, scores, (out, final))
-    return out, final, entries.states if keep else None
+    entries = entering(recording, plan, tiles, tensors, shape, config, keep=keep)
+    _scan(recording, plan, tiles, tensors, shape, config, entries, scores, results)
+    return entries.states if keep else None
 
 
 def _scan(
@@ -346,16 +372,15 @@ def _scan(
     constants = tiles.constants | {
         "STAGES": shape.stages, "REGISTERS": config.registers,
         "D_DIMS": 0 if D is None else D.dim(), "HAS_Z": z is not None,
-        "HAS_ENTRY": entries.states is not None, "COMBINE": entries.combine,
-        "ALONE": entries.flags is not None, "STORE_FINAL": final is not None,
-        "SCORES": scores is not None,
+        "HAS_ENTRY": entries.states is not None, "FIRST": int(entries.first),
+        "COMBINE": entries.combine, "STORE_FINAL": final is not None, "SCORES": scores is not None,
     }  # fmt: skip
     arguments = (
         tiles_of(out, CHANNELS), tiles.x, None if z is None else tiles_of(z, CHANNELS),
         tiles.B, tiles_of(tensors.C, shape.block_n),
         None if scores is None else rows_of(scores, CHUNK, CHUNK),
-        tiles.cum, tiles.cumj, D, entries.states, entries.decay, entries.start, entries.flags,
-        final, *tiles.sizes,
+        tiles.cum, tiles.cumj, D, entries.states, entries.decay, entries.start, final,
+        *tiles.sizes,
     )  # fmt: skip
     grid = (plan.nsegments, tiles.npairs, plan.batch)
     options = {"num_warps": 4, "launch_pdl": config.pdl}

@@ -222,11 +222,9 @@ class _Ssd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, options: Options, return_final: bool, *tensors: Tensor | None) -> Any:
-        *given, seq = tensors
-        operands = Operands.laid_out(*given)
-        kept = (*operands.all(), seq)
-        out, final, entries = _calls(kept, (*options, return_final, True))
-        ctx.launch = _plan(operands.x, operands.B, options)
+        how = (*options, return_final, True)
+        kept, (out, final, entries) = _calls.with_ready(tensors, how)
+        ctx.launch = _plan(tensors[0], tensors[3], options)
         ctx.save_for_backward(*kept, entries)
         ctx.set_materialize_grads(False)
         return out, final
@@ -293,10 +291,9 @@ def ssd(
     """
     given = (x, dt, A, B, C, D, z, dt_bias, initial_states)
     traced, packed = is_traced(), seq_idx is not None or cu_seqlens is not None
-    graph = needs_gradient(given)
     headdim, d_state = x.shape[-1], B.shape[-1]
     more_p, more_n = _missing(headdim), _missing(d_state)
-    if traced or packed or graph or more_p or more_n:  # else an eager call's first of a kind does
+    if traced or packed or more_p or more_n:  # else an eager call's first of a kind does
         check_dtype(x, DTYPES)
         check_arguments(*given, dt_limit)
     seq = sequence_numbers(x, seq_idx, cu_seqlens, check=not traced) if packed else None
@@ -306,7 +303,7 @@ def ssd(
     options = (dt_softplus, *dt_limit, segments)
     if traced:
         out, final = _traced(tensors, options)
-    elif graph:
+    elif needs_gradient(given):
         out, final = _Ssd.apply(options, return_final_states, *tensors)
     else:  # without the cost of a graph node
         out, final, _ = _calls(tensors, (*options, return_final_states, False))

@@ -198,6 +198,35 @@ def test_results_are_of_the_call_and_scratch_memory_is_apart():
     assert len({call[13], call[14], middle.data_ptr()}) == 3
 
 
+class InParts(Operation):
+    """The same, two columns at a time, in the memory of the two before."""
+
+    def run(self, recording, tensors, options):
+        x, y = tensors
+        out = recording.output(x.shape, x.dtype, x.device)
+        held = recording.scratch((1, 2), torch.float64, x.device)
+        self.scratch = []
+        for begin in range(0, x.shape[1], 2):
+            recording.spare(held)
+            middle = recording.scratch((1, 2), x.dtype, x.device)
+            self.scratch.append(middle.data_ptr())
+            a, b, to = (recording.part(t, begin, 2) for t in (x, y, out))
+            recording.launch(self.double, (2,), (a, middle, 2), {"FACTOR": options[0]}, num_warps=4)
+            recording.launch(self.add, (1, 1, 1), (middle, b, to, 2), {}, num_warps=4)
+        return out, x
+
+
+def test_parts_of_tensors_follow_them_and_share_scratch_memory():
+    operation = InParts()
+    for _ in range(3):
+        assert right(operation, torch.randn(1, 8), torch.randn(1, 8))
+    assert operation.launches == (4, 8)
+    assert len(set(operation.scratch)) == 1
+    repeated = operation.double.direct[-4:]
+    assert len({call[14] for call in repeated}) == 1
+    assert [call[13] - repeated[0][13] for call in repeated] == [0, 8, 16, 24]
+
+
 def test_what_cannot_be_repeated_is_launched_by_triton_every_time():
     class Refused(Operation):
         def run(self, recording, tensors, options):

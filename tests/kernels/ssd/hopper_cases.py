@@ -42,17 +42,6 @@ def planted(kernels, old, new):
     exec(compile(source.replace(old, new), "planted", "exec"), kernels.__dict__)
 
 
-def publish(flag):
-    """Add what four warps add; the machine's partition is all of them."""
-    flag.base.view(-1)[flag.offset] += 128
-
-
-def await_published(flag):
-    """Blocks run one after another here: what is not there will never be."""
-    if int(flag.base.view(-1)[flag.offset]) < 128:
-        raise RuntimeError("waits for a block that is started later")
-
-
 def load(old=None, new=None):
     """Import the operation with Gluon stood in for."""
     package = ROOT / "mambench"
@@ -62,7 +51,6 @@ def load(old=None, new=None):
 
         if old is not None:
             planted(hopper_kernel, old, new)
-    hopper_kernel.publish, hopper_kernel.await_published = publish, await_published
     hopper_ssd.scan_kernel = machine.Launcher(hopper_kernel.scan_kernel)
     hopper_ssd.state_kernel = machine.Launcher(hopper_kernel.state_kernel)
     return hopper_ssd
@@ -88,14 +76,17 @@ def errors(op, case):
         head = {k: v[:, :start] if k in timed else v for k, v in exact.items()}
         entry = cases.loop(**head, **shared)[1]
         found[f"entry {index}"] = cases.relative_error(got[2][:, :, index], entry)
-    # Without a backward: what enters segments is added up by the scan, or by a launch in bf16.
-    for way, combined, alone in (
-        ("combined", 16, False), ("alone", 16, True), ("by a launch", 0, False),
-    ):  # fmt: skip
-        config = replace(config, combined=combined, alone=alone)
+    # Without a backward: what enters segments is added up by the scan, or by a launch in bf16; and
+    # in parts of the sequence.
+    ways = {
+        "combined": {"combined": 16}, "by a launch": {"combined": 0},
+        "in parts": {"walk": 1},
+    }  # fmt: skip
+    for way, changed in ways.items() if nchunks > 1 and config.segments > 1 else ():
         again = op.ssd_forward(
-            **inputs, **shared, return_final_states=True, keep=False, config=config
-        )
+            **inputs, **shared, return_final_states=True, keep=False,
+            config=replace(config, **changed),
+        )  # fmt: skip
         found[f"out, {way}"] = cases.relative_error(again[0], out)
         found[f"final_states, {way}"] = cases.relative_error(again[1], state)
         if again[2] is not None:

@@ -136,8 +136,8 @@ def resources(kernel, tmp_path):
 
 
 def scan(
-    *, d_state=128, dtype=torch.bfloat16, gated=False, D=1, entry=True, combine=False, alone=False,
-    final=True, **config,
+    *, d_state=128, dtype=torch.bfloat16, gated=False, D=1, entry=True, first=True,
+    combine=False, final=True, **config,
 ):  # fmt: skip
     config = hopper_ssd.Config(**config)
     ring = hopper_ssd.ring(d_state, dtype, gated, config)
@@ -150,22 +150,22 @@ def scan(
     types |= {"scores_desc": described((64, 64), ring.scores_dtype)} if config.scores else {}
     types |= {"D_ptr": "*fp32"} if D else {}
     types |= {"entry": "*fp32"} if entry else {}
-    types |= {"entry": "*bf16", "entry_decay": "*fp32", "start": "*fp32"} if combine else {}
-    types |= {"flags": "*i32"} if alone else {}
+    types |= {"entry_decay": "*fp32", "start": "*fp32"} if combine else {}
+    types |= {} if first else {"entry": "*bf16", "start": "*fp32"}
     types |= {"final": "*fp32"} if final else {}
     constants = {
         "PDL": config.pdl, "P": 64, "N": d_state, "BLOCK_N": ring.block_n, "STAGES": ring.stages,
         "REGISTERS": config.registers, "D_DIMS": D, "HAS_Z": gated, "HAS_ENTRY": entry,
-        "COMBINE": combine, "ALONE": alone, "STORE_FINAL": final, "SCORES": config.scores,
+        "FIRST": int(first), "COMBINE": combine, "STORE_FINAL": final, "SCORES": config.scores,
     }  # fmt: skip
-    optional = ("entry", "entry_decay", "start", "flags", "final")
+    optional = ("entry", "entry_decay", "start", "final")
     constants |= {name: None for name in optional if name not in types}
     return compiled(hopper_kernel.scan_kernel, types, constants)
 
 
 SCANS = {
-    "as timed": {"combine": True, "final": False},
-    "alone": {"combine": True, "alone": True},
+    "as timed": {"first": False, "final": False},
+    "two segments": {"first": False, "combine": True},
     "for a backward": {},
     "gated": {"gated": True, "D": 2},
     "fp16": {"dtype": torch.float16, "gated": True},
@@ -218,14 +218,14 @@ def test_the_small_launches_compile_for_sm_90_without_spills(scores, tmp_path):
     types |= {"scores_ptr": "*bf16"} if scores else {}
     constants = {
         "Q": 64, "BLOCK_H": 8, "N": 128, "BLOCK_N": 128, "HAS_BIAS": True, "SOFTPLUS": True,
-        "SCORES": scores, "FLAGS": 32 if scores else 0, "PDL": True,
+        "SCORES": scores, "PDL": True,
     }  # fmt: skip
-    types |= {"flags_ptr": "*i32"} if scores else {}
     kernel = compiled(hopper_parts.prepare_kernel, types, constants, source=ASTSource)
     assert "STACK:0" in resources(kernel, tmp_path)
     assert "griddepcontrol.launch_dependents" in kernel.asm["ptx"]
-    types = {"slots_ptr": "*fp32", "decay_ptr": "*fp32"}
-    constants = {"SIZE": 8192, "BLOCK": 256, "HAS_START": False, "PDL": True}
+    types = {"slots_ptr": "*bf16" if scores else "*fp32", "decay_ptr": "*fp32"}
+    constants = {"SIZE": 8192, "BLOCK": 256, "HAS_START": False, "FIRST": int(not scores)}
+    constants |= {"PDL": True}
     kernel = compiled(hopper_parts.prefix_kernel, types, constants, source=ASTSource, num_warps=2)
     assert "STACK:0" in resources(kernel, tmp_path)
     assert "griddepcontrol.wait" in kernel.asm["ptx"]
@@ -336,8 +336,8 @@ def test_it_is_right_on_the_gpu(cases, case, pdl):
     bound = torch.finfo(dtype).eps
     assert cases.relative_error(got[0], want[0]) < bound
     assert cases.relative_error(got[1], want[1]) < bound
-    for combined, alone in ((16, False), (16, True), (0, False)):  # without a backward
-        config = replace(config, combined=combined, alone=alone)
+    for changed in ({"combined": 16}, {"combined": 0}, {"walk": 1}):  # without a backward
+        config = replace(config, **changed)
         got = hopper_ssd.ssd_forward(
             **inputs, **shared, return_final_states=True, keep=False, config=config
         )
