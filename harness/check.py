@@ -93,6 +93,7 @@ class Measured:
     assessment: Assessment
     evidence: Evidence
     wall_s: float
+    loads: tuple[float, ...] = ()  # of the machine, before and after; none where nothing tells
 
 
 class Check:
@@ -122,6 +123,7 @@ class Check:
 
     def run(self, *, wait: bool = False) -> Measured:
         """Measure and judge; raises DeviceBusyError if another run holds the device."""
+        before = _load()
         with ExitStack() as stack:
             key, note = machine.lock_key(self._device), self._progress.on_note
             stack.enter_context(device_lock(key, holder="a check", wait=wait, on_wait=note))
@@ -131,6 +133,7 @@ class Check:
             assessment=self._assess(),
             evidence=self._evidence(),
             wall_s=self._clock() - self._begun,
+            loads=(*before, *_load()),
         )
 
     def observations(self, arm: str) -> list[Observation]:
@@ -376,6 +379,11 @@ def _orders(names: Sequence[str], rounds: int, rng: random.Random) -> list[list[
         else:
             orders.append(rng.sample(list(names), len(names)))
     return orders
+
+
+def _load() -> tuple[float, ...]:
+    """Return how many processes were busy in the last minute, in a tuple of at most one."""
+    return os.getloadavg()[:1] if hasattr(os, "getloadavg") else ()
 
 
 def _cases(plan: Plan) -> Iterable[Case]:

@@ -1,5 +1,6 @@
 """Runs the commands `check`, `compare` and `calibrate`; the command line only passes options on."""
 
+import os
 import shlex
 import sys
 import tempfile
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mambench.harness import accept, explain, machine_cache, noise, reproduce, side_plan, sides
-from mambench.harness.check import AGAIN, BASE, HEAD, Arm, Check, Progress, Terms, pairs
+from mambench.harness.check import AGAIN, BASE, HEAD, Arm, Check, Measured, Progress, Terms, pairs
 from mambench.harness.check_report import DEFAULT_FAIL_ON, CheckReport
 from mambench.harness.errors import (
     DeviceBusyError,
@@ -142,7 +143,7 @@ def _checked(request: Request, path: Path, progress: Progress) -> CheckReport:
         facts = {
             "base": base.label,
             "head": head.label,
-            **_facts(plan, evidence.stages, request.rule, measured.wall_s),
+            **_facts(plan, evidence.stages, request.rule, measured),
         }
         aa = stored or pairs(
             evidence.base, evidence.again or evidence.base, evidence.stages.screening
@@ -186,15 +187,17 @@ def _terms(request: Request, **more: Any) -> Terms:
     )
 
 
-def _facts(plan: Plan, stages: Stages, rule: Rule, wall_s: float) -> dict[str, str]:
+def _facts(plan: Plan, stages: Stages, rule: Rule, measured: Measured) -> dict[str, str]:
     confirmed = len(stages.confirmations)
+    loads = [f"{load:.1f}" for load in measured.loads]
     rounds = f"{len(stages.screening)} of {rule.rounds}"
     again = f", confirmed in {confirmed} x {rule.confirm_rounds} fresh rounds" if confirmed else ""
     return {
         "suite": f"{plan.suite}, {len(plan.runnable)} cases",
         "device": f"{plan.device.name} ({plan.device.torch_name})",
         "rounds": f"{rounds} fresh processes a side{again}",
-        "took": duration(wall_s),
+        "took": duration(measured.wall_s),
+        **({"load": f"{' before, '.join(loads)} after; {os.cpu_count()} cores"} if loads else {}),
     }
 
 
@@ -272,7 +275,7 @@ def _against_stored(
     facts = {
         "base": f"{request.baseline}, made {folder.manifest['created_at']}",
         "head": head.label,
-        **_facts(plan, measured.evidence.stages, request.rule, measured.wall_s),
+        **_facts(plan, measured.evidence.stages, request.rule, measured),
     }
     return CheckReport(
         title=_title(request),

@@ -12,6 +12,7 @@ import pytest
 from check_rounds import ALL, CASES, side
 
 from mambench.harness import checking, machine, machine_cache, noise, side_plan, sides
+from mambench.harness.check import Measured
 from mambench.harness.check_progress import make
 from mambench.harness.check_report import CheckReport
 from mambench.harness.checking import Request
@@ -296,6 +297,18 @@ def test_a_kernel_of_another_configuration_is_named():
         "launches.triton_kernels._scan.shared_bytes: 1024 -> 1344",
         "launches.triton_kernels._scan.warps: 4 -> 8",
     )
+
+
+def test_a_busy_machine_is_told():
+    from check_rounds import evidence
+
+    found = evidence(side(ALL), side(ALL, seed=1))
+    measured = Measured(
+        assessment=Assessment(points=()), evidence=found, wall_s=61.0, loads=(0.5, 9.25)
+    )
+    facts = checking._facts(PLAN, found.stages, Rule(), measured)
+    assert facts["load"].startswith("0.5 before, 9.2 after; ")
+    assert "load" not in checking._facts(PLAN, found.stages, Rule(), replace(measured, loads=()))
 
 
 def test_equal_environments_are_not_mentioned(tmp_path: Path):
