@@ -6,9 +6,13 @@ what the GPU needs to start it. That is constant; it is found as the median diff
 short waits, shown, bounded, and taken off before a time is judged. A call time holds the host's
 launch too, which is not constant: it is longer after the host has waited for long, and on a busy
 host. So a call of nothing is timed after a wait of the same length, before and after each wait is
-timed, and what the call time exceeds the wait by must lie between half of the shorter of the two
-(of a call of nothing, launching the kernel takes more than recording the event behind it) and the
-longer, with the timer's own tolerance.
+timed, and what the call time exceeds the wait by must lie between half of such a call (launching
+the kernel takes more of it than recording the event behind) and the whole, the quartiles of their
+samples allowed for, with the timer's own tolerance.
+
+A host that other work keeps from launching in time spoils call times and what another timer sees,
+for a moment. So these are measured again where they do not agree, twice at most, and the check says
+so; a timer that is off is off each time.
 
 Other timers' starts hold the events around a call besides: they are found on a short wait, shown,
 bounded, and taken off before longer kernels are compared.
@@ -17,9 +21,9 @@ bounded, and taken off before longer kernels are compared.
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -42,6 +46,7 @@ WAITS_S = (5e-6, 10e-6, 20e-6, 50e-6, 100e-6, 500e-6, 1e-3, 5e-3)
 SHORT_S = 100e-6  # the start of a kernel is found from waits up to this long
 LAUNCH_RULE = timing.StopRule(target_s=0.05, min_samples=20, max_samples=50, relative_error=5e-4)
 LAUNCH_SHARE = 0.5  # of a call of nothing, at least, precedes its kernel
+ATTEMPTS = 3  # at what a busy host may have spoilt
 WARM_UP_S = 0.3
 HOST_SPAN_S = 0.5
 HOST_RATE = 1e-3
@@ -139,7 +144,7 @@ class Wait:
     own_s: float
     uncertainty_s: float  # of `own_s`, from the steps of the global timer; three deviations
     measured_s: float
-    launches_s: tuple[float, ...] = ()  # of calls of nothing after waits of this length
+    launches_s: tuple[float, ...] = ()  # quartiles of calls of nothing after waits as long
 
 
 Measure = Callable[[Callable[[], object], timing.StopRule], float | None]
@@ -152,52 +157,62 @@ def timer(device: Device) -> Iterator[Check]:
     record = probes.new_record()
     cycles_per_s = _cycles_per_s(record)
     step_s = timer_step_s()
+
+    def measured(method: str, asked_s: float) -> Wait | None:
+        wait = partial(probes.spin, record, round(cycles_per_s * asked_s))
+        launches = _launches_after_s(wait) if method == CALL_TIME else ()
+        record.zero_()
+        measured_s = METHODS[method](wait, RULE)
+        if measured_s is None:
+            return None
+        executions, own_ns, _ = probes.read_record(record)
+        return Wait(
+            asked_s=asked_s,
+            own_s=own_ns / executions / 1e9,
+            # Begin and end are each off by up to one step, evenly.
+            uncertainty_s=3 * step_s / math.sqrt(6 * executions),
+            measured_s=measured_s,
+            launches_s=(*launches, *_launches_after_s(wait)) if launches else (),
+        )
+
     for method, measure in METHODS.items():
-        waits: list[Wait] = []
-        launch_s = 0.0
         if method == CALL_TIME:
-            launch_s = measure(partial(probes.spin, record, 0), RULE) or 0.0
-        for asked_s in WAITS_S:
-            wait = partial(probes.spin, record, round(cycles_per_s * asked_s))
-            launches = [_launch_after_s(wait)] if method == CALL_TIME else []
-            record.zero_()
-            measured_s = measure(wait, RULE)
-            if measured_s is None:
-                break
-            executions, own_ns, _ = probes.read_record(record)
-            launches += [_launch_after_s(wait)] if method == CALL_TIME else []
-            waits.append(
-                Wait(
-                    asked_s=asked_s,
-                    own_s=own_ns / executions / 1e9,
-                    # Begin and end are each off by up to one step, evenly.
-                    uncertainty_s=3 * step_s / math.sqrt(6 * executions),
-                    measured_s=measured_s,
-                    launches_s=tuple(launches),
-                )
-            )
+            yield _judge_launch(measure(partial(probes.spin, record, 0), RULE) or 0.0)
+            for asked_s in WAITS_S:
+                yield again(lambda asked_s=asked_s: judge_call(measured(CALL_TIME, asked_s)))
+            continue
+        waits = [wait for asked_s in WAITS_S if (wait := measured(method, asked_s)) is not None]
         if len(waits) < len(WAITS_S):
             yield selftest.skipped("GPU timer", method, "the profiler sees no kernels here")
-        elif method == CALL_TIME:
-            yield from judge_calls(waits, launch_s)
         else:
             yield from judge_waits(method, waits)
 
 
-def _launch_after_s(wait: Callable[[], object]) -> float:
-    """Return the call time of nothing where the host has just waited for this."""
+def again(check: Callable[[], Check]) -> Check:
+    """Make a check that a busy host can spoil, and say so if the first attempt did not pass."""
+    made = check()
+    for attempt in range(2, ATTEMPTS + 1):
+        if made.passed is not False:
+            break
+        before, made = made, check()
+        made = replace(made, got=f"{made.got}; attempt {attempt}, before: {before.got}")
+    return made
+
+
+def _launches_after_s(wait: Callable[[], object]) -> tuple[float, float]:
+    """Return the quartiles of the call time of nothing where the host has just waited so."""
     from mambench.kernels import probes
 
     nothing = partial(probes.spin, probes.new_record(), 0)
     run = cuda_timing.Run(nothing, LAUNCH_RULE)
     with timing.collector_paused():
         run.warm_up()
-        return cuda_timing.time_eager(run, wait).median_s
+        low_s, _, high_s = quantiles(cuda_timing.time_eager(run, wait).samples_s, n=4)
+    return low_s, high_s
 
 
-def judge_calls(waits: list[Wait], launch_s: float) -> Iterator[Check]:
-    """Check that a call of each wait takes the wait and the launch that the host then needs."""
-    yield selftest.between(
+def _judge_launch(launch_s: float) -> Check:
+    return selftest.between(
         "GPU timer",
         f"{CALL_TIME}: call of nothing",
         low=0.0,
@@ -206,19 +221,23 @@ def judge_calls(waits: list[Wait], launch_s: float) -> Iterator[Check]:
         show=si_time,
         unit="s",
     )
-    for wait in waits:
-        tolerance_s = selftest.time_tolerance_s(wait.own_s) + wait.uncertainty_s
-        least_s, most_s = min(wait.launches_s), max(wait.launches_s)
-        yield selftest.between(
-            "GPU timer",
-            f"{CALL_TIME}: wait of {si_time(wait.asked_s)}",
-            low=wait.own_s + LAUNCH_SHARE * least_s - tolerance_s,
-            high=wait.own_s + most_s + tolerance_s,
-            got=wait.measured_s,
-            show=si_time,
-            unit="s",
-            note=f"a call of nothing after as long takes {si_time(least_s)} to {si_time(most_s)}",
-        )
+
+
+def judge_call(wait: Wait | None) -> Check:
+    """Check that a call of a wait takes the wait and the launch that the host then needs."""
+    assert wait is not None  # a call always takes some time
+    tolerance_s = selftest.time_tolerance_s(wait.own_s) + wait.uncertainty_s
+    least_s, most_s = min(wait.launches_s), max(wait.launches_s)
+    return selftest.between(
+        "GPU timer",
+        f"{CALL_TIME}: wait of {si_time(wait.asked_s)}",
+        low=wait.own_s + LAUNCH_SHARE * least_s - tolerance_s,
+        high=wait.own_s + most_s + tolerance_s,
+        got=wait.measured_s,
+        show=si_time,
+        unit="s",
+        note=f"a call of nothing after as long takes {si_time(least_s)} to {si_time(most_s)}",
+    )
 
 
 def judge_waits(method: str, waits: list[Wait]) -> Iterator[Check]:
@@ -342,8 +361,8 @@ def two_timers(device: Device) -> Iterator[Check]:
     measured = scale()
     kernels = steady_kernels(measured)
     ours = {name: _graph(execute, RULE) for name, execute in kernels.items()}
-    others = {name: _do_bench(execute) for name, execute in kernels.items()}
-    yield from agree("Triton's do_bench", ours, others)
+
+    yield from _against_do_bench(ours, kernels)
     del kernels
     torch.cuda.empty_cache()
     found, lack = selftest_nvbench.times_s(device, measured)
@@ -351,6 +370,19 @@ def two_timers(device: Device) -> Iterator[Check]:
         yield selftest.skipped("two timers", "NVIDIA's nvbench (cuda-bench)", lack)
     else:
         yield from agree("NVIDIA's nvbench", ours, found)
+
+
+def _against_do_bench(ours: dict[str, float], kernels: Kernels) -> list[Check]:
+    checks: list[Check] = []
+    for _ in range(ATTEMPTS):
+        failed = sum(not check.passed for check in checks)
+        others = {name: _do_bench(execute) for name, execute in kernels.items()}
+        checks = list(agree("Triton's do_bench", ours, others))
+        if failed:
+            checks = [replace(c, got=f"{c.got}; measured again, {failed} failed") for c in checks]
+        if all(check.passed for check in checks):
+            break
+    return checks
 
 
 def agree(whose: str, ours: dict[str, float], others: dict[str, float]) -> Iterator[Check]:
