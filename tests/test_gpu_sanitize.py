@@ -52,6 +52,72 @@ def test_findings_are_shown_and_fail(tool, monkeypatch, capsys):
     assert "found    racecheck" in printed
 
 
+REPORTED = """========= COMPUTE-SANITIZER
+========= Error: Race reported between Read access at hand_over_kernel+{read:#x} in races.py:60
+=========     and Write access at hand_over_kernel+{first:#x} in races.py:60 [4 hazards]
+=========     and Write access at hand_over_kernel+{second:#x} in races.py:62 [16 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Compile the kernels with races, and the hand-over alone, as the sanitizer's child would."""
+    pytest.importorskip("triton.experimental.gluon")
+    from mambench.harness.static_record import record
+
+    races, folder = gpu_sanitize.races(), tmp_path_factory.mktemp("kernels")
+    found = {}
+    for name in ("hand_over", "unsynchronised", "contracted_sum"):
+        run = getattr(races, name)
+        (launch,) = record(lambda draw, run=run: run(), 90)
+        found[name] = launch.compile()
+        (folder / f"{launch.name}.cubin").write_bytes(found[name].asm["cubin"])
+    return folder, found
+
+
+def places(code, what):
+    return [at for at, text in sorted(code.items()) if text.startswith(what)]
+
+
+def test_a_hand_over_to_partitions_is_excused(compiled):
+    folder, _ = compiled
+    (code,) = gpu_sanitize.disassembled(folder)["hand_over_kernel"]
+    (read,) = places(code, "LDS.U8")
+    writes = places(code, "STS")
+    for second in writes[1:]:
+        text = REPORTED.format(read=read, first=writes[0], second=second)
+        assert gpu_sanitize.uncounted(text, folder)
+    other = places(code, "LDG")[0]
+    for wrong in (
+        text.replace(f"{read:#x}", f"{other:#x}"),  # another instruction
+        text.replace(f"{second:#x}", f"{other:#x}"),
+        text.replace("Read access", "Write access"),  # not what the code does there
+        text.replace("hand_over_kernel", "unsynchronised_kernel"),
+        text.replace("SUMMARY: 1 hazard", "SUMMARY: 2 hazards"),  # one that is not shown
+        "========= RACECHECK SUMMARY: 0 hazards displayed",
+    ):
+        assert not gpu_sanitize.uncounted(wrong, folder), wrong
+
+
+def test_a_race_between_partitions_is_not_excused(compiled):
+    folder, _ = compiled
+    (code,) = gpu_sanitize.disassembled(folder)["unsynchronised_kernel"]
+    read, write = places(code, "LDSM")[0], places(code, "STSM")[0]
+    text = REPORTED.replace("hand_over", "unsynchronised")
+    text = text.format(read=read, first=write, second=write)
+    assert gpu_sanitize.uncounted(text, folder) is None
+
+
+@pytest.mark.parametrize(("exit_status", "status"), [(0, "missed"), (86, "noticed")])
+def test_what_is_planted_must_be_found(tool, exit_status, status):
+    tool(exit_status)
+    result = gpu_sanitize.run(next(iter(gpu_sanitize.PLANTED)), "racecheck", 20.0)
+    assert result.status == status
+    assert result.good == (status == "noticed")
+
+
 def test_without_the_tool_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(gpu_sanitize.shutil, "which", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["gpu_sanitize.py"])

@@ -88,7 +88,7 @@ def contracted_sum_kernel(
 
 def unsynchronised() -> Tensor:
     """Run the partitions that do not wait for each other."""
-    x = torch.randn(_SIZE).cuda()
+    x = torch.randn(_SIZE, device="cuda")
     out = torch.empty_like(x)
     unsynchronised_kernel[(4,)](x, out, _SIZE, num_warps=4)
     return out
@@ -96,7 +96,7 @@ def unsynchronised() -> Tensor:
 
 def hand_over() -> Tensor:
     """Run the partitions that share nothing; they end at different times."""
-    x = torch.randn(3 * _SIZE).cuda()
+    x = torch.randn(3 * _SIZE, device="cuda")
     out = torch.empty_like(x)
     hand_over_kernel[(64,)](x, out, 8, _SIZE, num_warps=4)
     return out
@@ -105,7 +105,7 @@ def hand_over() -> Tensor:
 def contracted_sum() -> Tensor:
     """Run the sum that every lane rounds in its own way, on rows that are not aligned."""
     stride = _COLUMNS + 1
-    x, y = torch.randn(_ROWS * stride).cuda(), torch.randn(_ROWS * stride).cuda()
-    out = torch.empty(_ROWS).cuda()
+    x, y = torch.randn(_ROWS * stride, device="cuda"), torch.randn(_ROWS * stride, device="cuda")
+    out = torch.empty(_ROWS, device="cuda")
     contracted_sum_kernel[(1,)](x, y, out, stride, _ROWS, _COLUMNS, num_warps=1)
     return out
