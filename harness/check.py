@@ -31,7 +31,7 @@ from mambench.harness.sides import Side
 from mambench.harness.spec import SCHEMA_VERSION, Case, DeviceKind, Outcome
 from mambench.harness.store import RunFolder, new_run
 from mambench.harness.turns import TurnListener, Turns, together
-from mambench.harness.verdict import TIMES, Assessment
+from mambench.harness.verdict import Assessment
 
 BASE, HEAD, AGAIN = "base", "head", "again"
 TIMED = ("time", "call_time")
@@ -402,24 +402,3 @@ def _create(path: Path, arm: Arm) -> RunFolder:
         "code": arm.side.version,
     }
     return RunFolder.create(path, manifest)
-
-
-def pairs(first: Rounds, second: Rounds, rounds: Iterable[int]) -> AA:
-    """Return the rounds of two arms of the same code as a machine's noise."""
-    import math
-
-    numbers = list(rounds)
-    found: dict[str, Mapping[str, list[list[float]]]] = {}
-    ways: dict[str, Mapping[str, str]] = {}
-    for case_id, case in first.cases.items():
-        metrics: dict[str, list[list[float]]] = {}
-        for metric in TIMES:
-            both = [(first.value(case, metric, r), second.value(case, metric, r)) for r in numbers]
-            kept = [[math.log(a), math.log(b)] for a, b in both if a > 0 and b > 0]
-            if kept:
-                metrics[metric] = kept
-        if metrics:
-            found[case_id] = metrics
-            timed = {metric: first.methods(case, metric) for metric in metrics}
-            ways[case_id] = {metric: way.pop() for metric, way in timed.items() if len(way) == 1}
-    return AA(pairs=found, methods=ways)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mambench.harness import accept, explain, machine_cache, noise, reproduce, side_plan, sides
-from mambench.harness.check import AGAIN, BASE, HEAD, Arm, Check, Measured, Progress, Terms, pairs
+from mambench.harness.check import AGAIN, BASE, HEAD, Arm, Check, Measured, Progress, Terms
 from mambench.harness.check_report import DEFAULT_FAIL_ON, CheckReport
 from mambench.harness.errors import (
     DeviceBusyError,
@@ -23,7 +23,7 @@ from mambench.harness.errors import (
 from mambench.harness.judging import Evidence, Stages, assess
 from mambench.harness.plan import Plan
 from mambench.harness.profilers import catalog
-from mambench.harness.rounds import Rounds
+from mambench.harness.rounds import Rounds, pairs
 from mambench.harness.rule import Rule
 from mambench.harness.sides import Side, Wanted
 from mambench.harness.spec import METRICS, Device

@@ -172,3 +172,22 @@ class AA:
             for j, (first, second) in enumerate(row):
                 table[i, j] = second - first
         return table
+
+
+def pairs(first: Rounds, second: Rounds, rounds: Iterable[int]) -> AA:
+    """Return the rounds of two arms of the same code as a machine's noise."""
+    numbers = list(rounds)
+    found: dict[str, Mapping[str, list[list[float]]]] = {}
+    ways: dict[str, Mapping[str, str]] = {}
+    for case_id, case in first.cases.items():
+        metrics: dict[str, list[list[float]]] = {}
+        for metric in MEASUREMENT:
+            both = [(first.value(case, metric, r), second.value(case, metric, r)) for r in numbers]
+            kept = [[math.log(a), math.log(b)] for a, b in both if a > 0 and b > 0]
+            if kept:
+                metrics[metric] = kept
+        if metrics:
+            found[case_id] = metrics
+            timed = {metric: first.methods(case, metric) for metric in metrics}
+            ways[case_id] = {metric: way.pop() for metric, way in timed.items() if len(way) == 1}
+    return AA(pairs=found, methods=ways)

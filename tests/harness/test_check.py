@@ -18,7 +18,7 @@ from mambench.harness.check import AGAIN, BASE, HEAD, Arm, Check, Terms
 from mambench.harness.check_progress import PlainProgress
 from mambench.harness.plan import Plan, PlannedCase
 from mambench.harness.pool import Code
-from mambench.harness.rounds import AA, Rounds
+from mambench.harness.rounds import AA, Rounds, pairs
 from mambench.harness.sides import Side
 from mambench.harness.spec import Case, Device, DeviceKind, Outcome, Settings
 from mambench.harness.verdict import Verdict
@@ -260,7 +260,7 @@ def test_a_stored_baseline_stands_for_the_base(world: World, run: Run, tmp_path:
 def test_what_a_calibration_keeps(world: World, run: Run):
     found = run(BASE, AGAIN)
     assert found.evidence.again is not None
-    kept = check.pairs(found.evidence.base, found.evidence.again, found.evidence.stages.screening)
+    kept = pairs(found.evidence.base, found.evidence.again, found.evidence.stages.screening)
     assert set(kept.pairs) == {c.case_id for c in CASES}
     differences = kept.differences(CASES, "time_s")
     assert differences is not None
