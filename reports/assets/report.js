@@ -720,11 +720,11 @@
       ["Beware", value("flags", row).join("; ") || null],
       ["Device", value("device", row)],
       ["Run", `${value("run_id", row)}, ${run.suite || ""}, code ${run.commit || "unknown"}, measured ${value("measured_at", row) || "never"}`],
+      ["Repeat", make("code", { textContent: command(row) })],
       ...Object.entries(value("telemetry", row)),
     ].filter(([, text]) => text !== null && text !== undefined && text !== "");
     $("detail-title").textContent = `${value("label", row)}, L = ${count(value("seqlen", row))}`;
-    const list = make("dl", {}, ...[boxplot(row), traceOf(row)].filter(Boolean).flatMap(([name, picture]) => [make("dt", { textContent: name }), make("dd", {}, picture)]), ...entries.flatMap(([name, text]) => [make("dt", { textContent: name }), make("dd", { textContent: text })]),
-      make("dt", { textContent: "Repeat" }), make("dd", {}, make("code", { textContent: command(row) })));
+    const list = make("dl", {}, ...[boxplot(row), traceOf(row)].filter(Boolean).flatMap(([name, picture]) => [make("dt", { textContent: name }), make("dd", {}, picture)]), ...entries.flatMap(([name, text]) => [make("dt", { textContent: name }), make("dd", {}, text)]));
     $("detail-body").replaceChildren(list);
     $("detail").showModal();
   };
