@@ -28,6 +28,7 @@ from mambench.implementations.cost import case_cost
 START_S, CASE_S, LAUNCH_S, RANGE_LAUNCH_S = 20.0, 0.5, 0.015, 6e-5
 MOST_KERNELS = 200  # a few seconds of instrumentation
 MOST_REPLAYED = 2000  # as many are counted one by one all the same where ranges cannot be
+RANGES_PER_CHILD = 2  # ncu tells nothing of its ranges if the child does not end by itself
 MAX_LAUNCHES = 500_000  # of a range: some tens of seconds
 INSTALL = "install NVIDIA Nsight Compute and put ncu on PATH"
 
@@ -75,7 +76,9 @@ def count_cases(
 
     def count(names: Sequence[str], *, ranges: bool = False) -> Iterator[tuple[str, Counted]]:
         items: list[Item] = [{"id": name, "case": by_id[name].to_dict()} for name in names]
-        return _count(items, replace(request, ranges=ranges), begin, ends_at)
+        per_child = min(request.per_child, RANGES_PER_CHILD) if ranges else request.per_child
+        asked = replace(request, ranges=ranges, per_child=per_child)
+        return _count(items, asked, begin, ends_at)
 
     ends_at = time.monotonic() + request.total_limit_s
     again: list[str] = []

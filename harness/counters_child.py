@@ -14,6 +14,8 @@ The first launch that ncu profiles in a process is preceded by writes of its own
 which L2 still holds dirty when the kernel begins. So two ranges come first that nobody asked for.
 
 Where the request says `ranges`, ncu counts what lies between the profiler's start and stop as one.
+ncu makes each launch slow even then, so an execution is captured in a CUDA graph, and one replay of
+it lies in the range.
 """
 
 import gc
@@ -24,6 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
@@ -72,6 +75,7 @@ class _Child:
         self._request = request
         self._file = file
         self._ranges: bool = request.get("ranges", False)
+        self._capturable = True  # until a capture fails, which spoils the process for others
         self._plugins = tuple(request["plugins"])
         self._device = _device(request["device"])
         self._implementations: dict[str, Implementation] = {}
@@ -79,6 +83,10 @@ class _Child:
     def run(self) -> int:
         self._report(event="start", pid=os.getpid())
         torch.cuda.set_device(self._device.index)
+        with _side_stream() if self._ranges else nullcontext():  # on which graphs are captured
+            return self._run()
+
+    def _run(self) -> int:
         buffer = _Buffer()
         for part in (RUN, DRAIN):
             self._within(range_name(PRIME, part), buffer.read)
@@ -94,12 +102,12 @@ class _Child:
         """Execute one item and report how it ended; returns whether others can follow."""
         end: dict[str, Any] = {"outcome": "ok"}
         try:
-            self._count(item, buffer)
+            end["launched"] = self._count(item, buffer)
         except BaseException as error:
             end = {"outcome": classify(error).value, "reason": describe(error)}
             del error
         gc.collect()
-        usable = True
+        usable = self._capturable
         try:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -109,18 +117,36 @@ class _Child:
         self._report(event="end", id=item["id"], **end)
         return usable
 
-    def _count(self, item: Mapping[str, Any], buffer: "_Buffer") -> None:
+    def _count(self, item: Mapping[str, Any], buffer: "_Buffer") -> str:
+        """Execute one item in its ranges; returns how it was launched."""
         self._report(event="phase", id=item["id"], phase=BUILD)
         execute = self._case(item["case"]) if "case" in item else _probe(item, buffer.l2_bytes)
         self._report(event="phase", id=item["id"], phase=COMPILE)
         for _ in range(WARM_LONG_EXECUTIONS if self._ranges else WARM_EXECUTIONS):
             execute()
             torch.cuda.synchronize()
+        launched = "eager"
+        if self._ranges and (replay := self._captured(execute)) is not None:
+            execute, launched = replay, "cuda-graph"
         self._report(event="phase", id=item["id"], phase=COUNT)
         buffer.read()
         kept = self._within(range_name(item["id"], RUN), execute)
         self._within(range_name(item["id"], DRAIN), buffer.read)
         del kept
+        return launched
+
+    def _captured(self, execute: Callable[[], object]) -> Callable[[], object] | None:
+        """Return the replay of a graph of it, uploaded; None if it cannot be captured."""
+        from mambench.harness import cuda_timing
+
+        try:
+            graph = cuda_timing.capture(execute, 1)
+        except cuda_timing.NotCapturableError:
+            self._capturable = False
+            return None
+        graph.replay()
+        torch.cuda.synchronize()
+        return graph.replay
 
     def _within(self, name: str, execute: Callable[[], object]) -> object:
         """Execute within an NVTX range of the whole process; returns what was computed."""
@@ -157,6 +183,10 @@ class _Child:
 
     def _report(self, **values: Any) -> None:
         self._file.write(json.dumps(values | {"at": time.monotonic()}) + "\n")
+
+
+def _side_stream() -> AbstractContextManager[object]:
+    return torch.cuda.stream(torch.cuda.Stream())
 
 
 class _Buffer:

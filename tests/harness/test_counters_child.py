@@ -3,13 +3,15 @@
 import json
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from mambench.harness import counters_child
+from mambench.harness import counters_child, cuda_timing
 from mambench.harness.spec import Case, DType, Family, Pass, Problem
 
 PLUGIN = Path(__file__).parent.parent / "faults" / "planted.py"
@@ -96,20 +98,47 @@ def test_one_execution_lies_in_the_range_between_two_readings_of_the_buffer(tmp_
     assert told[-1]["outcome"] == "ok"
 
 
-def test_a_range_lies_between_the_profiler_s_start_and_stop(tmp_path, notes, monkeypatch):
+@pytest.fixture
+def ranges(notes: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("start", "stop"):
         monkeypatch.setattr(torch.cuda.profiler, name, lambda name=name: notes.append(name))
+    monkeypatch.setattr(counters_child, "_side_stream", nullcontext)
+    return notes
+
+
+def test_a_range_lies_between_the_profiler_s_start_and_stop(tmp_path, ranges, monkeypatch):
+    graph = SimpleNamespace(replay=lambda: ranges.append("replay"))
+    monkeypatch.setattr(cuda_timing, "capture", lambda execute, count: graph)
     _, told = run(tmp_path, {"id": "abc", "case": case("good").to_dict()}, ranges=True)
-    assert notes[10:] == [
-        *("execute", "read"),  # warmed up once: it is long
-        *("start run", "start", "execute", "stop", "end run"),
+    assert ranges[10:] == [
+        *("execute", "replay", "read"),  # warmed up once, for it is long; and uploaded
+        *("start run", "start", "replay", "stop", "end run"),
         *("start drain", "start", "read", "stop", "end drain"),
     ]
     names = [m["name"] for m in told if m["event"] == "range"]
     assert names == [
-        f"mambench-{id}-{part}" for id in ("prime", "abc") for part in ("run", "drain")
+        f"mambench-{of}" for of in ("prime-run", "prime-drain", "abc-run", "abc-drain")
     ]
     assert next(m for m in told if m["event"] == "ready")["known_bytes"] == 5 << 20
+    assert told[-1]["launched"] == "cuda-graph"
+
+
+def test_what_cannot_be_captured_is_launched_in_the_range_and_ends_the_child(
+    tmp_path, ranges, monkeypatch
+):
+    def capture(execute: object, count: int) -> None:
+        raise cuda_timing.NotCapturableError("planted")
+
+    monkeypatch.setattr(cuda_timing, "capture", capture)
+    good = case("good").to_dict()
+    status, told = run(
+        tmp_path, {"id": "abc", "case": good}, {"id": "next", "case": good}, ranges=True
+    )
+    assert ranges[12:17] == ["start run", "start", "execute", "stop", "end run"]
+    assert status == counters_child.BROKEN_STATUS
+    assert [(m["id"], m["outcome"], m["launched"]) for m in told if m["event"] == "end"] == [
+        ("abc", "ok", "eager")
+    ]
 
 
 def test_the_known_copy_copies_everything_in_many_launches(monkeypatch):
