@@ -39,10 +39,11 @@ def _cpu(record: Mapping[str, Any]) -> str:
     checks: list[dict[str, Any]] = record["checks"]
     loads = [load for check in checks for load in check["load_average"]]
     said = (
-        f"{record['made_at'][:10]}, code {record['commit'][:8]}, a virtual machine of "
+        f"{record['made_at'][:10]}, code {record['commit'][:8]}, a machine of "
         f"{record['cores']} logical cores; {len(checks)} of {record['asked']} checks, a promise of "
-        f"{record['promise_percent']} %. Others worked on it meanwhile: its load average was "
-        f"{min(loads):.1f} to {max(loads):.1f}."
+        f"{record['promise_percent']} %. Its load average was {min(loads):.1f} to {max(loads):.1f}"
+        + (": others worked on it meanwhile." if max(loads) > record["cores"] else ".")
+        + (f" {escape(record['note'])}" if record.get("note") else "")
     )
     planted = record["planted"]
     rows = [

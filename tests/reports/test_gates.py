@@ -32,7 +32,10 @@ def test_a_series_on_a_cpu(tmp_path: Path):
     text = gates.table(written(tmp_path / "r.json", record))
     assert "| equal code | 3 | 0 | 1 x 0, 2 x 3 | 4.0% to 30.0% | 61 to 61 s, median 61 |" in text
     assert "3 of 3 checks" in text
-    assert "load average was 1.0 to 2.5" in text
+    assert "load average was 1.0 to 2.5: others worked on it meanwhile." in text
+    quiet = {**record, "cores": 4, "note": "At another priority."}
+    text = gates.table(written(tmp_path / "r.json", quiet))
+    assert "1.0 to 2.5. At another priority." in text
     assert "REGRESSED: ssd a_b" in text
     record["checks"][1]["regressed"] = ["flash"]
     text = gates.table(written(tmp_path / "r.json", record))
