@@ -41,7 +41,9 @@ _REPORT = re.compile(r"(?:Error|Warning): Race reported between .*?(?=\n=+ *\n|\
 _ACCESS = re.compile(r"(Read|Write) access at (\w+)(?:\([^)]*\))?\+(0x[0-9a-f]+)")
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);")
 _BLOCK_BARRIER = re.compile(r"BAR\.SYNC\S* 0x1$")  # all threads: no number of them behind
-_NEAR = 6  # instructions between the barrier and the byte: they compute its address
+_NEAR = 12  # instructions between the barrier and the byte
+# What may not lie between: memory accesses, synchronisation and jumps.
+_ORDERED = ("LD", "ST", "ATOM", "RED", "UTMA", "UBLKCP", "SYNCS", "BAR", "BR", "CALL", "EXIT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,21 +204,18 @@ def is_hand_over(report: str, kernels: dict[str, list[dict[int, str]]]) -> bool:
 
 
 def _hands_over(kind: str, at: int, code: dict[int, str]) -> bool:
+    """Whether nothing but arithmetic lies between the access at an address and the barrier."""
     if not code.get(at, "").startswith("LDS.U8 " if kind == "Read" else "STS"):
         return False
     addresses = sorted(code)
     place = addresses.index(at)
-    if kind == "Read":
-        near = [code[a] for a in addresses[max(0, place - _NEAR) : place]]
-        near.reverse()
-    else:  # the bytes of up to sixteen warps are written by one or two instructions
-        near = [code[a] for a in addresses[place + 1 : place + 1 + _NEAR]]
-    for text in near:
+    before, behind = addresses[:place][: -_NEAR - 1 : -1], addresses[place + 1 :][:_NEAR]
+    for text in (code[address] for address in (before if kind == "Read" else behind)):
         if _BLOCK_BARRIER.match(text):
             return True
-        if text.startswith(("LD", "ST", "BAR", "BR", "SYNCS", "EXIT")) and kind == "Read":
-            return False
-        if kind == "Write" and not text.startswith(("STS", "NOP")):
+        if kind == "Write" and text.startswith("STS"):
+            continue  # the bytes of many warps are more than one instruction writes
+        if text.startswith(_ORDERED) and not text.startswith("LDC"):
             return False
     return False
 
