@@ -272,6 +272,10 @@ def test_programmatic_launches_only_where_the_launches_are_long():
         assert not hopper_ssd.choose(planned(*shape)).pdl
     for shape in ((1, 8192, 32), (8, 2048, 32), (1, 16384, 128)):
         assert hopper_ssd.choose(planned(*shape)).pdl
+    segmented = replace(planned(1, 2048, 32), nsegments=8)  # states in bf16 without a backward
+    assert hopper_ssd.choose(segmented, keep=False).pdl
+    assert not hopper_ssd.choose(segmented, keep=True).pdl
+    assert not hopper_ssd.choose(planned(1, 512, 32), keep=False).pdl
 
 
 def test_time_is_divided_only_where_it_is_long():
@@ -291,6 +295,13 @@ def segments(seqlen, nheads):
         batch=1, seqlen=seqlen, nheads=nheads, headdim=64, ngroups=1, multiprocessors=132
     )
     return -(-seqlen // 64 // per_segment)
+
+
+def test_states_between_segments_take_no_more_than_the_output():
+    for seqlen in (576, 640, 768, 1024, 1536, 2048, 4096):
+        for nheads in (4, 8, 16, 32, 64):
+            states = 2 * (segments(seqlen, nheads) - 1) * nheads * 64 * 128  # bytes of bf16
+            assert 0 < states <= 2 * seqlen * nheads * 64, (seqlen, nheads)
 
 
 @pytest.mark.parametrize("seqlen", [2048, 32768, 131072, 1 << 20])
