@@ -141,6 +141,8 @@ def _count(
             ended, lack = batch.run()
             _keep(Path(folder), request.keep, len(left))
         yield from ended.items()
+        if batch.interrupted:
+            raise KeyboardInterrupt
         left = [item for item in left if item["id"] not in ended]
         if not ended and lack is None and time.monotonic() < ends_at:
             lack = "Nsight Compute ended without a word about any case"

@@ -37,6 +37,7 @@ KNOWN = "known"  # the item that comes first where ranges are counted: a copy of
 KNOWN_TOLERANCE = 0.02
 ALL_LAUNCHES = "all launches, counted as one range"
 EXIT_LIMIT_S = 60.0  # ncu prints its table after the child has ended
+INTERRUPT_LIMIT_S = 8.0  # ... where a person waits for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,7 @@ class Batch:
         self._ranges: list[str] = []
         self._launched: dict[str, str] = {}
         self._starts = 0
+        self.interrupted = False  # by a person: what was counted before is returned all the same
         limits = Limits(
             set_up_s=request.compile_limit_s, measure_s=request.time_limit_s, memory_bytes=0
         )
@@ -114,6 +116,11 @@ class Batch:
             return {}, f"Nsight Compute cannot be started: {error.strerror}"
         try:
             late = self._watch_over(process)
+        except KeyboardInterrupt:
+            self.interrupted, late = True, OVER
+            self._kill_child(process)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(INTERRUPT_LIMIT_S)
         finally:
             self._kill_all(process)
         if late is None and process.returncode and self._current is None and not self._ended:

@@ -136,6 +136,21 @@ def test_what_was_counted_when_the_time_is_over_is_kept(fake):
     assert "time for counting was over" in (found[THIRD].reason or "")
 
 
+def test_what_was_counted_when_a_person_interrupts_is_kept(fake):
+    fake(faults={SECOND: "hang"})
+
+    def interrupt(case: Case) -> None:
+        if case.case_id == SECOND:
+            raise KeyboardInterrupt
+
+    counted = counters.count_cases(CASES, REQUEST, on_begin=interrupt)
+    found = {c.case_id: each for c, each in itertools.islice(counted, 2)}
+    with pytest.raises(KeyboardInterrupt):
+        next(counted)
+    assert found[FIRST].values["dram_read_bytes"] == 3500
+    assert found[SECOND].outcome is Outcome.SKIPPED  # counted when the run is resumed
+
+
 def test_what_is_compiled_is_found_again_by_the_next_child(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     cache = pytest.importorskip("torch._inductor.runtime.cache_dir_utils")
