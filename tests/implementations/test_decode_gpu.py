@@ -7,7 +7,10 @@ from mambench.harness import gate, machine, registry
 from mambench.harness.spec import Case, Device, DType, Family, Pass, Problem
 from mambench.implementations.workload import build
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore"),  # other projects' own, while they are imported and compile
+]
 
 OPS = ("selective_scan", "ssd", "naive_recurrence", "flash_attention")
 

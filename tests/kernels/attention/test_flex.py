@@ -59,6 +59,7 @@ def test_the_mask_of_a_length_is_made_once(uncompiled):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 def test_compiled_it_is_right_and_differentiable_twice():
     op = flex.causal()
     out, expected = called(op, PROBLEM, device="cuda")
