@@ -42,7 +42,8 @@ def to_parquet(report: Report, path: Path) -> Path:
     except ImportError:
         raise UsageError("Parquet needs pyarrow: pip install 'mambench[parquet]'.") from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(records(report)).to_parquet(path, index=False)
+    table: Any = pd.DataFrame(records(report))
+    table.to_parquet(path, index=False)
     return path
 
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 
@@ -280,10 +280,15 @@ def _over_state(report: Report, part: Slice, lengths: Sequence[int]) -> list[dic
             place = shared.setdefault(repr(look), len(styles_of))
             if place == len(styles_of):
                 styles_of.append(look)
-            own = {k: v["column"] if isinstance(v, dict) else v for k, v in own.items()}
-            data.append([place, own | {"rows": packing.packed(trace["rows"])}])
+            named = {key: _name_of(value) for key, value in own.items()}
+            data.append([place, named | {"rows": packing.packed(trace["rows"])}])
         found.append({"seqlen": length, "data": data, "layout": packing.rounded(figure["layout"])})
     return found and [{"looks": styles_of, "lengths": found}]
+
+
+def _name_of(axis: Any) -> Any:
+    """Return the name of a column that an axis refers to, or the axis' own values."""
+    return cast("figures.Figure", axis)["column"] if isinstance(axis, dict) else axis
 
 
 # Draws every row that ended ok: what the charts over length have in common.
