@@ -1,6 +1,6 @@
 """What the short names on a page mean, for people who see them for the first time."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mambench.harness.spec import Family, Level, Pass
 from mambench.reports.rows import Slice
@@ -28,16 +28,18 @@ _VARIANTS: Mapping[str, str] = {
 }
 
 
-def explain(part: Slice) -> str:
-    """Return one line that says what stands against what in a selection."""
-    said = [f"{part.key.level}: {text}" for text in [_LEVELS.get(part.key.level)] if text]
-    said += [f"{part.key.pass_}: {text}" for text in [_PASSES.get(part.key.pass_)] if text]
+def explain(parts: Sequence[Slice]) -> str:
+    """Return one line that says what stands against what in a report's selections."""
+    levels = dict.fromkeys(part.key.level for part in parts)
+    passes = dict.fromkeys(part.key.pass_ for part in parts)
+    said = [f"{name}: {_LEVELS[name]}" for name in levels if name in _LEVELS]
+    said += [f"{name}: {_PASSES[name]}" for name in passes if name in _PASSES]
+    measured = [s for part in parts for s in part.series if any(row.ok for row in s.rows)]
     for family, meaning in _FAMILIES.items():
-        measured = [series for series in part.series if any(row.ok for row in series.rows)]
-        own = [series for series in measured if series.key.family == family]
+        own = [series.key for series in measured if series.key.family == family]
         if own:
-            names = ", ".join(dict.fromkeys(series.key.implementation for series in own))
-            variants = dict.fromkeys(series.key.variant for series in own)
-            known = [f"{v} is {_VARIANTS[v]}" for v in variants if v in _VARIANTS]
-            said.append(f"{names}: {meaning}" + (f" ({', '.join(known)})" if known else ""))
+            names = ", ".join(dict.fromkeys(key.implementation for key in own))
+            known = [v for v in dict.fromkeys(key.variant for key in own) if v in _VARIANTS]
+            variants = ", ".join(f"{name} is {_VARIANTS[name]}" for name in known)
+            said.append(f"{names}: {meaning}" + (f" ({variants})" if variants else ""))
     return "; ".join([*said, "L: tokens in the sequence", "N: state size (d_state)"]) + "."

@@ -15,13 +15,15 @@ _WIDTH = 100
 
 def render(report: Report) -> str:
     """Return plain text without colours or control characters, whatever the records hold."""
-    blocks = [_block(entry, explained=not i) for i, entry in enumerate(summary.summarise(report))]
+    blocks = [_block(entry) for entry in summary.summarise(report)]
     failed = summary.failures(report)
     if failed:
         lines = [
             f"  {f.outcome.value:<12} {f.label}  {_lengths(f.seqlens)}  {f.reason}" for f in failed
         ]
         blocks.append("\n".join(["Cases that did not end ok:", *lines]))
+    if report.slices:
+        blocks.append(textwrap.fill(names.explain(report.slices), _WIDTH))
     text = "\n\n".join(blocks) or "These runs hold no case yet."
     text = text.replace("\u00a0", " ")
     return "".join(c for c in text if c == "\n" or c.isprintable()) + "\n"
@@ -55,9 +57,8 @@ def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     return "\n".join(f"  {line.rstrip()}" for line in lines)
 
 
-def _block(entry: SliceSummary, *, explained: bool) -> str:
+def _block(entry: SliceSummary) -> str:
     said = [entry.crossing, entry.headline, entry.evidence, entry.weights or ""]
-    said += [names.explain(entry.part)] if explained else []
     head = [f"{entry.part.device}: {entry.part.title}"]
     head += [textwrap.indent(textwrap.fill(text, _WIDTH - 2), "  ") for text in said if text]
     lengths = ["any L" if n.seqlen is None else units.length(n.seqlen) for n in entry.lengths]

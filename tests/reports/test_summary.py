@@ -7,7 +7,7 @@ from mambench.harness import analysis
 from mambench.harness.analysis import Result
 from mambench.harness.curves import Crossover, CrossoverKind
 from mambench.harness.spec import Case, DType, Family, Level, Outcome, Pass, Problem
-from mambench.reports import rows, summary
+from mambench.reports import names, rows, summary
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 RUN = analysis.make_run({"run_id": "r", "device": {"kind": "cuda", "name": "Fixture"}})
@@ -211,3 +211,12 @@ def test_there_is_no_winner_where_only_one_of_several_was_asked():
     assert said.lengths[0].fastest is None
     assert all(entry.fastest and entry.fastest.label == "a" for entry in said.lengths[1:])
     assert summarise(alone).lengths[0].fastest is not None
+
+
+def test_names_are_explained_once_for_what_was_measured(gpu_report):
+    said = names.explain(gpu_report.slices)
+    assert "flash_attention: causal attention (fa4 is FlashAttention 4)" in said
+    assert "FlashAttention 2" not in said
+    assert said.count("ssd, naive_recurrence: Mamba-2") == 1
+    assert "training: forward and backward" in said
+    assert "decode" not in said
