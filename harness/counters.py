@@ -15,7 +15,7 @@ import itertools
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +28,8 @@ from mambench.implementations.cost import case_cost
 START_S, CASE_S, LAUNCH_S, RANGE_LAUNCH_S = 20.0, 0.5, 0.015, 6e-5
 MOST_KERNELS = 200  # a few seconds of instrumentation
 MOST_REPLAYED = 2000  # as many are counted one by one all the same where ranges cannot be
-RANGES_PER_CHILD = 2  # ncu tells nothing of its ranges if the child does not end by itself
+# Launches of the ranges of one child: ncu tells nothing of them unless the child ends by itself.
+MOST_PER_CHILD = 200_000
 MAX_LAUNCHES = 500_000  # of a range: some tens of seconds
 INSTALL = "install NVIDIA Nsight Compute and put ncu on PATH"
 
@@ -76,13 +77,12 @@ def count_cases(
 
     def count(names: Sequence[str], *, ranges: bool = False) -> Iterator[tuple[str, Counted]]:
         items: list[Item] = [{"id": name, "case": by_id[name].to_dict()} for name in names]
-        per_child = min(request.per_child, RANGES_PER_CHILD) if ranges else request.per_child
-        asked = replace(request, ranges=ranges, per_child=per_child)
-        return _count(items, asked, begin, ends_at)
+        return _count(items, replace(request, ranges=ranges), begin, ends_at)
 
     ends_at = time.monotonic() + request.total_limit_s
     again: list[str] = []
-    for name, counted in itertools.chain(count(usual), count(long, ranges=True)):
+    ranges = (count(names, ranges=True) for names in _grouped(long, expected))
+    for name, counted in itertools.chain(count(usual), *ranges):
         unavailable = name in long and counted.outcome is Outcome.UNAVAILABLE
         if unavailable and expected[name] <= MOST_REPLAYED:
             again.append(name)
@@ -90,6 +90,19 @@ def count_cases(
             yield by_id[name], _with_ratio(by_id[name], counted)
     for name, counted in count(again):
         yield by_id[name], _with_ratio(by_id[name], counted)
+
+
+def _grouped(names: Sequence[str], launches: Mapping[str, int]) -> list[list[str]]:
+    """Divide cases, in their order, among children that launch so much each, one case at least."""
+    groups: list[list[str]] = []
+    room = 0
+    for name in names:
+        if launches[name] > room:
+            groups.append([])
+            room = MOST_PER_CHILD
+        groups[-1].append(name)
+        room -= launches[name]
+    return groups
 
 
 def count_copies(sizes_bytes: Sequence[int], request: Request) -> dict[int, Counted]:

@@ -252,6 +252,16 @@ def test_where_ranges_cannot_be_counted_what_has_few_launches_is_counted_one_by_
     assert found[SECOND].details["launches"] == 2
 
 
+def test_ranges_are_divided_among_children_by_their_launches():
+    launches = {"a": 80_000, "b": 80_000, "c": 240_000, "d": 1_000, "e": 150_000, "f": 40_000}
+    assert counters._grouped(list(launches), launches) == [
+        ["a", "b"],
+        ["c"],
+        ["d", "e", "f"],
+    ]
+    assert counters._grouped([], {}) == []
+
+
 @pytest.mark.parametrize("lose", [True, False])
 def test_a_crash_within_a_range_loses_no_other_case(fake, lose):
     fake(faults={SECOND: "crash"}, lose=lose)
