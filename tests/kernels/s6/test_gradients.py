@@ -68,7 +68,7 @@ def test_the_hopper_scan_refuses_a_state(literal):
 # compiled for, and a size once for 1, once for multiples of 16 and once for the rest: so sizes are
 # free, but odd, apart from a few lengths.
 FORMS = (
-    (1, (), True), (2, (), False), (3, ("z",), True),
+    (1, (), True), (2, (), False), (8, ("z",), True),
     (1, OPTIONAL, False), (2, ("D", "delta_bias"), True), (1, ("z", "D"), False),
 )  # fmt: skip
 # What is added to delta before softplus, the decay A, and what u is multiplied with.
