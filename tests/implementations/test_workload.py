@@ -130,6 +130,7 @@ def test_a_block_runs_around_the_mixer():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 @pytest.mark.parametrize("problem", [S6, SSD])
 def test_runs_on_the_gpu(problem):
     device = Device(kind=DeviceKind.CUDA, name="gpu", memory_bytes=1 << 34)

@@ -182,6 +182,7 @@ def test_gradients_have_the_bits_of_an_eager_call_on_the_gpu(cases, variant, way
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 @pytest.mark.parametrize("variant", ["s6_hopper", "ssd_hopper"])
 def test_inductor_takes_them_on_the_gpu(cases, variant):
     call = cases.draw(variant, device="cuda", dtype=torch.bfloat16, seqlen=300)

@@ -195,6 +195,7 @@ def test_the_workspace_is_what_is_used(name, family, pass_):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("family", [Family.S6, Family.SSD])
 def test_passes_the_gate_on_the_gpu(name, family):
