@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import geometric_mean
 
 from mambench.harness import curves
+from mambench.harness.analysis import Source
 from mambench.reports import roofline, units
 from mambench.reports.rows import Report, Row
 
@@ -139,19 +140,29 @@ def sentences(report: Report, found: Sequence[Shared]) -> tuple[str, ...]:
         if not both:
             said.append(f"{names}: no question was measured on both.")
             continue
-        values = [one.ratio for case in both if (one := case.speedup(place))]
+        # Where variants differ, so does more than the machine.
+        alike = [case for case in both if not case.differs]
+        counted = alike or both
+        values = [one.ratio for case in counted if (one := case.speedup(place))]
         middle = geometric_mean(values)
         word = "faster" if middle >= 1 else "slower"
         ends = sorted(v if middle >= 1 else 1 / v for v in (min(values), max(values)))
-        text = (
-            f"{names}: {units.ratio(max(middle, 1 / middle))} {word} over {len(both)} questions "
-            f"that both answered (geometric mean; {' to '.join(map(units.ratio, ends))})."
+        which = "with the same variant" if alike else "each with a variant of its own"
+        said.append(
+            f"{names}: {units.ratio(max(middle, 1 / middle))} {word} over {len(counted)} questions "
+            f"that both answered {which} (geometric mean; {' to '.join(map(units.ratio, ends))})."
+            + _code(report.sources[0], source)
+            + _hardware(report, place, counted)
         )
-        others = sum(case.differs for case in both)
-        if others:
-            text += f" In {others} of them they took different variants of the implementation."
-        said.append(text + _hardware(report, place, both))
     return tuple(said)
+
+
+def _code(first: Source, other: Source) -> str:
+    """Say where more than the machine differs."""
+    here, there = ({run.code_version for run in source.runs} for source in (first, other))
+    if here == there:
+        return ""
+    return f" Their code differs: {', '.join(sorted(here))} and {', '.join(sorted(there))}."
 
 
 def _hardware(report: Report, place: int, both: Sequence[Shared]) -> str:

@@ -100,7 +100,8 @@ def test_the_same_cases_stand_side_by_side(both):
     (said,) = machines.sentences(both, shared)
     assert f"NVIDIA H200 against Fixture GPU 80GB: 2.00{units.TIMES} faster" in said
     assert f"memory bandwidth is 1.43{units.TIMES}" in said
-    assert "variants" not in said
+    assert "with the same variant" in said
+    assert "code differs" not in said
 
 
 def test_measured_limits_are_preferred_where_every_machine_has_them(full_run, tmp_path, write_run):
@@ -154,7 +155,7 @@ def test_a_cpu_stands_beside_gpus_though_its_variants_are_others(three):
         values = [one.ratio for case in found if (one := case.speedup(place))]
         assert values == pytest.approx([scale[first] / scale[name]] * len(values))
     text = " ".join(machines.sentences(three, found))
-    assert "different variants" in text
+    assert "each with a variant of its own" in text
     assert page.render(three).count("</small>") > len(on_all)
 
 
