@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from mambench.kernels.ssd.triton_parts import LOG2_E, softplus
+from mambench.kernels.ssd.triton_parts import LEAST_LOG2_DECAY, LOG2_E, softplus
 
 _PREPARE_SIZES = [
     "seqlen", "nchunks", "nheads", "dt_min", "dt_max", "ngroups",
@@ -40,7 +40,9 @@ def _decay_sums(
     dt = tl.maximum(dt, dt_min, propagate_nan=tl.PropagateNan.ALL)
     dt = tl.minimum(dt, dt_max, propagate_nan=tl.PropagateNan.ALL)
     dt = tl.where(mask, dt, 0.0)
-    cum = tl.cumsum(dt * A2[None, :], 0)
+    log_decay = dt * A2[None, :]
+    log_decay = tl.maximum(log_decay, LEAST_LOG2_DECAY, propagate_nan=tl.PropagateNan.ALL)
+    cum = tl.cumsum(log_decay, 0)
     out = (b * nheads + h[None, :]) * nchunks * Q + t[:, None]
     tl.store(cum_ptr + out, cum, mask=heads[None, :])
     log_dt = tl.log2(tl.where(dt > 0, dt, 1.0))

@@ -41,6 +41,8 @@ from mambench.kernels.ssd.torch_config import KEEP, LARGEST_CHUNK
 from mambench.kernels.ssd.varlen import sequence_numbers
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Of a step: a decay of 2 ** -126 is none, and a lower sum would round away what later steps add.
+_LEAST_LOG_DECAY = -126 * math.log(2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,8 @@ class _Chunk:
         self.B = B[:, t].transpose(1, 2).to(s.dtype).contiguous()  # (B, G, q, N)
         self.C = C[:, t].transpose(1, 2).to(s.dtype).contiguous()
         self.dt = dt[:, t].transpose(1, 2).contiguous()  # (B, H, q)
-        self.cum = (self.dt * A[:, None]).cumsum(2)  # (B, H, q)
+        log_decay = (self.dt * A[:, None]).clamp(min=_LEAST_LOG_DECAY)
+        self.cum = log_decay.cumsum(2)  # (B, H, q)
         self.total = self.cum[:, :, -1]  # (B, H)
         self.to_end = (self.total[:, :, None] - self.cum).exp()
         self.into = self.cum.exp()
@@ -290,6 +293,7 @@ class _Gradients:
         after = chunk.sum_after(outgoing + written - read * chunk.dt)
         before = (kept * chunk.dt).cumsum(2) - kept * chunk.dt
         grad_a = after + before + passed[:, :, None]
+        grad_a *= chunk.dt * self.A[:, None] > _LEAST_LOG_DECAY  # else the decay is constant, 0
         self.grad_A += (grad_a * chunk.dt).sum((0, 2))
         self.grad_dt[:, t] = (grad_a * self.A[:, None] + read + kept).transpose(1, 2)
         return decayed.add_(chunk.C.transpose(2, 3) @ gated_in)

@@ -3,13 +3,15 @@
 Time is cut into chunks of Q tokens, and chunks are grouped into segments that run in parallel.
 Everything here is in base 2: with A2 = A * log2(e),
 
-    cum_t   = sum of dt_s * A2 over the chunk's tokens s <= t     (never positive, decreasing)
+    cum_t   = sum of max(dt_s * A2, -126) over the chunk's tokens s <= t    (never positive)
     cumj_t  = cum_t - log2(dt_t)
 
 so that the weight of token j in token i of one chunk is exp2(cum_i - cumj_j), dt included.
-Arguments of exponentials that are decays are never positive: masked before, not after. Past the end
-of the sequence dt is 0: cum stays constant, cumj is +inf and the weight 0. Both are stored fp32 as
-(B, H, chunks * Q), so that a chunk's tokens are contiguous and nothing reads past the end.
+Below -126 a step's decay is no fp32 number but 0: the floor keeps such a step from rounding away
+what the later ones of its chunk add. Arguments of exponentials that are decays are never positive:
+masked before, not after. Past the end of the sequence dt is 0: cum stays constant, cumj is +inf and
+the weight 0. Both are stored fp32 as (B, H, chunks * Q): a chunk's tokens are contiguous and
+nothing reads past the end.
 
 State tiles are [N, P] in registers (fp32) and (P, N) in memory, like the interface's states.
 A.1 of the Mamba-2 paper ("Transformers are SSMs", 2024, section 6) has the algorithm over chunks.
@@ -19,6 +21,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LEAST_LOG2_DECAY = tl.constexpr(-126.0)  # of a step; 2 ** -126 is the least normal fp32 number
 _RUNTIME_SIZES = ["seqlen", "nchunks", "nsegments", "segment_chunks", "nheads", "heads_per_group"]
 
 
@@ -128,7 +131,9 @@ def dt_kernel(
     dt = tl.maximum(dt, dt_min, propagate_nan=tl.PropagateNan.ALL)
     dt = tl.minimum(dt, dt_max, propagate_nan=tl.PropagateNan.ALL)
     dt = tl.where(mask, dt, 0.0)
-    cum = tl.cumsum(dt * A2[None, :], 0)
+    log_decay = dt * A2[None, :]
+    log_decay = tl.maximum(log_decay, LEAST_LOG2_DECAY, propagate_nan=tl.PropagateNan.ALL)
+    cum = tl.cumsum(log_decay, 0)
     out = (b * nheads + h[None, :]) * nchunks * Q + t[:, None]
     tl.store(cum_ptr + out, cum, mask=heads[None, :])
     log_dt = tl.log2(tl.where(dt > 0, dt, 1.0))

@@ -276,8 +276,9 @@ def grad_b_kernel(
         else:
             after = tl.cumsum(v + written - read * dt, 0, reverse=True)
         before = tl.cumsum(kept * dt, 0) - kept * dt
-        grad_a = after + before
         A = tl.load(A_ptr + h).to(tl.float32)
+        kept_some = dt * A * parts.LOG2_E > parts.LEAST_LOG2_DECAY  # else the decay is constant, 0
+        grad_a = tl.where(kept_some, after + before, 0.0)
         grad_dt = grad_a * A + read + kept
         dt_row = dt_raw_ptr + b * stride_dt_batch + t0 * stride_dt_token + h * stride_dt_head
         raw = tl.load(dt_row + q * stride_dt_token, mask=rows, other=0.0).to(tl.float32)

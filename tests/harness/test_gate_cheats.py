@@ -1,6 +1,8 @@
 """The known ways to fool a benchmark, planted: each ends as `wrong`, and the reason names it."""
 
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -156,9 +158,37 @@ def test_a_capture_that_ends_without_its_streams_tells_of_work_left() -> None:
 def test_work_left_on_another_stream_is_caught() -> None:
     workload, _ = gpu_workload("leaves_stream")
     with torch.cuda.stream(torch.cuda.Stream()):
-        reason = gate.check_replay(workload, workload.prepare(workload.case.pass_))
+        reason = gate.check_order(workload, workload.prepare(workload.case.pass_))
     assert reason is not None
     assert "another stream" in reason
+
+
+REPLAYED = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("cheats", sys.argv[1])
+tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tests)
+workload, _ = tests.gpu_workload("leaves_stream")
+with tests.torch.cuda.stream(tests.torch.cuda.Stream()):
+    execute = workload.prepare(workload.case.pass_)
+    execute()
+    tests.torch.cuda.synchronize()
+    print(tests.gate.check_replay(workload, execute))
+"""
+
+
+@pytest.mark.gpu
+def test_work_left_on_another_stream_is_caught_by_its_capture() -> None:
+    """In a process of its own: a capture that fails can leave torch unfit for other tests."""
+    start = Path(__file__).parents[2] / "mambench" / "_start.py"
+    code = (
+        f"import runpy\nfrom pathlib import Path\nstart = Path({str(start)!r})\n"
+        "runpy.run_path(str(start))['load_package'](start.parent)\n" + REPLAYED
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, __file__], capture_output=True, text=True, check=False
+    )
+    assert "another stream" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.gpu

@@ -266,6 +266,6 @@ def test_torch_on_a_gpu_counts_the_same(shape, monkeypatch):
     step(**shape)  # what is compiled and kept for good
     torch.cuda.synchronize()
     counted, _, measured = step(**shape)
-    assert counted <= measured <= 1.01 * counted + (1 << 20)
+    assert counted <= measured <= counted + 8 * (1 << 20)  # a large block is split from 1 MiB on
     if "headdim" in shape:
         assert measured <= mamba_ssm_ssd_bytes(**shape)

@@ -19,9 +19,13 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def draw(
     *, batch=1, seqlen, nheads=2, headdim=16, ngroups=1, d_state=16, dtype="float32", D=1,
-    gated=True, bias=True, start=True, long_memory=False, seed=0, **_,
+    gated=True, bias=True, start=True, long_memory=False, jolt=0, seed=0, **_,
 ):  # fmt: skip
-    """Draw float64 inputs whose values `dtype` can hold; parameters and states are fp32's."""
+    """Draw float64 inputs whose values `dtype` can hold; parameters and states are fp32's.
+
+    With `jolt` one token in so many takes a step of 1,024: it wipes the state out, and what follows
+    it decays as usual.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape, rounded=True):
@@ -36,6 +40,8 @@ def draw(
         "B": normal(batch, seqlen, ngroups, d_state),
         "C": normal(batch, seqlen, ngroups, d_state),
     }
+    if jolt:
+        inputs["dt"][:, jolt // 2 :: jolt] = 1024.0
     if D:
         inputs["D"] = normal(*((nheads,), (nheads, headdim))[D - 1], rounded=False)
     if gated:

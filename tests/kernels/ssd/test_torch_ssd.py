@@ -14,6 +14,7 @@ FEATURES = [
     {"seqlen": 90, "chunk_size": 32, "dt_softplus": False, "bias": False},
     {"seqlen": 90, "chunk_size": 32, "gated": False, "final": False},
     {"seqlen": 700, "chunk_size": 32, "long_memory": True, "start": False},
+    {"seqlen": 150, "chunk_size": 64, "jolt": 70},
 ]
 
 

@@ -27,6 +27,7 @@ INTERPRETED = [
     {"seqlen": 70, "dtype": "float16", "nheads": 3, "D": 2, "segments": 2, "headdim": 80},
     {"seqlen": 100, "dtype": "float16", "long_memory": True, "start": False, "gated": False},
     {"seqlen": 70, "lengths": [[16, 15, 1, 38]], "segments": 2, "long_memory": True},
+    {"seqlen": 70, "jolt": 50, "gated": False},
     {
         "batch": 2,
         "seqlen": 50,
