@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -108,8 +109,8 @@ def speedup(result: Result, baseline: Result, *, seed: int = 0) -> Speedup | Non
     ours, theirs = resampled_from(result), resampled_from(baseline)
     if min(len(ours), len(theirs)) < 5:
         return Speedup(ratio=ratio, low=None, high=None)
-    rng = np.random.default_rng(seed)
-    ratios = _draw_medians(rng, theirs) / _draw_medians(rng, ours)
+    above, below = _draw_medians((theirs, ours), seed)
+    ratios = above / below
     low, high = np.quantile(ratios, _tails())
     return Speedup(ratio=ratio, low=float(low), high=float(high))
 
@@ -125,9 +126,10 @@ def crossover(
     span = _common_range(challenger, incumbent)
     if span is None:
         return Crossover(kind=CrossoverKind.NO_OVERLAP)
-    knots = sorted({p.seqlen for p in (*challenger, *incumbent) if span[0] <= p.seqlen <= span[1]})
+    both = (*challenger, *incumbent)
+    knots = tuple(sorted({p.seqlen for p in both if span[0] <= p.seqlen <= span[1]}))
     x = np.log(np.asarray(knots, dtype=float))
-    difference = _difference(challenger, incumbent, x)
+    difference = _difference(challenger, incumbent, knots)
     crossings = _crossings(x, difference)
     if not crossings:
         ahead = bool(difference[np.argmax(np.abs(difference))] < 0)
@@ -136,12 +138,12 @@ def crossover(
     lengths = tuple(math.exp(c) for c in crossings)
     if len(crossings) > 1 or difference[0] < 0:
         return Crossover(kind=CrossoverKind.SEVERAL, range=span, crossings=lengths)
-    common = sorted({p.seqlen for p in challenger} & {p.seqlen for p in incumbent}) or knots
+    common = sorted({p.seqlen for p in challenger} & {p.seqlen for p in incumbent}) or list(knots)
     return Crossover(
         kind=CrossoverKind.AT,
         range=span,
         seqlen=lengths[0],
-        interval=_crossover_interval(challenger, incumbent, x, seed),
+        interval=_crossover_interval(challenger, incumbent, knots, seed),
         bracket=_bracket(common, lengths[0]),
         crossings=lengths,
     )
@@ -201,17 +203,25 @@ def _common_range(a: Sequence[Point], b: Sequence[Point]) -> tuple[int, int] | N
     return (low, high) if low < high else None
 
 
-def _difference(challenger: Sequence[Point], incumbent: Sequence[Point], x: Array) -> Array:
+Knots = tuple[int, ...]  # lengths
+
+
+def _difference(challenger: Sequence[Point], incumbent: Sequence[Point], knots: Knots) -> Array:
     """log(challenger / incumbent) at the knots."""
     ours = np.log([[p.value] for p in challenger])
     theirs = np.log([[p.value] for p in incumbent])
-    return (_weights(challenger, x) @ ours - _weights(incumbent, x) @ theirs)[:, 0]
+    return (_weights_of(challenger, knots) @ ours - _weights_of(incumbent, knots) @ theirs)[:, 0]
 
 
-def _weights(points: Sequence[Point], x: Array) -> Array:
+def _weights_of(points: Sequence[Point], knots: Knots) -> Array:
+    return _weights(tuple(point.seqlen for point in points), knots)
+
+
+@lru_cache(maxsize=256)  # most curves of a run are over the same lengths
+def _weights(own: Knots, knots: Knots) -> Array:
     """Matrix (knots, points) of linear interpolation in log(seqlen)."""
-    own = np.log([float(p.seqlen) for p in points])
-    hats: list[Array] = [np.interp(x, own, unit) for unit in np.eye(len(points))]
+    x, at = (np.log(np.asarray(lengths, dtype=float)) for lengths in (knots, own))
+    hats: list[Array] = [np.interp(x, at, unit) for unit in np.eye(len(own))]
     return np.stack(hats, axis=1)
 
 
@@ -226,15 +236,17 @@ def _crossings(x: Array, difference: Array) -> list[float]:
 
 
 def _crossover_interval(
-    challenger: Sequence[Point], incumbent: Sequence[Point], x: Array, seed: int
+    challenger: Sequence[Point], incumbent: Sequence[Point], knots: Knots, seed: int
 ) -> tuple[float, float] | None:
     """Quantiles of the last crossing over draws; 0 and inf where it lies outside the range."""
-    if min(len(p.samples) for p in (*challenger, *incumbent)) < 5:
+    points = (*challenger, *incumbent)
+    if min(len(p.samples) for p in points) < 5:
         return None
-    rng = np.random.default_rng(seed)
-    ours = np.log([_draw_medians(rng, p.samples) for p in challenger])
-    theirs = np.log([_draw_medians(rng, p.samples) for p in incumbent])
-    difference = _weights(challenger, x) @ ours - _weights(incumbent, x) @ theirs  # (knots, draws)
+    x = np.log(np.asarray(knots, dtype=float))
+    drawn = np.log(_draw_medians([p.samples for p in points], seed))  # (points, draws)
+    ours, theirs = drawn[: len(challenger)], drawn[len(challenger) :]
+    # (knots, draws)
+    difference = _weights_of(challenger, knots) @ ours - _weights_of(incumbent, knots) @ theirs
     changes = (difference[:-1] < 0) != (difference[1:] < 0)
     last = len(x) - 2 - np.argmax(changes[::-1], axis=0)
     column = np.arange(DRAWS)
@@ -247,10 +259,28 @@ def _crossover_interval(
     return float(low), float(high)
 
 
-def _draw_medians(rng: np.random.Generator, samples: Sequence[float]) -> Array:
-    shape = (len(samples) + 1) / 2
-    last = len(samples) - 1
-    return np.interp(rng.beta(shape, shape, DRAWS) * last, np.arange(last + 1), sorted(samples))
+def _draw_medians(points: Sequence[Sequence[float]], seed: int) -> Array:
+    """Return the medians (points, draws) of resamples of each point's values."""
+    below, share = _places(tuple(len(samples) for samples in points), seed)
+    medians = np.empty(below.shape)
+    for i, samples in enumerate(points):
+        ordered = np.sort(np.asarray(samples))
+        medians[i] = np.diff(ordered)[below[i]] * share[i] + ordered[below[i]]
+    return medians
+
+
+@lru_cache(maxsize=32)  # a run's curves often have equally many samples, and drawing is dear
+def _places(sizes: tuple[int, ...], seed: int) -> tuple[NDArray[np.intp], Array]:
+    """Return where among each point's sorted values the medians of its resamples lie.
+
+    As the lower neighbour's rank and the share of the way to the next one, each (points, draws).
+    """
+    rng = np.random.default_rng(seed)
+    shapes = [(n + 1) / 2 for n in sizes]
+    last = np.asarray(sizes)[:, None] - 1
+    at = np.stack([rng.beta(shape, shape, DRAWS) for shape in shapes]) * last
+    below = np.minimum(at.astype(np.intp), last - 1)
+    return below, at - below
 
 
 def _tails() -> list[float]:
