@@ -16,7 +16,7 @@ from itertools import pairwise
 
 STATES = 16  # states that a block holds at a time
 _MOST_WINDOWS = 3  # of three launches each: a training step is to launch at most 13 kernels
-_WINDOW = 1 << 22  # elements of u that a window has at least, for its launches' sake
+_WINDOW = 1 << 23  # elements of u to a window: its launches take time (docs/experiments.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +59,14 @@ def divide(
         block: channels of a thread block.
         slots: thread blocks that the GPU holds at once.
         segments: how many in a window; None: as fill the GPU.
-        windows: how many; None: three, or fewer where the scan is short.
+        windows: how many; None: up to three, by the size of the scan.
     """
     blocks = _ceil(d_inner // ngroups, block)
     chunks = _ceil(seqlen, chunk)
     if segments is None:
         segments = max(1, slots // (batch * ngroups * blocks))
     if windows is None:
-        windows = min(_MOST_WINDOWS, max(1, batch * d_inner * seqlen // _WINDOW))
+        windows = min(_MOST_WINDOWS, max(1, round(batch * d_inner * seqlen / _WINDOW)))
     rounds = _ceil(chunks, segments)  # a window of whole rounds gives every segment the same work
     windows = min(windows, rounds)
     starts = [i * rounds // windows * segments * chunk for i in range(windows)] + [seqlen]

@@ -241,7 +241,7 @@ def test_the_scan_takes_what_it_says(shape):
         slots=config.resident * PROCESSORS,
     )  # fmt: skip
     assert held == pytest.approx(said, rel=0.002)
-    limit = 1.15 if shape["batch"] * shape["seqlen"] > 6000 else 1.4
+    limit = 1.2 if shape["batch"] * shape["seqlen"] > 6000 else 1.4
     assert held <= limit * mamba_ssm_scan_bytes(**shape)
     states = 4 * shape["batch"] * shape["d_inner"] * shape["d_state"]
     rows = 2 * shape["batch"] * shape["seqlen"] * shape["d_inner"]
