@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -162,7 +163,7 @@ class Result:
         if not self.samples_s:
             return None
         ordered = sorted(self.samples_s)
-        return tuple(_quantile(ordered, at) for at in QUANTILES)
+        return tuple(quantile(ordered, at) for at in QUANTILES)
 
 
 _OWN_FIELDS = {f.name for f in fields(Result)} | {"tokens_per_s"}
@@ -273,8 +274,8 @@ def fold(
     """Return one result per case of (run id, observation) pairs, then planned cases without any."""
     # By the case itself: making its case_id is the dearer of the two by far.
     grouped: dict[Case, list[tuple[str, Observation]]] = defaultdict(list)
-    for owner, observation in observations:
-        grouped[observation.case].append((owner, observation))
+    for entry in observations:
+        grouped[entry[1].case].append(entry)
     results = [_fold_case(source, entries) for entries in grouped.values()]
     return results + _unmeasured(planned, set(grouped), source, run_id)
 
@@ -316,8 +317,8 @@ def columns(
     """Return results as flat plain values, column by column: as records, but much sooner."""
     names = labels or {}
     cases = [result.case for result in results]
+    problems = [vars(case.problem) for case in cases]
     intervals = [result.interval for result in results]
-    held = {tag for result in results for tag in result.values} | _OWN_FIELDS
     return {
         "device": [names.get(result.source, result.source) for result in results],
         "run_id": [result.run_id for result in results],
@@ -325,12 +326,12 @@ def columns(
         "implementation": [case.implementation for case in cases],
         "variant": [case.variant for case in cases],
         **{
-            name: [_plain(getattr(case.problem, name)) for case in cases]
-            for name in (cases[0].problem.to_dict() if cases else ())
+            name: [_plain(problem[name]) for problem in problems]
+            for name in (problems[0] if problems else ())
         },
-        "pass": [case.pass_.value for case in cases],
-        "dtype": [case.dtype.value for case in cases],
-        "outcome": [result.outcome.value for result in results],
+        "pass": [_plain(case.pass_) for case in cases],
+        "dtype": [_plain(case.dtype) for case in cases],
+        "outcome": [_plain(result.outcome) for result in results],
         "reason": [result.reason for result in results],
         "time_s": [result.time_s for result in results],
         "time_low_s": [interval and interval.low for interval in intervals],
@@ -341,15 +342,18 @@ def columns(
         "rounds": [result.rounds for result in results],
         "samples": [len(result.samples_s) for result in results],
         "converged": [result.converged for result in results],
-        **{
-            tag: [result.value(tag) for result in results] if tag in held else [None] * len(results)
-            for tag in _TAGS
-            if tag != "time_s"
-        },
+        **{tag: values_of(results, tag) for tag in _TAGS if tag != "time_s"},
         "model_flop_per_s": [result.flop_per_s for result in results],
         "modelled_bytes_per_s": [result.modelled_bytes_per_s for result in results],
         "measured_at": [result.measured_at for result in results],
     }
+
+
+def values_of(results: Sequence[Result], tag: str) -> list[float | None]:
+    """Return `Result.value` of every result."""
+    if tag in _OWN_FIELDS:
+        return [getattr(result, tag) for result in results]
+    return [result.values.get(tag) for result in results]
 
 
 def _fold_case(source: str, entries: Sequence[tuple[str, Observation]]) -> Result:
@@ -381,7 +385,9 @@ def _fold_case(source: str, entries: Sequence[tuple[str, Observation]]) -> Resul
 
 
 def _outcome(by_measurement: Mapping[str, list[Observation]]) -> tuple[Outcome, str | None]:
-    everything = [o for observations in by_measurement.values() for o in observations]
+    everything = list(chain.from_iterable(by_measurement.values()))
+    if all(o.outcome is Outcome.OK for o in everything):
+        return Outcome.OK, None
     # A wrong result found in any measurement condemns the case; other failures of an
     # additional measurement (memory) leave only that one's values missing.
     wrong = [o for o in everything if o.outcome is Outcome.WRONG]
@@ -414,7 +420,7 @@ def _values(by_measurement: Mapping[str, list[Observation]]) -> dict[str, Any]:
     medians = [m for m in (_round_median(o) for o in timed) if m is not None]
     flags = [flag for o in timed for flag in _suspicions(o)]
     if medians and len(medians) == len(timed):
-        samples = tuple(s for o in timed for s in o.samples_s or ())
+        samples = tuple(chain.from_iterable(o.samples_s or () for o in timed))
         values |= {"time_s": median(medians), "samples_s": samples}
     else:
         missing |= dict.fromkeys(("time_s", "tokens_per_s"), _why_no_time(timed))
@@ -616,15 +622,28 @@ def _distinct_labels(sources: Sequence[Source]) -> tuple[Source, ...]:
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
-    return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
+    # What was read from JSON is a dict, and to ask for an abstract class is dear.
+    known = type(value) is dict or isinstance(value, Mapping)
+    return cast("Mapping[str, Any]", value) if known else {}
+
+
+@cache
+def _value(member: Enum) -> Any:
+    return member.value
 
 
 def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else value
+    # To ask a member for its value is ten times as dear as to look it up.
+    return _value(value) if isinstance(value, Enum) else value
 
 
-def _quantile(ordered: Sequence[float], at: float) -> float:
-    """Interpolate linearly between order statistics, as numpy does by default."""
+def quantile(ordered: Any, at: float) -> Any:
+    """Interpolate linearly between order statistics, as numpy does by default.
+
+    Args:
+        ordered: numbers, or arrays of them, in ascending order.
+        at: from 0 to 1.
+    """
     place = at * (len(ordered) - 1)
     below = min(int(place), len(ordered) - 2) if len(ordered) > 1 else 0
     above = min(below + 1, len(ordered) - 1)

@@ -1,9 +1,9 @@
 """One observation: what one measurement of one case found. Imports neither torch nor triton."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from mambench.harness.errors import RunFolderError
 from mambench.harness.spec import SCHEMA_VERSION, Case, Outcome, digest
@@ -53,14 +53,21 @@ class Observation:
         return json.dumps(record, separators=(",", ":"), default=str)
 
     @classmethod
-    def from_line(cls, line: str) -> "Observation":
-        """Parse a line; raises RunFolderError with what is wrong with it."""
+    def from_line(cls, line: str, cases: "Cases | None" = None) -> "Observation":
+        """Parse a line; raises RunFolderError with what is wrong with it.
+
+        Args:
+            line: of results.jsonl.
+            cases: those of lines before, to which this one's is added: a case of many lines is made
+                and numbered once.
+        """
         try:
-            record = json.loads(line)
+            loaded: Any = json.loads(line)
         except json.JSONDecodeError as error:
             raise RunFolderError(f"not JSON: {error}") from error
-        if not isinstance(record, dict):
+        if not isinstance(loaded, dict):
             raise RunFolderError("not a JSON object")
+        record = cast("dict[str, Any]", loaded)
         if record.get("schema") != SCHEMA_VERSION:
             raise RunFolderError(
                 f"schema version {record.get('schema')!r}, this version reads {SCHEMA_VERSION}"
@@ -71,10 +78,10 @@ class Observation:
         try:
             samples = record.get("samples_s")
             return cls(
-                case=Case.from_dict(record),
+                case=_case(record, {} if cases is None else cases),
                 measurement=record["measurement"],
                 round=record["round"],
-                outcome=Outcome(record["outcome"]),
+                outcome=_OUTCOMES.get(record["outcome"]) or Outcome(record["outcome"]),
                 reason=record["reason"],
                 observation_id=record["observation_id"],
                 started_at=record["started_at"],
@@ -86,6 +93,20 @@ class Observation:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise RunFolderError(f"invalid field: {error!r}") from error
+
+
+Cases = dict[Hashable, Case]
+_OUTCOMES = {outcome.value: outcome for outcome in Outcome}
+
+
+def _case(record: Mapping[str, Any], cases: Cases) -> Case:
+    problem: Mapping[str, Any] = record["problem"]
+    own = (record[name] for name in ("implementation", "variant", "pass", "dtype"))
+    key = (*own, *problem, *problem.values())
+    found = cases.get(key)
+    if found is None:
+        found = cases[key] = Case.from_dict(record)
+    return found
 
 
 def observation_id(

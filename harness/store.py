@@ -15,7 +15,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Self, cast
 
 from mambench.harness.errors import RunFolderError
-from mambench.harness.records import Observation
+from mambench.harness.records import Cases, Observation
 from mambench.harness.spec import SCHEMA_VERSION, Outcome
 
 MANIFEST = "manifest.json"
@@ -169,7 +169,8 @@ class RunFolder:
             raise RunFolderError(f"{path} cannot be read: {error.strerror}.") from error
         lines = content.split(b"\n")
         torn = lines.pop()  # empty if the file ends with a newline
-        found = [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
+        cases: Cases = {}
+        found = [_parse(path, number, line, cases) for number, line in enumerate(lines, start=1)]
         if torn:
             self.warnings.append(
                 f"{path}, line {len(lines) + 1}: dropped a torn last line ({len(torn)} bytes); "
@@ -188,9 +189,9 @@ def _key(observation: Observation) -> Key:
     return observation.case.case_id, observation.measurement, observation.round
 
 
-def _parse(path: Path, number: int, line: bytes) -> Observation:
+def _parse(path: Path, number: int, line: bytes, cases: Cases) -> Observation:
     try:
-        return Observation.from_line(line.decode())
+        return Observation.from_line(line.decode(), cases)
     except UnicodeDecodeError as error:
         raise RunFolderError(f"{path}, line {number}: not UTF-8 text: {error.reason}.") from error
     except RunFolderError as error:

@@ -3,9 +3,13 @@
 import base64
 import gzip
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
+
+from mambench.harness.analysis import QUANTILES, quantile
 from mambench.reports.figures import Figure
 
 # Digits of embedded numbers: finer than any measurement, and half the size.
@@ -20,22 +24,50 @@ def number(value: Any) -> Any:
     return value
 
 
-def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested records as dotted keys, lists as one text each, without what is empty."""
-    found: dict[str, Any] = {}
+Nested = Mapping[str, Any]
+
+
+def flat(records: Sequence[Iterable[tuple[str, Nested]]]) -> dict[str, list[Any]]:
+    """Return each row's nested records as columns by dotted key; what is empty is None.
+
+    Lists become one text each, numbers have `NOTED` digits.
+
+    Args:
+        records: by row, prefixes of keys and what is below them.
+    """
+    columns: dict[str, list[Any]] = {}
+    for row, parts in enumerate(records):
+        for prefix, nested in parts:
+            _spread(nested, prefix, row, columns, len(records))
+    return {key: _noted(values) for key, values in columns.items()}
+
+
+def _spread(
+    nested: Nested, prefix: str, row: int, columns: dict[str, list[Any]], count: int
+) -> None:
     for name, value in nested.items():
+        key = prefix + name
         if isinstance(value, dict):
-            found |= flat(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
-        elif isinstance(value, float):
-            found[prefix + name] = (
-                float(f"{value:.{NOTED}g}") if math.isfinite(value) else str(value)
+            _spread(cast("Nested", value), f"{key}.", row, columns, count)
+        elif value is not None and value != "" and value != []:
+            if key not in columns:
+                columns[key] = [None] * count
+            columns[key][row] = (
+                _text(cast("Sequence[Any]", value)) if isinstance(value, list) else value
             )
-        elif isinstance(value, list):
-            if value:
-                found[prefix + name] = ", ".join(map(str, cast("Sequence[Any]", value)))
-        elif value is not None and value != "":
-            found[prefix + name] = value
-    return found
+
+
+def _text(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _noted(values: list[Any]) -> list[Any]:
+    """Return a column with rounded numbers, each distinct one rounded once."""
+    short = {
+        value: float(f"{value:.{NOTED}g}") if math.isfinite(value) else str(value)
+        for value in {value for value in values if type(value) is float}
+    }
+    return [short[value] if type(value) is float else value for value in values]
 
 
 def repeated(values: list[Any]) -> list[Any] | dict[str, list[Any]]:
@@ -65,13 +97,29 @@ def beside_time(bound: float | None, time_s: float | None) -> int | None:
     return None if bound is None or not time_s else round((bound / time_s - 1) * 1e6)
 
 
-def beside_median(quantiles: Sequence[float] | None, time_s: float | None) -> list[Any] | None:
-    """Return the median (0: it is the time), and the others' distances in ten-thousandths."""
-    if quantiles is None or not (middle := quantiles[len(quantiles) // 2]):
-        return None
-    shares = [round((value / middle - 1) * 1e4) for value in quantiles]
-    del shares[len(quantiles) // 2]
-    return [0 if middle == time_s else number(middle), *shares]
+def beside_medians(
+    samples: Sequence[Sequence[float]], times_s: Sequence[float | None]
+) -> list[list[Any] | None]:
+    """Return how every row's samples spread, at `analysis.QUANTILES`.
+
+    As the median (0: it is the row's time), and the others' distances from it in ten-thousandths;
+    None where there is no sample.
+    """
+    found: list[list[Any] | None] = [None] * len(samples)
+    by_count: dict[int, list[int]] = defaultdict(list)
+    for row, taken in enumerate(samples):
+        by_count[len(taken)].append(row)
+    by_count.pop(0, None)
+    for rows in by_count.values():
+        ordered = np.sort([samples[row] for row in rows], axis=1).T
+        quantiles = np.stack([quantile(ordered, at) for at in QUANTILES])
+        middles = quantiles[len(QUANTILES) // 2].tolist()
+        others = np.delete(quantiles, len(QUANTILES) // 2, axis=0)
+        shares = np.rint((others / middles - 1) * 1e4).astype(int).T.tolist()
+        for row, middle, own in zip(rows, middles, shares, strict=True):
+            if middle:
+                found[row] = [0 if middle == times_s[row] else number(middle), *own]
+    return found
 
 
 def short_id(case_id: str) -> str:

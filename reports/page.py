@@ -214,9 +214,9 @@ def columns(found: Sequence[Row]) -> dict[str, list[Any]]:
     for name in ("time_low_s", "time_high_s"):
         if name in table:
             table[name] = [packing.beside_time(getattr(row, name), row.time_s) for row in found]
-    table["quantiles_s"] = [
-        packing.beside_median(row.result.quantiles_s, row.time_s) for row in found
-    ]
+    table["quantiles_s"] = packing.beside_medians(
+        [row.result.samples_s for row in found], [row.time_s for row in found]
+    )
     table["case_id"] = [packing.short_id(row.case_id) for row in found]
     table["missing"] = [_missing(row) for row in found]
     table["flags"] = [list(row.result.flags) for row in found]
@@ -309,13 +309,12 @@ def _over_length(report: Report, part: Slice, state: int | None) -> dict[str, An
 
 def notes(found: Sequence[Row]) -> dict[str, list[Any]]:
     """Return what surrounded each measurement, and what its check found, by dotted key."""
-    entries = [
-        packing.flat(row.result.telemetry)
-        | packing.flat(row.result.details.get("gate") or {}, "gate.")
-        for row in found
-    ]
-    names = dict.fromkeys(name for entry in entries for name in entry)
-    return {name: [entry.get(name) for entry in entries] for name in names}
+    return packing.flat(
+        [
+            (("", row.result.telemetry), ("gate.", row.result.details.get("gate") or {}))
+            for row in found
+        ]
+    )
 
 
 def _policy(script: str) -> str:

@@ -4,8 +4,10 @@ import base64
 import gzip
 import hashlib
 import json
+import statistics
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from mambench import reports
@@ -173,19 +175,38 @@ def test_a_column_of_few_values_names_each_once_and_keeps_types_apart():
 
 def test_what_surrounds_a_measurement_is_flat_short_and_not_empty():
     nested = {"after": {"power_w": 134.9151, "throttled": [], "why": ["hot", "slow"], "x": None}}
-    assert packing.flat(nested) == {"after.power_w": 134.9, "after.why": "hot, slow"}
-    assert packing.flat({"error": float("nan"), "on": True}, "gate.") == {
-        "gate.error": "nan",
-        "gate.on": True,
-    }
+    assert packing.flat([[("", nested)]]) == {"after.power_w": [134.9], "after.why": ["hot, slow"]}
+    rows = [[("", {"x": 1})], [("gate.", {"error": float("nan"), "on": True}), ("", {"x": 1.0})]]
+    found = packing.flat(rows)
+    assert found == {"x": [1, 1.0], "gate.error": [None, "nan"], "gate.on": [None, True]}
+    assert [type(value) for value in found["x"]] == [int, float]
 
 
 def test_quantiles_stand_beside_the_median_and_the_times_own_is_not_repeated():
-    quantiles = (0.9, 0.95, 0.99, 1.0, 1.01, 1.1, 2.0)
-    shares = [-1000, -500, -100, 100, 1000, 10000]
-    assert packing.beside_median(quantiles, 1.0) == [0, *shares]
-    assert packing.beside_median(quantiles, 1.5) == [1.0, *shares]
-    assert packing.beside_median(None, 1.0) is None
+    samples = (1.0, 0.9, 2.0, 1.01, 0.95, 1.1, 0.99)
+    found = packing.beside_medians([samples, samples, (), (3.0,)], [1.0, 1.5, None, 3.0])
+    assert [row and row[0] for row in found] == [0, 1.0, None, 0]
+    for row, taken in ((found[0], samples), (found[3], (3.0,))):
+        middle = statistics.median(taken)
+        expected = np.quantile(taken, analysis.QUANTILES) / middle - 1
+        assert row[1:] == pytest.approx(np.delete(expected, 3) * 1e4, abs=0.5)
+
+
+def test_embedded_quantiles_are_those_of_the_results(report):
+    column = packing.beside_medians(
+        [row.result.samples_s for row in report.rows], [row.time_s for row in report.rows]
+    )
+    assert sum(found is not None for found in column) > 100
+    for row, found in zip(report.rows, column, strict=True):
+        quantiles = row.result.quantiles_s
+        assert (found is None) == (quantiles is None)
+        if found is not None:
+            shares = [round((value / quantiles[3] - 1) * 1e4) for value in quantiles]
+            assert found == [
+                0 if quantiles[3] == row.time_s else packing.number(quantiles[3]),
+                *shares[:3],
+                *shares[4:],
+            ]
 
 
 def test_the_first_chart_is_there_as_a_picture_in_the_pages_colours(report, html):
