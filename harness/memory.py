@@ -71,15 +71,23 @@ def measure(
     release: Execute,
     *,
     inspect: Callable[[object], object] | None = None,
+    input_bytes: int = 0,
 ) -> MemoryReading:
     """Run a pass once and return its memory.
+
+    What the case holds before the pass is what its release frees. Where something keeps that (a
+    peer's kernels have kept their last arguments) it is the inputs and what `prepare` added: else
+    the peak would lack them.
 
     Args:
         meter: reads the memory of the device.
         prepare: makes the closure that executes the pass once.
         release: frees the inputs and whatever else belongs to the case.
         inspect: shown what the pass returned, once its peak is known; keeps nothing of it.
+        input_bytes: size of the inputs, which are there already.
     """
+    meter.settle()
+    unprepared = meter.level()
     execute = prepare()
     meter.settle()
     before = meter.level()
@@ -92,12 +100,15 @@ def measure(
     release()
     meter.settle()
     after = min(meter.level(), before)
+    held = max(before - after, input_bytes + max(0, before - unprepared) if input_bytes else 0)
+    kept = held - (before - after)
+    details = {"before_bytes": before, "peak_bytes": peak, "after_bytes": after}
     return MemoryReading(
-        peak_bytes=peak - after,
+        peak_bytes=peak - before + held,
         extra_bytes=peak - before,
         reserved_bytes=reserved,
         method=meter.method,
-        details={"before_bytes": before, "peak_bytes": peak, "after_bytes": after},
+        details=details | ({"kept_after_release_bytes": kept} if kept else {}),
     )
 
 

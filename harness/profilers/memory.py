@@ -35,7 +35,11 @@ class Memory(CaseProfiler):
             if context.case.pass_.needs_grad:
                 why.update(_count_saved(context, census))
 
-        reading = memory.measure(meter, context.execute, context.release, inspect=inspect)
+        # Pages of the process blur what a level on the CPU says of an input's size.
+        known = census.total("input") if context.device.kind is DeviceKind.CUDA else 0
+        reading = memory.measure(
+            meter, context.execute, context.release, inspect=inspect, input_bytes=known
+        )
         if reading.reserved_bytes is None:
             why["peak_reserved_bytes"] = "on the CPU a process reserves what it holds"
         if not context.case.pass_.needs_grad:

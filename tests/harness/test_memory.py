@@ -55,7 +55,31 @@ def test_peak_holds_inputs_and_outputs_and_nothing_from_before() -> None:
     assert reading.peak_bytes == 180
     assert reading.reserved_bytes == 2 * 1180
     assert reading.method == "fake"
-    assert meter.settled == 2
+    assert meter.settled == 3
+
+
+def test_inputs_that_something_keeps_are_in_the_peak_all_the_same() -> None:
+    meter = FakeMeter()
+    meter.hold(100)  # inputs, which an autotuner keeps as its last arguments
+
+    def prepare() -> Callable[[], object]:
+        meter.hold(30)
+        return lambda: meter.hold(50)
+
+    reading = measure(meter, prepare, lambda: meter.hold(-50), input_bytes=100)
+    assert reading.extra_bytes == 50
+    assert reading.peak_bytes == 180
+    assert reading.details["kept_after_release_bytes"] == 130
+
+
+def test_inputs_that_are_released_are_counted_once() -> None:
+    meter = FakeMeter()
+    meter.hold(100)
+    reading = measure(
+        meter, lambda: lambda: meter.hold(50), lambda: meter.hold(-150), input_bytes=100
+    )
+    assert reading.peak_bytes == 150
+    assert "kept_after_release_bytes" not in reading.details
 
 
 def test_a_pass_that_allocates_nothing_has_no_extra_memory() -> None:
