@@ -33,8 +33,9 @@ if (HERE / "pyproject.toml").is_file():  # a checkout, not an installation
     load_package(Path(sys.path.pop(0)))
 
 from mambench import __version__
-from mambench.harness import cli_check, cli_history
-from mambench.harness import cli_options as options
+from mambench.harness.cli import check as cli_check
+from mambench.harness.cli import history as cli_history
+from mambench.harness.cli import options
 from mambench.harness.errors import DeviceBusyError, MambenchError, UsageError
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def cli(context: click.Context) -> None:
 @options.plugin_option
 def list_(device: str | None, plugins: tuple[str, ...]) -> None:
     """Implementations with their variants and availability, suites, measurements."""
-    from mambench.harness import cli_views, machine, registry, suite
+    from mambench.harness import machine, registry, suite
+    from mambench.harness.cli import views as cli_views
     from mambench.harness.profilers import catalog
 
     where = machine.detect(device)
@@ -89,7 +91,8 @@ def list_(device: str | None, plugins: tuple[str, ...]) -> None:
 @options.plugin_option
 def doctor(plugins: tuple[str, ...]) -> None:
     """What this machine can measure, and how to enable what it cannot."""
-    from mambench.harness import cli_views, doctor, registry
+    from mambench.harness import doctor, registry
+    from mambench.harness.cli import views as cli_views
 
     click.echo(cli_views.checks(doctor.examine(registry.load(plugins))))
 
@@ -112,7 +115,8 @@ def selftest(
     """
     import json
 
-    from mambench.harness import lock, machine, machine_cache, selftest
+    from mambench.harness import lock, machine, machine_cache
+    from mambench.harness.selftest import run as selftest
 
     where = machine.detect(device)
     with lock.device_lock(machine.lock_key(where), holder="selftest", wait=wait, on_wait=_say):
@@ -139,7 +143,9 @@ def ceilings(device: str | None, threads: int | None, as_json: bool, wait: bool)
     """
     import json
 
-    from mambench.harness import ceilings, limits, lock, machine
+    from mambench.harness import lock, machine
+    from mambench.harness.instruments import ceilings
+    from mambench.harness.workers import limits
     from mambench.harness.spec import Settings
 
     where = machine.detect(device)
@@ -186,7 +192,7 @@ def env(context: click.Context, run_dirs: tuple[Path, ...], as_json: bool) -> No
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(as_json: bool, **asked: Any) -> None:
     """The cases of a run with estimates of time and memory; runs nothing."""
-    from mambench.harness import cli_views
+    from mambench.harness.cli import views as cli_views
 
     made = _make_plan(asked, time_budget_s=asked["time_budget"])
     if as_json:
@@ -340,7 +346,8 @@ def show(case: str, run_dir: Path | None) -> None:
 
     CASE is its number in the run's plan, or the beginning of its case_id.
     """
-    from mambench.harness import cli_views, reproduce
+    from mambench.harness import reproduce
+    from mambench.harness.cli import views as cli_views
     from mambench.harness.plan import Plan
     from mambench.harness.store import RunFolder
 
@@ -420,7 +427,9 @@ def _make_plan(asked: Mapping[str, Any], *, time_budget_s: float | None = None) 
 
 
 def _created(output: Path | None, asked: Mapping[str, Any]) -> "tuple[Plan, RunFolder]":
-    from mambench.harness import ceilings, limits, machine, machine_cache
+    from mambench.harness import machine, machine_cache
+    from mambench.harness.instruments import ceilings
+    from mambench.harness.workers import limits
     from mambench.harness.spec import SCHEMA_VERSION
     from mambench.harness.store import RunFolder, new_run
 

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from mambench.harness import ceilings, limits, machine, registry
-from mambench.harness.ncu import PERMISSION_FIX
+from mambench.harness import machine, registry
+from mambench.harness.counters.ncu import PERMISSION_FIX
+from mambench.harness.instruments import ceilings
 from mambench.harness.spec import Device, DeviceKind, Settings
+from mambench.harness.workers import limits
 from mambench.implementations.base import Implementation, Variant
 
 

@@ -125,7 +125,7 @@ def check_replay(workload: Workload, execute: Callable[[], object]) -> str | Non
     What cannot be captured is checked for what it leaves to other streams. Raises
     NotCapturableError if it is innocent of that.
     """
-    from mambench.harness import cuda_timing
+    from mambench.harness.instruments import cuda_timing
 
     results: list[object] = []
     try:

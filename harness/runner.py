@@ -15,13 +15,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from mambench.harness import machine, precompile
+from mambench.harness import machine
 from mambench.harness.errors import RunFolderError
-from mambench.harness.guard import Limits, supervise
-from mambench.harness.limits import memory_limit, thread_count
 from mambench.harness.lock import device_lock
 from mambench.harness.plan import Plan, PlannedCase
-from mambench.harness.pool import Code, Pool, Worker, make_pool
 from mambench.harness.profilers import catalog
 from mambench.harness.profilers.base import (
     DECIDING,
@@ -33,10 +30,14 @@ from mambench.harness.profilers.base import (
     Process,
 )
 from mambench.harness.progress import Listener
-from mambench.harness.protocol import Done, Finding, Work, WorkerConfig
 from mambench.harness.records import Observation, observation_id
 from mambench.harness.spec import Case, Outcome, digest
 from mambench.harness.store import Key, RunFolder
+from mambench.harness.workers import precompile
+from mambench.harness.workers.guard import Limits, supervise
+from mambench.harness.workers.limits import memory_limit, thread_count
+from mambench.harness.workers.pool import Code, Pool, Worker, make_pool
+from mambench.harness.workers.protocol import Done, Finding, Work, WorkerConfig
 
 MAX_WARM_S = 1.0  # an execution slower than this is not run once more just to measure its memory
 TRACEBACK_LENGTH = 4000

@@ -2,7 +2,7 @@
 
 What is judged are points: a case's GPU time, call time, peak memory, HBM bytes and kernel count;
 the geometric mean of a family (implementation, pass, dtype); and how an implementation's time grows
-with the sequence length. `harness.judging` makes them from observations.
+with the sequence length. `harness.check.judge` makes them from observations.
 """
 
 import math
@@ -34,7 +34,7 @@ class Kind(StrEnum):
     CASE = "case"
     FAMILY = "family"
     EXPONENT = "exponent"
-    BUDGET = "budget"  # a limit of its own, see `harness.budgets`
+    BUDGET = "budget"  # a limit of its own, see `harness.check.budgets`
 
 
 @dataclass(frozen=True, kw_only=True)

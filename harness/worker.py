@@ -18,10 +18,13 @@ from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from mambench.harness import memory
-from mambench.harness.launches import CompileTimes
+from mambench.harness.instruments import memory
+from mambench.harness.instruments.launches import CompileTimes
+from mambench.harness.instruments.telemetry import Telemetry
+from mambench.harness.instruments.timing import StopRule, Timing
 from mambench.harness.profilers.base import DECIDING, CaseProfiler, Measured, Profiler
-from mambench.harness.protocol import (
+from mambench.harness.spec import Case, DeviceKind, Outcome
+from mambench.harness.workers.protocol import (
     BUILD,
     COMPILE,
     SETTING_UP,
@@ -33,9 +36,6 @@ from mambench.harness.protocol import (
     Work,
     WorkerConfig,
 )
-from mambench.harness.spec import Case, DeviceKind, Outcome
-from mambench.harness.telemetry import Telemetry
-from mambench.harness.timing import StopRule, Timing
 
 if TYPE_CHECKING:
     from mambench.harness.gate import GateReport
@@ -325,7 +325,7 @@ class _CaseWork:
 
     def _replayed_wrong(self) -> str | None:
         from mambench.harness import gate
-        from mambench.harness.cuda_timing import NotCapturableError
+        from mambench.harness.instruments.cuda_timing import NotCapturableError
 
         try:
             return gate.check_replay(self.workload(), self.execute())

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mambench.harness import datasheets
 from mambench.harness.analysis import Source
+from mambench.harness.instruments import datasheets
 from mambench.reports import figures, units
 from mambench.reports.figures import Figure
 from mambench.reports.rows import Report, Row, Series, Slice

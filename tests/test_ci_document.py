@@ -79,7 +79,7 @@ def test_the_workflows_are_yaml_with_jobs_and_steps():
 
 
 def test_budgets_of_the_document_and_of_the_example_are_valid(tmp_path):
-    from mambench.harness import budgets
+    from mambench.harness.check import budgets
 
     (text,) = [text for kind, text in BLOCKS if text.startswith("budgets:")]
     path = tmp_path / "budgets.yaml"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mambench.harness import machine, plan, reproduce, runner, suite
-from mambench.harness.cli_options import parse_duration
+from mambench.harness.cli.options import parse_duration
 from mambench.harness.errors import DeviceBusyError, UsageError
 from mambench.harness.records import Observation, observation_id
 from mambench.harness.spec import Device, DeviceKind, Outcome
@@ -157,7 +157,7 @@ def test_a_folder_that_is_no_run_is_refused_untouched(call: Any, tmp_path: Path,
 
 
 def test_calibration_is_asked_for_as_a_suite_too(call: Any, monkeypatch: pytest.MonkeyPatch):
-    from mambench.harness import ceilings
+    from mambench.harness.instruments import ceilings
 
     asked: list[tuple[str, int]] = []
     found = SimpleNamespace(text=lambda: "copy 1 TB/s", to_dict=dict)
@@ -436,7 +436,7 @@ def test_measurements_are_named_on_the_command_line(call: Any):
 def test_completion_offers_measurements_after_a_comma():
     import click
 
-    from mambench.harness.cli_options import settings_options
+    from mambench.harness.cli.options import settings_options
 
     command = click.command()(settings_options(lambda **_: None))
     option = next(p for p in command.params if p.name == "measure")

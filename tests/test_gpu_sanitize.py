@@ -65,7 +65,7 @@ REPORTED = """========= COMPUTE-SANITIZER
 def compiled(tmp_path_factory):
     """Compile the kernels with races, and the hand-over alone, as the sanitizer's child would."""
     pytest.importorskip("triton.experimental.gluon")
-    from mambench.harness.static_record import record
+    from mambench.harness.static.record import record
 
     races, folder = gpu_sanitize.races(), tmp_path_factory.mktemp("kernels")
     found = {}

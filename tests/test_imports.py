@@ -21,8 +21,8 @@ ALLOWED = {
     "reports": (
         "reports",
         *("harness.spec", "harness.records", "harness.store", "harness.errors"),
-        *("harness.analysis", "harness.curves", "harness.verdict", "harness.datasheets"),
-        *("harness.history", "harness.reproduce"),
+        *("harness.analysis", "harness.curves", "harness.verdict", "harness.history"),
+        *("harness.instruments.datasheets", "harness.reproduce"),
     ),
     "harness": ("harness", "implementations", "kernels"),
 }
@@ -32,18 +32,24 @@ HARNESS_EAGER = (
     "implementations.exponentials",
 )
 # These run in the worker only, which exists to import torch.
-WORKER_SIDE = ("harness.worker", "harness.gate", "harness.gate_errors", "harness.memory")
+WORKER_SIDE = (
+    "harness.worker",
+    "harness.gate",
+    "harness.gate_errors",
+    "harness.instruments.memory",
+)
 # Their module-level imports, followed through all of ours, reach neither torch nor triton.
 TORCH_FREE = (
     *("harness.spec", "harness.records", "harness.errors", "harness.plan", "harness.suite"),
     *("harness.registry", "harness.machine", "harness.store", "harness.analysis"),
-    *("harness.runner", "harness.doctor", "harness.progress", "harness.cli_views"),
-    *("harness.cli_options", "harness.reproduce"),
-    *("harness.cli_check", "harness.checking", "harness.check_report", "harness.verdict"),
-    *("harness.side_plan", "harness.simulate"),
-    *("harness.ceilings", "harness.counters", "harness.ncu", "harness.environment"),
-    *("harness.selftest", "harness.selftest_statistics", "harness.selftest_cpu"),
-    *("harness.machine_cache", "harness.selftest_energy", "harness.selftest_cache"),
+    *("harness.runner", "harness.doctor", "harness.progress", "harness.cli.views"),
+    *("harness.cli.options", "harness.reproduce"),
+    *("harness.cli.check", "harness.check.commands", "harness.check.report", "harness.verdict"),
+    *("harness.check.side_plan", "harness.check.simulate"),
+    *("harness.instruments.ceilings", "harness.counters.count", "harness.counters.ncu"),
+    "harness.environment",
+    *("harness.selftest.run", "harness.selftest.statistics", "harness.selftest.cpu"),
+    *("harness.machine_cache", "harness.selftest.energy", "harness.selftest.cache"),
     *("implementations.base", "implementations.cost", "run_bench"),
 )
 TORCH_FREE_PATTERNS = ("reports/*.py", "implementations/ops/*.py", "kernels/**/cost.py")

@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from mambench.harness.pool import Code
 from mambench.harness.spec import Case, Device, DeviceKind, Metric, Outcome, Settings
+from mambench.harness.workers.pool import Code
 
 if TYPE_CHECKING:
-    from mambench.harness.telemetry import Telemetry
-    from mambench.harness.timing import StopRule, Timing
+    from mambench.harness.instruments.telemetry import Telemetry
+    from mambench.harness.instruments.timing import StopRule, Timing
     from mambench.implementations.workload import Workload
 
 DECIDING = "time"  # the measurement without which a case has no result

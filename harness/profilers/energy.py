@@ -1,8 +1,8 @@
-"""Joules of one execution. See `harness.energy`."""
+"""Joules of one execution. See `harness.instruments.energy`."""
 
 import time
 
-from mambench.harness import energy
+from mambench.harness.instruments import energy
 from mambench.harness.profilers.base import CaseProfiler, Context, Measured, Work
 from mambench.harness.profilers.timers import not_capturable
 from mambench.harness.spec import Device, DeviceKind, metrics_of
@@ -49,7 +49,7 @@ class Energy(CaseProfiler):
         return self._on_gpu(context, region_s, ceiling_s)
 
     def _on_gpu(self, context: Context, region_s: float, ceiling_s: float) -> Measured:
-        from mambench.harness.cuda_load import Load
+        from mambench.harness.instruments.cuda_load import Load
 
         known = context.timings.get("time")
         once_s = known.median_s if known else _once_s(context)

@@ -1,11 +1,11 @@
 """Kernels of one execution: how many, their shares, and what Triton made of them.
 
-See `harness.launches`.
+See `harness.instruments.launches`.
 """
 
 from typing import Any
 
-from mambench.harness import launches
+from mambench.harness.instruments import launches
 from mambench.harness.profilers.base import (
     CaseProfiler,
     Context,

@@ -1,6 +1,6 @@
-"""Peak memory of one pass. See `harness.memory`."""
+"""Peak memory of one pass. See `harness.instruments.memory`."""
 
-from mambench.harness import memory, tensor_sizes
+from mambench.harness.instruments import memory, tensor_sizes
 from mambench.harness.profilers.base import CaseProfiler, Context, Measured, Process, Work
 from mambench.harness.spec import Device, DeviceKind, metrics_of
 

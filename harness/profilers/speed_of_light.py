@@ -1,12 +1,13 @@
-"""How near each case comes to what this machine can do at most. See `harness.ceilings`."""
+"""How near each case comes to what this machine can do at most: `harness.instruments.ceilings`."""
 
 from collections.abc import Iterator
 
-from mambench.harness import ceilings, limits
-from mambench.harness.ceilings import Ceilings
 from mambench.harness.errors import MeasurementError
+from mambench.harness.instruments import ceilings
+from mambench.harness.instruments.ceilings import Ceilings
 from mambench.harness.profilers.base import Batch, BatchProfiler, Failed, Measured, Work
 from mambench.harness.spec import Case, Device, Settings, metrics_of
+from mambench.harness.workers import limits
 
 
 class SpeedOfLight(BatchProfiler):

@@ -1,17 +1,18 @@
 """The times of one execution: hot and cold, of a call, of the host.
 
-How samples are taken says `harness.cuda_timing`, `harness.cuda_cold`, `harness.timing` and
-`harness.cpu_cache`. On the CPU the load of the machine is noted before and after.
+How samples are taken says `harness.instruments.cuda_timing`, `harness.instruments.cuda_cold`,
+`harness.instruments.timing` and `harness.instruments.cpu_cache`. On the CPU the load of the machine
+is noted before and after.
 """
 
 from dataclasses import replace
 from typing import Any
 
-from mambench.harness import cpu_cache, telemetry, timing
+from mambench.harness.instruments import cpu_cache, telemetry, timing
+from mambench.harness.instruments.telemetry import ThrottleWatch
+from mambench.harness.instruments.timing import Timing
 from mambench.harness.profilers.base import CaseProfiler, Context, Measured, Work
 from mambench.harness.spec import Device, DeviceKind, metrics_of
-from mambench.harness.telemetry import ThrottleWatch
-from mambench.harness.timing import Timing
 
 # Of the run's sampling time: they answer a second question, and must not double what a run takes.
 SECOND_SHARE = 0.25
@@ -40,7 +41,7 @@ class Time(CaseProfiler):
         """Take samples until the median is known well enough."""
         execute, before = context.execute(), context.telemetry.snapshot()
         if context.device.kind is DeviceKind.CUDA:
-            from mambench.harness import cuda_timing
+            from mambench.harness.instruments import cuda_timing
 
             taken, reusable = cuda_timing.time_gpu(execute, context.rule(), _watch(context))
             if not reusable:
@@ -84,7 +85,7 @@ class ColdTime(CaseProfiler):
         if context.device.kind is DeviceKind.CPU:
             taken = cpu_cache.time_cold(execute, cpu_cache.evictor(), rule)
         else:
-            from mambench.harness import cuda_cold
+            from mambench.harness.instruments import cuda_cold
 
             taken, reusable = cuda_cold.time_cold(
                 execute, rule, _watch(context), not_capturable=not_capturable(context)
@@ -109,7 +110,7 @@ class CallTime(CaseProfiler):
 
     def measure(self, context: Context) -> Measured:
         """Call eagerly on an idle device."""
-        from mambench.harness import cuda_timing
+        from mambench.harness.instruments import cuda_timing
 
         before, rule = context.telemetry.snapshot(), context.rule(SECOND_SHARE)
         taken = cuda_timing.time_calls(context.execute(), rule, _watch(context))
@@ -136,7 +137,7 @@ class HostTime(CaseProfiler):
 
     def measure(self, context: Context) -> Measured:
         """Call eagerly on an idle device, and do not wait for it."""
-        from mambench.harness import cuda_timing
+        from mambench.harness.instruments import cuda_timing
 
         before, rule = context.telemetry.snapshot(), context.rule(SECOND_SHARE)
         taken = cuda_timing.time_host(context.execute(), rule)

@@ -1,9 +1,10 @@
-"""HBM traffic by hardware counters, of all cases in one child process. See `harness.counters`."""
+"""HBM traffic by hardware counters, of all cases in one child process: `harness.counters`."""
 
 from collections.abc import Iterator
 
-from mambench.harness import counters, registry
-from mambench.harness.counters import OVER, Counted
+from mambench.harness import registry
+from mambench.harness.counters import count as counters
+from mambench.harness.counters.count import OVER, Counted
 from mambench.harness.profilers.base import Batch, BatchProfiler, Failed, Measured, Work
 from mambench.harness.spec import Case, Device, DeviceKind, Outcome, metrics_of
 

@@ -8,9 +8,9 @@ a user who has an SSD's inputs must, and this adapter does, before the call: app
 and limits to dt, form g and v, and repeat B and C for every head; after it: add D x and multiply by
 silu(z). Both are compiled by torch into fused kernels, and both are part of the measured time.
 
-`fused_chunk` fails the gate with gradients in 16 bits, and rightly: it sums q dq - k dk, which nearly
-cancel, from the end of the sequence on, after their products' operands were rounded separately
-(docs/experiments.md). In fp32 its gradients are those of the recurrence.
+`fused_chunk` fails the gate with gradients in 16 bits, and rightly: it sums q dq - k dk, which
+nearly cancel, from the end of the sequence on, after their products' operands were rounded
+separately (docs/experiments.md). In fp32 its gradients are those of the recurrence.
 """
 
 from collections.abc import Callable

@@ -29,7 +29,9 @@ SEQLEN = int(os.environ.get("SEQLEN", "8192"))
 os.environ["TRITON_CACHE_AUTOTUNING"] = "1"
 runpy.run_path(str(ROOT / "mambench" / "_start.py"))["load_package"](ROOT / "mambench")
 
-from mambench.harness import ceilings, counters, machine, plan, registry, suite  # noqa: E402
+from mambench.harness import machine, plan, registry, suite  # noqa: E402
+from mambench.harness.instruments import ceilings  # noqa: E402
+from mambench.harness.counters import count as counters  # noqa: E402
 from mambench.harness.spec import Outcome  # noqa: E402
 
 MB = 1e6

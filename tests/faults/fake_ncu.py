@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def child(chosen: dict, request: str, report: str) -> int:
-    """Play `harness.counters_child` without a GPU."""
+    """Play `harness.counters.child` without a GPU."""
     with open(request) as file:
         items = json.load(file)["items"]
     with open(report, "a", buffering=1) as file:

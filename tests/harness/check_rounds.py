@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from mambench.harness.judging import Evidence, Stages
+from mambench.harness.check.judge import Evidence, Stages
+from mambench.harness.check.rounds import Rounds
 from mambench.harness.records import Observation
-from mambench.harness.rounds import Rounds
 from mambench.harness.spec import Case, DType, Family, Outcome, Pass, Problem
 
 NOISE = 0.004

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mambench.harness import cli_views, doctor, machine, registry
+from mambench.harness import doctor, machine, registry
+from mambench.harness.cli import views as cli_views
 from mambench.harness.doctor import Check
 from mambench.harness.spec import Device, Family
 from mambench.implementations.base import Implementation, Variant

@@ -13,8 +13,8 @@ import torch
 
 from mambench.harness import gate, gate_cheats, runner
 from mambench.harness.lock import device_lock
-from mambench.harness.pool import WorkerPool
 from mambench.harness.spec import Outcome
+from mambench.harness.workers.pool import WorkerPool
 
 FAULTS = Path(__file__).parent.parent / "faults"
 

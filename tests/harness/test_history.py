@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from mambench.harness import history
-from mambench.harness.cli_history import make
+from mambench.harness.cli.history import make
 from mambench.harness.errors import RunFolderError, UsageError
 from mambench.harness.history import Entry
 from mambench.harness.records import Observation

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mambench.harness import counters
-from mambench.harness.counters import Counted, Request
+from mambench.harness.counters import count as counters
+from mambench.harness.counters.count import Counted, Request
 from mambench.harness.profilers import catalog
 from mambench.harness.profilers.base import Batch, Failed, Measured, Work
 from mambench.harness.profilers.traffic import Traffic

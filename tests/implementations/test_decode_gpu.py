@@ -7,10 +7,8 @@ from mambench.harness import gate, machine, registry
 from mambench.harness.spec import Case, Device, DType, Family, Pass, Problem
 from mambench.implementations.workload import build
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore"),  # other projects' own, while they are imported and compile
-]
+# What other projects warn of while they are imported and compile is theirs.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 
 OPS = ("selective_scan", "ssd", "naive_recurrence", "flash_attention")
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from mambench.harness.static_binary import Binary
-from mambench.harness.static_record import record
+from mambench.harness.static.binary import Binary
+from mambench.harness.static.record import record
 
 Binaries = Callable[..., dict[str, Binary]]
 

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from mambench.harness.static_record import record
+from mambench.harness.static.record import record
 
 FP32 = torch.float32
 _SHUFFLE = re.compile(r"shfl\.sync\.bfly\.b32\s+(%\w+),")

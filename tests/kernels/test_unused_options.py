@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
-from mambench.harness.static_record import record
+from mambench.harness.static.record import record
 
 FP32 = torch.float32
 POINTERS = ("D_ptr", "z_ptr", "bias_ptr", "seq_ptr", "kept_ptr", "checkpoints_ptr")

@@ -10,10 +10,10 @@ import pytest
 from mambench.harness import runner
 from mambench.harness.lock import device_lock
 from mambench.harness.plan import Plan
-from mambench.harness.pool import WorkerPool
 from mambench.harness.records import Observation
 from mambench.harness.spec import Outcome
 from mambench.harness.store import RunFolder
+from mambench.harness.workers.pool import WorkerPool
 
 FAULTS = Path(__file__).parents[2] / "faults"
 _SPEC = importlib.util.spec_from_file_location("planning", FAULTS / "planning.py")

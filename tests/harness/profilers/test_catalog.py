@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from mambench.harness import counters, machine, registry, suite
+from mambench.harness import machine, registry, suite
+from mambench.harness.counters import count as counters
 from mambench.harness.errors import PluginError, UsageError
 from mambench.harness.plan import make_plan
 from mambench.harness.profilers import catalog

@@ -34,8 +34,8 @@ class Usage:
 
 def usage(family, dtype, d_state, config, arch, *, gated=True):
     """Compile the kernel of a family for an architecture, as launched, and return its Usage."""
-    from mambench.harness.static_binary import Binary
-    from mambench.harness.static_record import record
+    from mambench.harness.static.binary import Binary
+    from mambench.harness.static.record import record
 
     call = functools.partial(
         update, family=family, dtype=dtype, d_state=d_state, config=config, gated=gated

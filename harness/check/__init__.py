@@ -1,0 +1,1 @@
+"""Two versions of code, measured side by side and judged."""

@@ -1,0 +1,1 @@
+"""The command line's parts: commands, option types, what they print."""

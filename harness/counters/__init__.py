@@ -1,0 +1,1 @@
+"""HBM traffic by hardware counters, in a child process under Nsight Compute."""

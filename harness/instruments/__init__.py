@@ -1,0 +1,1 @@
+"""What measures one execution, and what the machine can do at most."""

@@ -1,0 +1,1 @@
+"""Proof on this machine that the instrument is right."""

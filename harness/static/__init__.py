@@ -1,0 +1,1 @@
+"""Kernels judged without a GPU, by what their binaries take."""
