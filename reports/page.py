@@ -25,6 +25,7 @@ import jinja2
 from mambench.harness import analysis, reproduce
 from mambench.harness.spec import METRICS, DeviceKind, Outcome, Settings
 from mambench.reports import (
+    beside,
     figures,
     machines,
     names,
@@ -86,10 +87,22 @@ def write_atomically(path: Path, text: str) -> None:
 
 def render(report: Report) -> str:
     """Return the page."""
+    fork = beside.worthwhile(len(report.rows))
+    with beside.making(lambda: _json(_numbers(report)), fork=fork) as numbers:
+        summaries, shared = summary.summarise(report), machines.shared(report)
+        others = _json(_others(report))
+        html = _page(report, summaries, shared, lambda: numbers()[:-1] + b"," + others[1:])
+    return _smaller(html)
+
+
+def _page(
+    report: Report,
+    summaries: Sequence[summary.SliceSummary],
+    shared: Sequence[machines.Shared],
+    data: Callable[[], bytes],
+) -> str:
     script = (HERE / "assets" / "report.js").read_text(encoding="utf-8")
-    looks = styles(report.implementations)
-    summaries, shared = summary.summarise(report), machines.shared(report)
-    return _smaller(
+    return (
         environment()
         .get_template("report.html.j2")
         .render(
@@ -103,14 +116,14 @@ def render(report: Report) -> str:
             verdicts=verdicts.load(report.analysis.runs),
             environment=rows.environment(report.analysis.runs),
             metrics=METRICS,
-            looks=looks,
+            looks=styles(report.implementations),
             css=stylesheet(),
             script=script,
             early=EARLY,
             still=_still(report),
             static_most=STATIC,
             policy=_policy(script),
-            payload=packing.compressed(json.dumps(payload(report), separators=(",", ":")).encode()),
+            payload=lambda: packing.compressed(data()),
             plotly=base64.b64encode((HERE / "assets" / PLOTLY).read_bytes()).decode(),
         )
     )
@@ -139,12 +152,26 @@ def _rows(report: Report, trace: figures.Figure) -> list[Row]:
 
 def payload(report: Report) -> dict[str, Any]:
     """Return everything the page's script needs, as plain JSON values."""
-    looks = styles(report.implementations)
+    return _numbers(report) | _others(report)
+
+
+def _json(values: Any) -> bytes:
+    return json.dumps(values, separators=(",", ":")).encode()
+
+
+def _numbers(report: Report) -> dict[str, Any]:
+    """Return what is of each row: half of the work that a page is."""
     return {
         "columns": {
             name: packing.repeated(values) for name, values in columns(report.rows).items()
         },
         "notes": {name: packing.repeated(values) for name, values in notes(report.rows).items()},
+    }
+
+
+def _others(report: Report) -> dict[str, Any]:
+    looks = styles(report.implementations)
+    return {
         "slices": [_slice(report, part, looks) for part in report.slices],
         "looks": {name: [look.light, look.dark, look.dash] for name, look in looks.items()},
         "runs": {
