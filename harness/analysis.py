@@ -28,6 +28,7 @@ from mambench.harness.spec import METRICS, Case, DeviceKind, Outcome, digest
 from mambench.harness.store import RunFolder
 
 ROUNDS_FOR_INTERVAL = 5
+LAUNCH_GAPS = "timed by eager calls, gaps between launches included"  # begins such a flag
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _TAGS = tuple(metric.tag for metric in METRICS)
 _MODELLED = tuple(metric.tag for metric in METRICS if metric.modelled)
@@ -146,6 +147,11 @@ class Result:
     def value(self, tag: str) -> float | None:
         """Return a metric by its tag, None where it is missing."""
         return self.values.get(tag) if tag not in _OWN_FIELDS else getattr(self, tag)
+
+    @property
+    def launch_gaps(self) -> bool:
+        """Whether the time holds gaps between launches: it is more than what the GPU worked."""
+        return any(flag.startswith(LAUNCH_GAPS) for flag in self.flags)
 
     @property
     def flop_per_s(self) -> float | None:
@@ -477,7 +483,7 @@ def _suspicions(observation: Observation) -> list[str]:
         found.append(f"the device was slowed down: {names}")
     if observation.method == "events" and observation.details.get("launch_gaps", True):
         reason = observation.details.get("not_captured") or "no graph could be captured"
-        found.append(f"timed by eager calls, gaps between launches included: {reason}")
+        found.append(f"{LAUNCH_GAPS}: {reason}")
     return found
 
 

@@ -34,6 +34,7 @@ class Chart:
     format: Callable[[float | None], str]
     binary: bool = False
     interval: tuple[str, str] | None = None
+    decode_note: str | None = None  # of a pass that makes one token whatever L, if it differs
 
 
 def _tokens(value: float | None) -> str:
@@ -76,6 +77,7 @@ CHARTS = (
         metric="time_per_token_s",
         axis="time per token",
         note="flat where time grows in proportion to L",
+        decode_note="flat where time does not depend on L",
         format=units.seconds,
     ),
     Chart(
@@ -128,6 +130,9 @@ CHARTS = (
         format=_per_joule,
     ),
 )
+# What is made from the time, and so from the gaps between launches that it may hold.
+TIMED = ("time_s", "tokens_per_s", "time_per_token_s", "sol_frac", "call_ratio", "flop_rate")
+HOLLOW = "Hollow: gaps between launches are in the time."
 SEQLEN_AXIS = "sequence length L (1K = 1,024 tokens)"
 STATE_AXIS = "state size N (d_state)"
 

@@ -184,10 +184,12 @@ def _others(report: Report) -> dict[str, Any]:
             for run in report.analysis.runs
         },
         "charts": [
-            [chart.name, chart.title, chart.metric, chart.note, chart.interval]
+            [chart.name, chart.title, chart.metric, chart.note, chart.interval, chart.decode_note]
             for chart in figures.CHARTS
         ],
         "derived": rows.DERIVED,
+        "gaps": analysis.LAUNCH_GAPS,
+        "timed": figures.TIMED,
         "machines": {
             dtype: [vars(machine) for machine in machines.describe(report, dtype)]
             for dtype in sorted({part.key.dtype for part in report.slices})

@@ -1,10 +1,11 @@
 """Static charts for READMEs and papers: the page's figures as SVG, light and dark in one file."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 
@@ -38,11 +39,21 @@ class Curve:
     open: bool
     marker: str
     dash: str  # SVG's stroke-dasharray
+    gaps: tuple[bool, ...]  # by point, whether gaps between launches are in it
 
     @property
     def shapes(self) -> list[str]:
-        """Path of the marker at each point."""
-        return [_marker(self.marker, x, y) for x, y in self.points]
+        """Path of the marker at each point that has no gaps."""
+        return self._shapes(gaps=False)
+
+    @property
+    def hollow(self) -> list[str]:
+        """Path of the marker at each point that has."""
+        return self._shapes(gaps=True)
+
+    def _shapes(self, *, gaps: bool) -> list[str]:
+        points = zip(self.points, self.gaps, strict=True)
+        return [_marker(self.marker, x, y) for (x, y), has in points if has is gaps]
 
 
 def chart(
@@ -54,6 +65,7 @@ def chart(
     """
     figure = figures.resolve(figures.over_length(report, part, kind), report.rows)
     layout = figure["layout"]
+    curves = _curves(figure, styles(report.implementations), _gaps(report, kind))
     ticks = {name: _ticks(layout[name], name) for name in ("xaxis", "yaxis")}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -70,11 +82,18 @@ def chart(
         subtitle=f"{part.device}: {part.title}",
         axes=(layout["xaxis"]["title"]["text"], layout["yaxis"]["title"]["text"]),
         ticks=ticks,
-        curves=_curves(figure, styles(report.implementations)),
+        curves=curves,
+        note=figures.HOLLOW if any(curve.hollow for curve in curves) else "",
     )
 
 
-def _curves(figure: Figure, looks: Any) -> list[Curve]:
+def _gaps(report: Report, kind: Chart) -> Sequence[bool]:
+    """Return of each row whether gaps between launches are in what a chart shows."""
+    timed = kind.metric in figures.TIMED
+    return [timed and row.result.launch_gaps for row in report.rows]
+
+
+def _curves(figure: Figure, looks: Any, gaps: Sequence[bool]) -> list[Curve]:
     layout = figure["layout"]
     lines = [trace for trace in figure["data"] if not trace["meta"].get("failure")]
     placed = [
@@ -95,6 +114,7 @@ def _curves(figure: Figure, looks: Any) -> list[Curve]:
             open=trace["marker"]["symbol"].endswith("-open"),
             marker=trace["marker"]["symbol"].removesuffix("-open"),
             dash=_DASHES[trace["line"]["dash"]],
+            gaps=tuple(gaps[index] for index in cast("Sequence[int]", trace["customdata"])),
         )
         for rank, (trace, points, height) in enumerate(zip(lines, placed, heights, strict=True))
     ]

@@ -189,6 +189,9 @@
     });
     return { data: traces.filter((trace) => trace.rows.length), layout: entry.layouts[name] };
   };
+  // Where gaps between launches are in the time, what is made of it has hollow points.
+  const gaps = (row) => value("flags", row).some((flag) => flag.startsWith(data.gaps));
+  const hollow = (symbol) => (symbol.endsWith("-open") ? `${symbol}-dot` : `${symbol}-open`);
   const resolve = (trace, width) => {
     if (trace.meta.roof) {
       return { ...trace, hoverinfo: "name", line: { ...trace.line, color: css("soft") }, hoverlabel: { namelength: -1 } };
@@ -207,7 +210,13 @@
     } else {
       made.line = { ...trace.line, color: tint };
       made.marker.color = tint;
-      made.marker.line = { color: trace.marker.symbol.endsWith("-open") ? tint : css("page"), width: trace.marker.symbol.endsWith("-open") ? 2 : 1 };
+      const open = trace.marker.symbol.endsWith("-open");
+      made.marker.line = { color: open ? tint : css("page"), width: open ? 2 : 1 };
+      const marked = data.timed.includes(trace.y.column) && !trace.meta.reference ? trace.rows.map(gaps) : [];
+      if (marked.some(Boolean)) {
+        made.marker.symbol = marked.map((has) => (has ? hollow(trace.marker.symbol) : trace.marker.symbol));
+        made.marker.line = { color: marked.map((has) => (has || open ? tint : css("page"))), width: marked.map((has) => (has || open ? 2 : 1)) };
+      }
     }
     if (trace.interval) {
       const [low, high] = trace.interval;
@@ -221,7 +230,7 @@
   };
   const axisLook = (axis) => ({
     ...axis, title: axis.title ? { ...axis.title, standoff: 12 } : undefined, gridcolor: css("grid"), zeroline: false, linecolor: css("line"),
-    automargin: true, tickfont: { color: css("soft") }, showline: true, ticks: "", minor: { showgrid: false },
+    automargin: !axis.ticktext, tickfont: { color: css("soft") }, showline: true, ticks: "", minor: { showgrid: false },
   });
   const layoutOf = (figure) => {
     const layout = { ...figure.layout };
@@ -231,9 +240,11 @@
       const every = Math.ceil(layout.xaxis.tickvals.length / 5);
       for (const key of ["tickvals", "ticktext"]) layout.xaxis[key] = layout.xaxis[key].filter((_, i) => i % every === 0);
     }
+    // To measure labels is dear, and how long the written ones are is known.
+    const longest = Math.max(0, ...(layout.yaxis.ticktext || []).map((text) => text.length));
     return {
       ...layout, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest", dragmode: "zoom",
-      margin: { l: 64, r: 28, t: 22, b: 52 }, font: { family: font, size: 12.5, color: css("ink") },
+      margin: { l: Math.max(64, 44 + 7 * longest), r: 28, t: 22, b: 52 }, font: { family: font, size: 12.5, color: css("ink") },
     };
   };
 
@@ -370,13 +381,14 @@
       part.classList.remove("later");
     });
     document.querySelectorAll("[data-group]").forEach((part) => { part.hidden = part.dataset.group !== group(state.slice); });
+    $("hollow").hidden = !state.slice.rows.some(gaps);
     const lengths = state.slice.over_length.find((entry) => entry.d_state === state.d_state) || state.slice.over_length[0];
     for (const chart of data.charts) {
-      const [name, title, , note] = chart, card = cards.get(name);
+      const [name, title, , note, , ofDecode] = chart, card = cards.get(name);
       card.spec = overLength(lengths, chart);
       card.figure.hidden = !card.spec;
       if (!card.spec) continue;
-      card.note.textContent = note;
+      card.note.textContent = (state.slice.pass === "decode" && ofDecode) || note;
       describe(card, `${title} against sequence length`);
       draw(card);
     }

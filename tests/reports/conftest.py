@@ -340,6 +340,19 @@ def other_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def gaps_run(tmp_path_factory):
+    """A run in which some forward passes of both SSD implementations could not be captured."""
+    asked = (Pass.FORWARD, Family.SSD)
+    planted = [
+        replace(o, method="events")
+        if (o.case.pass_, o.case.problem.family) == asked and o.case.problem.seqlen > 1024
+        else o
+        for o in gpu_observations()
+    ]
+    return write_run(tmp_path_factory.mktemp("gaps") / "gaps-run", planted)
+
+
+@pytest.fixture(scope="session")
 def kernels():
     return KERNELS
 

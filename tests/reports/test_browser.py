@@ -302,6 +302,32 @@ def test_a_point_shows_where_it_comes_from(open_page, full_page, both):
     assert tab.errors == []
 
 
+def test_points_with_gaps_between_launches_are_hollow(open_page, gaps_run, tmp_path):
+    tab = open_page(reports.build([gaps_run], tmp_path / "report.html"))
+    rendered(tab)
+    found = tab.evaluate(
+        "() => [...document.querySelectorAll('.card:not([hidden])')].map(c => "
+        "[c.querySelector('figcaption').textContent, c.querySelector('.plot').data"
+        ".filter(t => t.meta.series && !t.meta.failure)"
+        ".map(t => [t.meta.series, Array.from(t.x), t.marker.symbol])])"
+    )
+    (time,) = [traces for title, traces in found if title.startswith("Timemedian")]
+    (memory,) = [traces for title, traces in found if title.startswith("Peak memory")]
+    symbols = {name: symbol for name, _, symbol in time}
+    lengths = {name: x for name, x, _ in time}
+    for name, own, other in (
+        ("ssd", "diamond", "diamond-open"),
+        ("naive_recurrence · ssd", "cross-open", "cross-open-dot"),
+    ):
+        assert symbols.pop(name) == [other if n > 1024 else own for n in lengths[name]]
+    assert all(isinstance(symbol, str) for symbol in symbols.values())
+    assert all(isinstance(symbol, str) for _, _, symbol in memory)
+    assert tab.locator("#hollow").is_visible()
+    tab.locator("label", has_text="training").click()
+    assert not tab.locator("#hollow").is_visible()
+    assert tab.errors == []
+
+
 def test_axe_finds_no_violation_in_light_nor_dark(open_page, full_page):
     axe = pytest.importorskip("axe_core_python.sync_playwright").Axe()
     # The page's own policy forbids foreign scripts, axe's among them.

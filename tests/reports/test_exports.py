@@ -12,7 +12,7 @@ import pytest
 from mambench import reports
 from mambench.harness import analysis
 from mambench.harness.errors import UsageError
-from mambench.reports import export, markdown, readme, rows, svg, text, units
+from mambench.reports import export, figures, markdown, readme, rows, svg, text, units
 
 HOSTILE_ESCAPE = "\x1b[31mred\x07"
 
@@ -114,12 +114,28 @@ def test_chart_is_well_formed_and_regenerates_equal(gpu_report, hostile_run):
     assert not list(root.iter("{http://www.w3.org/2000/svg}script"))
 
 
+def test_points_with_gaps_between_launches_are_hollow_where_the_time_is_drawn(gaps_run):
+    report = rows.make(analysis.load([gaps_run]))
+    part = report.slices[0]
+    drawn = svg.chart(report, part)
+    marked = [row for row in part.rows if row.result.launch_gaps]
+    assert {row.series.implementation for row in marked} == {"ssd", "naive_recurrence"}
+    assert figures.HOLLOW in drawn
+    assert drawn.count(' hollow"') == 2
+    memory = next(chart for chart in figures.CHARTS if chart.name == "memory")
+    drawn = svg.chart(report, part, memory)
+    assert figures.HOLLOW not in drawn
+    assert ' hollow"' not in drawn
+
+
 def test_chart_points_are_where_the_numbers_are(gpu_report):
     part = gpu_report.slices[0]
     figure = svg.figures.resolve(
         svg.figures.over_length(gpu_report, part, svg.figures.CHARTS[0]), gpu_report.rows
     )
-    curves = svg._curves(figure, svg.styles(gpu_report.implementations))
+    curves = svg._curves(
+        figure, svg.styles(gpu_report.implementations), [False] * len(gpu_report.rows)
+    )
     times = {t["name"]: t["y"] for t in figure["data"] if not t["meta"].get("failure")}
     for curve in curves:
         heights = [-y for _, y in curve.points]

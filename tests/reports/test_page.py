@@ -209,6 +209,12 @@ def test_embedded_quantiles_are_those_of_the_results(report):
             ]
 
 
+def test_time_per_token_is_read_otherwise_where_one_token_is_made(report):
+    (chart,) = [c for c in page.payload(report)["charts"] if c[0] == "per_token"]
+    assert "in proportion" in chart[3]
+    assert "does not depend on L" in chart[5]
+
+
 def test_the_first_chart_is_there_as_a_picture_in_the_pages_colours(report, html):
     still = html[html.index('<svg xmlns="http://www.w3.org/2000/svg" class="still"') :]
     still = still[: still.index("</svg>")]
