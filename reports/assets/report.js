@@ -35,7 +35,8 @@
     while (Math.abs(value) >= 1023.5 && power < 5) { value /= 1024; power += 1; }
     return `${power ? digits(value) : Math.round(value)} ${units[power]}`;
   };
-  const count = (value) => value === null || value === undefined ? MISSING : Math.round(value).toLocaleString("en-US");
+  // Without toLocaleString, whose first call takes as long as a chart.
+  const count = (value) => value === null || value === undefined ? MISSING : String(Math.round(value)).replace(/\B(?=(\d{3})+$)/g, ",");
   const seconds = (value) => si(value, "s");
   const SUFFIXES = { _hz: "Hz", _s: "s", _w: "W", _j: "J", _c: "°C" };
   // A number with the unit that its dotted key names.
@@ -230,7 +231,8 @@
   };
   const axisLook = (axis) => ({
     ...axis, title: axis.title ? { ...axis.title, standoff: 12 } : undefined, gridcolor: css("grid"), zeroline: false, linecolor: css("line"),
-    automargin: !axis.ticktext, tickfont: { color: css("soft") }, showline: true, ticks: "", minor: { showgrid: false },
+    // To measure labels is dear, and how long the written ones are is known.
+    automargin: !axis.ticktext, ticklabeloverflow: "allow", tickfont: { color: css("soft") }, showline: true, ticks: "", minor: { showgrid: false },
   });
   const layoutOf = (figure) => {
     const layout = { ...figure.layout };
@@ -240,7 +242,6 @@
       const every = Math.ceil(layout.xaxis.tickvals.length / 5);
       for (const key of ["tickvals", "ticktext"]) layout.xaxis[key] = layout.xaxis[key].filter((_, i) => i % every === 0);
     }
-    // To measure labels is dear, and how long the written ones are is known.
     const longest = Math.max(0, ...(layout.yaxis.ticktext || []).map((text) => text.length));
     return {
       ...layout, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest", dragmode: "zoom",
