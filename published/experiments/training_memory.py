@@ -1,10 +1,10 @@
-"""Peak memory, GPU time and gradients of training steps, ours beside mamba_ssm's. Run from the repository root on one H100:
+"""Peak memory, GPU time and gradients of training steps, ours beside mamba_ssm's, on one H100.
 
-    PYTHONPATH=/tmp/peers python3 /path/gpu_trainmem.py        (or with .peers/peers_site.tar.xz carried: unpacked to /tmp/peers)
+    python3 published/experiments/training_memory.py [PART ...]   # from the repository root, with mamba_ssm importable
 
 About 150 s (LIMIT, seconds, ends it earlier): processes beside each other compile first, for up to 60 s. Writes
 $OUT/training-memory.json as it goes; the tables come last (and once before mamba_ssm's SSD, which autotunes). Every part
-survives the failure of another. Parts (argv, all by default): memory ours-time errors peers variants peers-ssd
+survives the failure of another. Parts, all by default: memory ours-time errors peers variants peers-ssd
 """
 import gc, json, os, runpy, subprocess, sys, time, traceback
 from pathlib import Path
