@@ -181,14 +181,15 @@ def unjoined(not_captured: str | None) -> str | None:
 
 def require_stream_order(
     execute: Callable[[], Sequence[Tensor]],
-    altered: AbstractContextManager[None],
+    altered: Callable[[], AbstractContextManager[None]],
     inputs: Iterable[Tensor],
 ) -> None:
     """Reject a call that does not see what was written on its stream just before it.
 
     The stream is held, the inputs are altered on it, and the call is made: work on another stream
     that waits for nothing reads the inputs as they were. Streams that are forked from ours and
-    joined again wait as ours does. The call is then made again with the device idle.
+    joined again wait as ours does. The call is then made again with the device idle. All of it is
+    done once before: to load a kernel CUDA may wait for the device, and so for the held stream.
     """
     owned = {_storage(tensor) for tensor in inputs}
 
@@ -200,9 +201,11 @@ def require_stream_order(
         torch.cuda.synchronize()
         return [Sketch.of(tensor) for tensor in results if is_judged(tensor)]
 
+    with altered():
+        execute()
     torch.cuda.synchronize()
     hold_stream()
-    with altered:
+    with altered():
         held = sketches()
         free = sketches()
     torch.cuda.synchronize()

@@ -135,7 +135,7 @@ def test_work_that_waits_for_its_stream_is_in_order(monkeypatch: pytest.MonkeyPa
         queue.put(lambda: out.copy_(2 * queue.inputs + 1))
         return [out, queue.inputs, torch.ones(3, dtype=torch.int32), torch.empty(0)]
 
-    gate_cheats.require_stream_order(execute, queue.altered(), [queue.inputs])
+    gate_cheats.require_stream_order(execute, queue.altered, [queue.inputs])
     assert torch.equal(queue.inputs, before)
 
 
@@ -143,7 +143,7 @@ def test_work_on_a_stream_that_does_not_wait_is_caught(monkeypatch: pytest.Monke
     queue = Queue(monkeypatch)
     with pytest.raises(gate_cheats.RejectedError, match="work left on another stream"):
         gate_cheats.require_stream_order(
-            lambda: [2 * queue.inputs + 1], queue.altered(), [queue.inputs]
+            lambda: [2 * queue.inputs + 1], queue.altered, [queue.inputs]
         )
 
 
