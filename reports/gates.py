@@ -38,27 +38,25 @@ def table(path: Path) -> str:
 def _cpu(record: Mapping[str, Any]) -> str:
     checks: list[dict[str, Any]] = record["checks"]
     loads = [load for check in checks for load in check["load_average"]]
+    series: list[list[int]] = record.get("series", [])
+    beside = f" {len(series)} series side by side, each on {record['cores']} cores of its own."
+    idle = max(loads) <= record["cores"]
     said = (
         f"{record['made_at'][:10]}, code {record['commit'][:8]}, a machine of "
-        f"{record['cores']} logical cores; {len(checks)} of {record['asked']} checks, a promise of "
+        f"{record.get('machine_cores', record['cores'])} logical cores; {len(checks)} of "
+        f"{record['asked']} checks, a promise of "
         f"{record['promise_percent']} %. Its load average was {min(loads):.1f} to {max(loads):.1f}"
-        + (": others worked on it meanwhile." if max(loads) > record["cores"] else ".")
+        + ("." if idle or series else ": others worked on it meanwhile.")
+        + (beside if series else "")
         + (f" {escape(record['note'])}" if record.get("note") else "")
     )
-    planted = record["planted"]
-    rows = [
-        _series("equal code", checks),
-        (
-            "SSD computes everything twice",
-            "1",
-            f"{len(planted['regressed'])} cases named",
-            str(planted["exit_code"]),
-            _frac(planted["smallest_seen_frac"]),
-            f"{planted['took_s']:.0f} s",
-        ),
-    ]
-    named = [f"- REGRESSED: {escape(name)}" for name in planted["regressed"]]
-    return "\n".join([said, "", *_markdown(rows), "", *named])
+    planted: Any = record["planted"]
+    found: list[dict[str, Any]] = planted if isinstance(planted, list) else [planted]
+    named = sorted({name for check in found for name in check["regressed"]})
+    rows = [_series("equal code", checks), _series("SSD computes everything twice", found)]
+    return "\n".join(
+        [said, "", *_markdown(rows), "", *(f"- REGRESSED: {escape(name)}" for name in named)]
+    )
 
 
 def _gpu(record: Mapping[str, Any]) -> str:

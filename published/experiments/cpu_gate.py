@@ -5,7 +5,9 @@
 First the machine's noise is calibrated, then comes a check whose head computes everything twice in
 one implementation, and then REPEATS (30) checks of equal code. RECORD (a JSON file) is written anew
 after each, with the machine's load; a record that is there already is continued. LIMIT_S ends the
-series early. Both sides are copies of the repository: no git is needed.
+series early. Both sides are copies of the repository: no git is needed. On a machine with cores to
+spare, several series can run side by side, each pinned to its own (`FIRST=11 taskset -c 8-15 ...`:
+numbers from 11 on); `merge OUT RECORD ...` joins their records.
 """
 
 import json
@@ -18,8 +20,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path.cwd()
-REPEATS = int(sys.argv[1]) if len(sys.argv) > 1 else 30
+MERGE = sys.argv[1:2] == ["merge"]
+REPEATS = int(sys.argv[1]) if len(sys.argv) > 1 and not MERGE else 30
 RECORD = Path(sys.argv[2] if len(sys.argv) > 2 else "cpu-gate.json")
+FIRST = int(os.environ.get("FIRST", "1"))
 LIMIT_S = float(os.environ.get("LIMIT_S", "1e9"))
 SUITE = (
     *("-s", "gate-cpu", "-i", "ssd", "-i", "flash_attention", "--device", "cpu"),
@@ -113,16 +117,34 @@ def begun():
     return {
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "suite": " ".join(SUITE),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
-        "cores": os.cpu_count(),
+        "commit": os.environ.get("MAMBENCH_COMMIT")
+        or subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        or None,
+        "cores": len(os.sched_getaffinity(0)),
+        "machine_cores": os.cpu_count(),
         "promise_percent": PROMISE,
         "asked": REPEATS,
         "checks": [],
     }
 
 
+def merge(paths):
+    """Join the records of series that ran side by side; the first one's calibration stands."""
+    records = [json.loads(Path(path).read_text()) for path in paths]
+    record = records[0]
+    record["series"] = [[len(r["checks"]), r["cores"]] for r in records]
+    record["checks"] = [found for r in records for found in r["checks"]]
+    record["planted"] = [r["planted"] for r in records if "planted" in r]
+    record["asked"] = sum(r["asked"] for r in records)
+    summary(record)
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record["summary"], indent=1))
+
+
 def main():
     """Calibrate, plant, repeat."""
+    if MERGE:
+        return merge(sys.argv[3:])
     record = json.loads(RECORD.read_text()) if RECORD.exists() else begun()
     folder = RECORD.with_suffix("").resolve()
     folder.mkdir(exist_ok=True)
@@ -144,7 +166,7 @@ def main():
         record["planted"] = check(folder, 0, head="planted")
         keep()
         print("planted", json.dumps(record["planted"]), flush=True)
-    for seed in range(len(record["checks"]) + 1, REPEATS + 1):
+    for seed in range(FIRST + len(record["checks"]), FIRST + REPEATS):
         if time.monotonic() - BEGIN > LIMIT_S:
             break
         found = check(folder, seed)

@@ -37,6 +37,16 @@ def test_a_series_on_a_cpu(tmp_path: Path):
     text = gates.table(written(tmp_path / "r.json", quiet))
     assert "1.0 to 2.5. At another priority." in text
     assert "REGRESSED: ssd a_b" in text
+    assert "| SSD computes everything twice | 1 | 1 | 1 x 1 |" in text
+    beside = {
+        **record, "machine_cores": 64, "series": [[2, 2], [1, 2]],
+        "planted": [record["planted"], check(regressed=["ssd c", "ssd a_b"], exit_code=1)],
+    }  # fmt: skip
+    text = gates.table(written(tmp_path / "r.json", beside))
+    assert "a machine of 64 logical cores" in text
+    assert "1.0 to 2.5. 2 series side by side, each on 2 cores of its own." in text
+    assert "| SSD computes everything twice | 2 | 2 | 2 x 1 |" in text
+    assert text.count("REGRESSED: ssd a_b") == text.count("REGRESSED: ssd c") == 1
     record["checks"][1]["regressed"] = ["flash"]
     text = gates.table(written(tmp_path / "r.json", record))
     assert "| equal code | 3 | 1 |" in text
