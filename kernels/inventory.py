@@ -158,6 +158,23 @@ def _ssd_update(draw: Draw) -> None:
     )
 
 
+def _causal_conv(draw: Draw, *, channels_last: bool) -> None:
+    from mambench.kernels.conv.triton_conv import causal_conv1d
+
+    channels, seqlen = 4352 if channels_last else 4096, 2048
+    x = draw(1, seqlen, channels, grad=True) if channels_last else draw(1, channels, seqlen)
+    weight, bias = draw(channels, 4, grad=True), draw(channels, grad=True)
+    draw.backward(causal_conv1d(x.mT if channels_last else x, weight, bias, "silu"))
+
+
+def _rms_norm(draw: Draw, *, gated: bool) -> None:
+    from mambench.kernels.norm.triton_norm import rms_norm
+
+    rows, width = 2048, 4096 if gated else 2048
+    z = draw(rows, width, grad=True) if gated else None
+    draw.backward(rms_norm(draw(rows, width, grad=True), draw(width, grad=True), z))
+
+
 # The portable kernels on every architecture as pinned for bf16; other sizes where most run.
 ENTRIES = (
     Entry(name="s6 triton bf16 N=16", call=_s6_triton),
@@ -166,6 +183,10 @@ ENTRIES = (
     Entry(name="ssd associative bf16 P=64 N=128", call=_associative_ssd),
     Entry(name="s6 update bf16 N=16", call=_s6_update),
     Entry(name="ssd update bf16 P=64 N=128", call=_ssd_update),
+    Entry(name="conv bf16 time", call=lambda draw: _causal_conv(draw, channels_last=False)),
+    Entry(name="conv bf16 channels", call=lambda draw: _causal_conv(draw, channels_last=True)),
+    Entry(name="norm bf16", call=lambda draw: _rms_norm(draw, gated=False)),
+    Entry(name="norm bf16 gated", call=lambda draw: _rms_norm(draw, gated=True)),
     Entry(
         name="s6 triton fp32 N=16",
         call=lambda draw: _s6_triton(draw, dtype=FP32),

@@ -1,0 +1,1 @@
+"""Causal depthwise convolution with SiLU: the short filter of both Mamba blocks."""

@@ -1,0 +1,1 @@
+"""RMS normalisation, with or without a SiLU gate before it."""
