@@ -21,11 +21,10 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from mambench.harness.records import Observation
 from mambench.harness.spec import METRICS, Case, DeviceKind, Outcome, digest
-from mambench.harness.store import RunFolder
 
 ROUNDS_FOR_INTERVAL = 5
 LAUNCH_GAPS = "timed by eager calls, gaps between launches included"  # begins such a flag
@@ -189,32 +188,52 @@ class Analysis:
 
 
 def load(run_folders: Sequence[Path]) -> Analysis:
-    """Read run folders and fold them. Raises RunFolderError where one is not a sound run folder."""
-    loaded: list[tuple[Run, Sequence[Observation], Mapping[str, Any]]] = []
-    for path in run_folders:
-        folder = RunFolder.open(Path(path))
-        run = make_run(folder.manifest, Path(path), notes=folder.warnings)
-        loaded.append((run, folder.observations(), folder.manifest))
-    return combine(loaded)
+    """Read run folders and fold them, large ones in two processes.
+
+    Raises RunFolderError where one is not a sound run folder.
+    """
+    from mambench.harness import loading  # which folds by what is below
+
+    return cast("Analysis", loading.load(run_folders))
 
 
-def combine(
-    loaded: Sequence[tuple[Run, Sequence[Observation], Mapping[str, Any]]],
-) -> Analysis:
-    """Fold (run, observations, manifest) of several runs; runs of one source are pooled."""
-    by_source: dict[str, list[tuple[Run, Sequence[Observation], Mapping[str, Any]]]] = {}
+Content = TypeVar("Content")
+Loaded = tuple[Run, Content, Mapping[str, Any]]  # a run, what its folder holds, and its manifest
+
+
+def combine(loaded: Sequence[Loaded[Sequence[Observation]]]) -> Analysis:
+    """Fold the observations of several runs; runs of one source are pooled."""
+    by_source = pooled(loaded)
+    folded = {
+        key: fold([(run.run_id, o) for run, observations, _ in entries for o in observations], key)
+        for key, entries in by_source.items()
+    }
+    return assembled(by_source, folded)
+
+
+def pooled(loaded: Sequence[Loaded[Content]]) -> dict[str, list[Loaded[Content]]]:
+    """Return the runs by source, in the order that they were begun in, each once."""
+    by_source: dict[str, list[Loaded[Content]]] = {}
     seen: set[str] = set()
     for entry in sorted(loaded, key=lambda entry: (entry[0].created_at, entry[0].run_id)):
         if entry[0].run_id not in seen:  # a folder that was named twice
             seen.add(entry[0].run_id)
             by_source.setdefault(entry[0].source, []).append(entry)
+    return by_source
+
+
+def assembled(
+    by_source: Mapping[str, Sequence[Loaded[Any]]], folded: Mapping[str, Sequence[Result]]
+) -> Analysis:
+    """Return the analysis of each source's folded results and of what was planned beside them."""
     results: list[Result] = []
     for key, entries in by_source.items():
-        tagged = [(run.run_id, o) for run, observations, _ in entries for o in observations]
         planned: list[Mapping[str, Any]] = []
         for _, _, manifest in entries:
             planned += manifest.get("plan") or []
-        results += fold(tagged, source=key, planned=planned, run_id=entries[-1][0].run_id)
+        known = {result.case for result in folded[key]}
+        results += folded[key]
+        results += _unmeasured(planned, known, key, entries[-1][0].run_id)
     sources = [
         _make_source(key, [run for run, _, _ in entries]) for key, entries in by_source.items()
     ]
@@ -270,20 +289,13 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def fold(
-    observations: Iterable[tuple[str, Observation]],
-    *,
-    source: str,
-    planned: Iterable[Mapping[str, Any]] = (),
-    run_id: str = "",
-) -> list[Result]:
-    """Return one result per case of (run id, observation) pairs, then planned cases without any."""
+def fold(observations: Iterable[tuple[str, Observation]], source: str) -> list[Result]:
+    """Return one result per case of (run id, observation) pairs, in the order of their first."""
     # By the case itself: making its case_id is the dearer of the two by far.
     grouped: dict[Case, list[tuple[str, Observation]]] = defaultdict(list)
     for entry in observations:
         grouped[entry[1].case].append(entry)
-    results = [_fold_case(source, entries) for entries in grouped.values()]
-    return results + _unmeasured(planned, set(grouped), source, run_id)
+    return [_fold_case(source, entries) for entries in grouped.values()]
 
 
 def median_interval(

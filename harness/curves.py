@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from mambench.harness.analysis import ROUNDS_FOR_INTERVAL, Result
+from mambench.harness.analysis import ROUNDS_FOR_INTERVAL, Result, quantile
 
 DRAWS = 2000
 LEVEL = 0.95
@@ -110,8 +110,8 @@ def speedup(result: Result, baseline: Result, *, seed: int = 0) -> Speedup | Non
     if min(len(ours), len(theirs)) < 5:
         return Speedup(ratio=ratio, low=None, high=None)
     above, below = _draw_medians((theirs, ours), seed)
-    ratios = above / below
-    low, high = np.quantile(ratios, _tails())
+    ratios = np.sort(above / below)
+    low, high = (quantile(ratios, at) for at in _tails())
     return Speedup(ratio=ratio, low=float(low), high=float(high))
 
 
@@ -254,8 +254,8 @@ def _crossover_interval(
     with np.errstate(divide="ignore", invalid="ignore"):
         at = np.exp(x[last] + (x[last + 1] - x[last]) * before / (before - after))
     outside = np.where(difference[-1] < 0, 0.0, np.inf)
-    draws = np.where(changes.any(axis=0), at, outside)
-    low, high = np.quantile(draws, _tails(), method="nearest")
+    draws = np.sort(np.where(changes.any(axis=0), at, outside))
+    low, high = (draws[round(tail * (DRAWS - 1))] for tail in _tails())
     return float(low), float(high)
 
 
@@ -265,7 +265,8 @@ def _draw_medians(points: Sequence[Sequence[float]], seed: int) -> Array:
     medians = np.empty(below.shape)
     for i, samples in enumerate(points):
         ordered = np.sort(np.asarray(samples))
-        medians[i] = np.diff(ordered)[below[i]] * share[i] + ordered[below[i]]
+        steps = ordered[1:] - ordered[:-1]
+        medians[i] = steps[below[i]] * share[i] + ordered[below[i]]
     return medians
 
 

@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -54,6 +54,7 @@ class RunFolder:
         self.path = path
         self.manifest = manifest
         self.warnings: list[str] = []
+        self.lines: list[bytes] = []  # of `unparsed`: each observation's, without its newline
         self._observations: list[Observation] = []
         self._index: dict[Key, Observation] | None = None
         self._descriptor: int | None = None
@@ -92,14 +93,30 @@ class RunFolder:
         if for_append:
             folder._open_for_append()
         try:
-            found, sound_bytes = folder._read_results()
+            sound_bytes = folder._read_lines()
+            folder._observations = folder.parsed(range(len(folder.lines)))
             if for_append:
                 folder._repair(sound_bytes)
         except BaseException:
             folder.close()
             raise
-        folder._observations = found
+        folder.lines = []
         return folder
+
+    @classmethod
+    def unparsed(cls, path: Path) -> Self:
+        """Read a folder as `open` does, but leave its lines for `parsed`."""
+        folder = cls(path, _read_manifest(path))
+        folder._read_lines()
+        return folder
+
+    def parsed(self, indices: Iterable[int]) -> list[Observation]:
+        """Return the observations of some lines of a folder that was read by `unparsed`.
+
+        Raises RunFolderError, naming file and line, for the first that is not one.
+        """
+        path, cases = self.path / RESULTS, Cases()
+        return [_parse(path, index + 1, self.lines[index], cases) for index in indices]
 
     def observations(self) -> list[Observation]:
         """Return all observations in the order they were made; later ones win over earlier ones."""
@@ -160,8 +177,8 @@ class RunFolder:
                 f"{path} is being written by another process: wait for that run to end."
             ) from None
 
-    def _read_results(self) -> tuple[list[Observation], int]:
-        """Return the observations and the length in bytes of the part that holds them."""
+    def _read_lines(self) -> int:
+        """Read the lines and return the length in bytes of the part that holds them."""
         path = self.path / RESULTS
         try:
             content = path.read_bytes()
@@ -169,14 +186,13 @@ class RunFolder:
             raise RunFolderError(f"{path} cannot be read: {error.strerror}.") from error
         lines = content.split(b"\n")
         torn = lines.pop()  # empty if the file ends with a newline
-        cases: Cases = {}
-        found = [_parse(path, number, line, cases) for number, line in enumerate(lines, start=1)]
+        self.lines = lines
         if torn:
             self.warnings.append(
                 f"{path}, line {len(lines) + 1}: dropped a torn last line ({len(torn)} bytes); "
                 f"its case will be measured again on resume."
             )
-        return found, len(content) - len(torn)
+        return len(content) - len(torn)
 
     def _repair(self, sound_bytes: int) -> None:
         assert self._descriptor is not None

@@ -17,11 +17,45 @@ SIGNIFICANT = 7
 NOTED = 4  # of what only stands beside a measurement
 
 
-def number(value: Any) -> Any:
-    """Return a value with as many digits as are embedded; what JSON cannot hold is None."""
-    if isinstance(value, float):
-        return float(f"{value:.{SIGNIFICANT}g}") if math.isfinite(value) else None
-    return value
+def numbers(values: list[Any]) -> list[Any]:
+    """Return a column whose floats have the embedded digits; what JSON cannot hold is None."""
+    places, floats = _floats(values)
+    short = significant(floats, SIGNIFICANT)
+    return _placed(values, places, [value if math.isfinite(value) else None for value in short])
+
+
+def significant(values: Sequence[float], digits: int) -> list[float]:
+    """Return numbers rounded to significant digits, as by writing and reading them."""
+    found = np.asarray(values)
+    with np.errstate(all="ignore"):
+        places = digits - 1 - np.floor(np.log10(np.abs(found)))
+        # A power of ten is exact up to the 22nd, and so is what is divided by it: the quotient is
+        # the number that is nearest to the decimal one.
+        scales = 10.0 ** np.abs(places)
+        up = places >= 0
+        whole = np.rint(np.where(up, found * scales, found / scales))
+        rounded = np.where(up, whole / scales, whole * scales)
+    exact = np.abs(places) <= 22
+    made: list[float] = rounded.tolist()
+    for index in np.flatnonzero(~exact).tolist():
+        made[index] = float(f"{values[index]:.{digits}g}")
+    return made
+
+
+def _floats(values: Sequence[Any]) -> tuple[list[int], list[float]]:
+    """Return the floats of a column and where they are."""
+    places = [place for place, value in enumerate(values) if type(value) is float]
+    return places, [values[place] for place in places]
+
+
+def _placed(values: list[Any], places: Sequence[int], others: Sequence[Any]) -> list[Any]:
+    """Return a column with others in some places."""
+    if len(places) == len(values):
+        return list(others)
+    found = list(values)
+    for place, other in zip(places, others, strict=True):
+        found[place] = other
+    return found
 
 
 Nested = Mapping[str, Any]
@@ -35,39 +69,55 @@ def flat(records: Sequence[Iterable[tuple[str, Nested]]]) -> dict[str, list[Any]
     Args:
         records: by row, prefixes of keys and what is below them.
     """
-    columns: dict[str, list[Any]] = {}
+    below: dict[str, _Places] = defaultdict(_Places)  # by prefix
+    filled: dict[str, tuple[list[int], list[Any]]] = {}  # rows and values by key, as first seen
     for row, parts in enumerate(records):
         for prefix, nested in parts:
-            _spread(nested, prefix, row, columns, len(records))
-    return {key: _noted(values) for key, values in columns.items()}
+            _spread(nested, prefix, row, below[prefix], filled)
+    return {key: _noted(*column, len(records)) for key, column in filled.items()}
+
+
+class _Places:
+    """Where what is below a prefix goes: records are alike, and a key is put together once."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, tuple[list[int], list[Any]]] = {}
+        self.further: dict[str, _Places] = {}
 
 
 def _spread(
-    nested: Nested, prefix: str, row: int, columns: dict[str, list[Any]], count: int
+    nested: Nested,
+    prefix: str,
+    row: int,
+    places: _Places,
+    filled: dict[str, tuple[list[int], list[Any]]],
 ) -> None:
     for name, value in nested.items():
-        key = prefix + name
         if isinstance(value, dict):
-            _spread(cast("Nested", value), f"{key}.", row, columns, count)
+            if name not in places.further:
+                places.further[name] = _Places()
+            _spread(cast("Nested", value), f"{prefix}{name}.", row, places.further[name], filled)
         elif value is not None and value != "" and value != []:
-            if key not in columns:
-                columns[key] = [None] * count
-            columns[key][row] = (
-                _text(cast("Sequence[Any]", value)) if isinstance(value, list) else value
-            )
+            column = places.columns.get(name)
+            if column is None:
+                column = places.columns[name] = filled.setdefault(prefix + name, ([], []))
+            column[0].append(row)
+            column[1].append(_text(value) if isinstance(value, list) else value)
 
 
-def _text(values: Sequence[Any]) -> str:
+def _text(values: Any) -> str:
     return ", ".join(map(str, values))
 
 
-def _noted(values: list[Any]) -> list[Any]:
-    """Return a column with rounded numbers, each distinct one rounded once."""
-    short = {
-        value: float(f"{value:.{NOTED}g}") if math.isfinite(value) else str(value)
-        for value in {value for value in values if type(value) is float}
-    }
-    return [short[value] if type(value) is float else value for value in values]
+def _noted(rows: Sequence[int], values: list[Any], count: int) -> list[Any]:
+    """Return a column with rounded numbers; rows that have no value have None."""
+    places, floats = _floats(values)
+    short = significant(floats, NOTED)
+    kept = [value if math.isfinite(value) else str(value) for value in short]
+    found: list[Any] = [None] * count
+    for row, value in zip(rows, _placed(values, places, kept), strict=True):
+        found[row] = value
+    return found
 
 
 def repeated(values: list[Any]) -> list[Any] | dict[str, list[Any]]:
@@ -116,9 +166,10 @@ def beside_medians(
         middles = quantiles[len(QUANTILES) // 2].tolist()
         others = np.delete(quantiles, len(QUANTILES) // 2, axis=0)
         shares = np.rint((others / middles - 1) * 1e4).astype(int).T.tolist()
-        for row, middle, own in zip(rows, middles, shares, strict=True):
+        short = numbers(middles)
+        for row, middle, written, own in zip(rows, middles, short, shares, strict=True):
             if middle:
-                found[row] = [0 if middle == times_s[row] else number(middle), *own]
+                found[row] = [0 if middle == times_s[row] else written, *own]
     return found
 
 

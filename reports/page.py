@@ -22,10 +22,9 @@ from typing import Any, cast
 
 import jinja2
 
-from mambench.harness import analysis, reproduce
+from mambench.harness import analysis, beside, reproduce
 from mambench.harness.spec import METRICS, DeviceKind, Outcome, Settings
 from mambench.reports import (
-    beside,
     figures,
     machines,
     names,
@@ -237,7 +236,7 @@ def columns(found: Sequence[Row]) -> dict[str, list[Any]]:
     devices = {row.slice.source: row.device for row in found}
     for key, values in analysis.columns([row.result for row in found], devices).items():
         if key not in DERIVED:
-            table[key] = [packing.number(v) if type(v) is float else v for v in values]
+            table[key] = packing.numbers(values)
     table = {name: values for name, values in table.items() if any(v is not None for v in values)}
     table["coverage"] = table.pop("interval_coverage", [None] * len(found))
     for name in ("time_low_s", "time_high_s"):

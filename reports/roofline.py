@@ -53,23 +53,24 @@ def limits(source: Source, dtype: str) -> tuple[Limits, ...]:
 
 def figure(report: Report, part: Slice) -> Figure | None:
     """Return the chart, or None where no case has both work and bytes."""
-    measured = any(row.value("intensity_measured") for row in part.rows)
+    measured = any(report.column("intensity_measured")[row.index] for row in part.rows)
     column = "intensity_measured" if measured else "intensity_modelled"
+    intensities, rates = report.column(column), report.column("flop_rate")
     looks = styles(report.implementations)
     shown: list[Row] = []
     traces: list[Figure] = []
     for series in part.series:
-        rows = [r for r in series.at_state(series.usual_state) if r.ok and r.value(column)]
+        rows = [r for r in series.at_state(series.usual_state) if r.ok and intensities[r.index]]
         if rows and not series.is_level:
             shown += rows
             traces.append(_points(part, series, rows, column, looks))
     if not shown:
         return None
-    x = sorted(row.value(column) or 0.0 for row in shown)
+    x = sorted(intensities[row.index] or 0.0 for row in shown)
     source = next(s for s in report.sources if s.key == part.key.source)
     roofs = [_roof(found, x[0] / 2, x[-1] * 2) for found in limits(source, part.key.dtype)]
     roofs = [roof for roof in roofs if roof is not None]
-    y = [row.value("flop_rate") or 0.0 for row in shown] + [v for roof in roofs for v in roof["y"]]
+    y = [rates[row.index] or 0.0 for row in shown] + [v for roof in roofs for v in roof["y"]]
     unit = "byte moved (measured)" if measured else "compulsory byte (modelled)"
     return {
         "data": traces + roofs,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
-from mambench.harness.analysis import Analysis, Result, Run, Source, flatten
+from mambench.harness.analysis import Analysis, Result, Run, Source, flatten, values_of
 from mambench.harness.spec import METRICS, Family, Level, Outcome, Pass
 from mambench.reports import units
 
@@ -241,7 +241,14 @@ class Report:
             above, below = (self.column(name) for name in DERIVED[tag])
             pairs = zip(above, below, strict=True)
             return [a / b if a is not None and b else None for a, b in pairs]
-        return [row.value(tag) for row in self.rows]
+        results = [row.result for row in self.rows]
+        if tag == "tokens":
+            return [float(result.case.tokens) for result in results]
+        values = values_of(results, tag)
+        if tag in _MODELLED:
+            return values
+        pairs = zip(results, values, strict=True)
+        return [value if result.outcome is Outcome.OK else None for result, value in pairs]
 
     @cached_property
     def implementations(self) -> tuple[str, ...]:

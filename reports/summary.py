@@ -5,6 +5,7 @@ Every sentence is computed; nothing here knows which implementation ought to win
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 from mambench.harness import curves
@@ -51,6 +52,11 @@ class SliceSummary:
     evidence: str  # the crossing's interval and the advantage at the longest common length
     weights: str | None  # block level: what stands against what
 
+    @cached_property
+    def further(self) -> tuple[str, ...]:
+        """What else than time some series was held against the reference in, of `CROSSED`."""
+        return tuple(tag for tag in CROSSED if any(tag in one.others for one in self.series))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
@@ -73,7 +79,8 @@ def summarise_slice(part: Slice) -> SliceSummary:
     """Return what one slice says."""
     reference = _reference(part)
     lengths = contest.by_length(part, reference)
-    series = tuple(_series(s, reference) for s in part.series)
+    rival = _Rival(reference) if reference is not None else None
+    series = tuple(_series(s, rival) for s in part.series)
     crossing, evidence = _crossing(series, reference)
     headline = contest.headline(lengths)
     if reference is None:  # without a rival the best news is who is fastest
@@ -170,19 +177,35 @@ def _reference(part: Slice) -> Series | None:
     return max(candidates, key=lambda c: c[:2])[2] if candidates else None
 
 
-def _series(series: Series, reference: Series | None) -> SeriesSummary:
+class _Rival:
+    """The series that the others of its slice are held against."""
+
+    def __init__(self, series: Series) -> None:
+        self.rows = {row.seqlen: row for row in series.at_state(None) if row.ok}
+        self._curves: dict[str, tuple[curves.Point, ...]] = {}
+
+    def curve(self, tag: str = "time_s") -> tuple[curves.Point, ...]:
+        """Return its points in one metric, made once."""
+        if tag not in self._curves:
+            found = [row.result for row in self.rows.values()]
+            self._curves[tag] = curves.curve(found, tag)
+        return self._curves[tag]
+
+
+def _series(series: Series, rival: _Rival | None) -> SeriesSummary:
     state = series.usual_state
     rows = series.at_state(state)
     points = curves.curve([row.result for row in rows])
     found = ratio = memory = at = None
-    if reference is not None and not series.is_attention:
-        theirs = {row.seqlen: row for row in reference.at_state(None) if row.ok}
-        found = curves.crossover(points, curves.curve([r.result for r in theirs.values()]))
-        common = [row for row in rows if row.ok and row.seqlen in theirs]
+    others: dict[str, Crossover] = {}
+    if rival is not None and not series.is_attention:
+        found = curves.crossover(points, rival.curve())
+        others = _others(rows, rival)
+        common = [row for row in rows if row.ok and row.seqlen in rival.rows]
         if common:
             at = common[-1].seqlen
-            ratio = curves.speedup(common[-1].result, theirs[at].result)
-            memory = _memory_ratio(theirs[at], common[-1])
+            ratio = curves.speedup(common[-1].result, rival.rows[at].result)
+            memory = _memory_ratio(rival.rows[at], common[-1])
     return SeriesSummary(
         series=series,
         d_state=state,
@@ -191,17 +214,17 @@ def _series(series: Series, reference: Series | None) -> SeriesSummary:
         speedup=ratio,
         speedup_at=at,
         memory_ratio=memory,
-        others={} if reference is None or series.is_attention else _others(rows, reference),
+        others=others,
     )
 
 
-def _others(rows: Sequence[Row], reference: Series) -> dict[str, Crossover]:
+def _others(rows: Sequence[Row], rival: _Rival) -> dict[str, Crossover]:
     """Crossovers in what has one value per case, hence no interval but the lengths around."""
-    theirs = [row.result for row in reference.at_state(None) if row.ok]
+    measured = [row.result for row in rows if row.ok]
     found: dict[str, Crossover] = {}
     for tag in CROSSED:
-        ours = curves.curve([row.result for row in rows if row.ok], tag)
-        if len(ours) > 1 and len(other := curves.curve(theirs, tag)) > 1:
+        other = rival.curve(tag)
+        if len(other) > 1 and len(ours := curves.curve(measured, tag)) > 1:
             values = {point.seqlen: point.value for point in other}
             both = [p.value / values[p.seqlen] for p in ours if p.seqlen in values]
             if not both or any(abs(ratio - 1) >= _EQUAL for ratio in both):

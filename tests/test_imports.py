@@ -22,7 +22,7 @@ ALLOWED = {
         "reports",
         *("harness.spec", "harness.records", "harness.store", "harness.errors"),
         *("harness.analysis", "harness.curves", "harness.verdict", "harness.history"),
-        *("harness.instruments.datasheets", "harness.reproduce"),
+        *("harness.instruments.datasheets", "harness.reproduce", "harness.beside"),
     ),
     "harness": ("harness", "implementations", "kernels"),
 }

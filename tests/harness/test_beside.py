@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from mambench.reports import beside, page
+from mambench.harness import beside
 
 LARGE = 1 << 20  # more than a pipe holds
 
@@ -52,16 +52,6 @@ def test_a_result_that_nobody_waits_for_holds_nothing_up():
         beside.making(lambda: b"x" * LARGE, fork=True),
     ):
         raise KeyError("planted")
-
-
-def test_a_page_is_the_same_with_one_process_and_with_two(report, monkeypatch):
-    asked: list[int] = []
-    pages: list[str] = []
-    for answer in (False, True):
-        monkeypatch.setattr(beside, "worthwhile", lambda n, a=answer: asked.append(n) or a)
-        pages.append(page.render(report))
-    assert asked == [len(report.rows)] * 2
-    assert pages[0] == pages[1]
 
 
 def test_small_reports_are_made_in_one_process(monkeypatch):

@@ -4,14 +4,17 @@ import base64
 import gzip
 import hashlib
 import json
+import math
 import statistics
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mambench import reports
-from mambench.harness import analysis
+from mambench.harness import analysis, beside
 from mambench.harness.errors import RunFolderError
 from mambench.harness.spec import METRICS
 from mambench.reports import figures, packing, page, rows
@@ -203,7 +206,7 @@ def test_embedded_quantiles_are_those_of_the_results(report):
         if found is not None:
             shares = [round((value / quantiles[3] - 1) * 1e4) for value in quantiles]
             assert found == [
-                0 if quantiles[3] == row.time_s else packing.number(quantiles[3]),
+                0 if quantiles[3] == row.time_s else packing.numbers([quantiles[3]])[0],
                 *shares[:3],
                 *shares[4:],
             ]
@@ -298,6 +301,24 @@ def test_a_run_without_results_is_a_page(tmp_path, write_run):
 
 
 def test_numbers_that_json_cannot_hold_become_null():
-    assert packing.number(float("nan")) is None
-    assert packing.number(float("inf")) is None
-    assert packing.number(1.23456789e-5) == 1.234568e-5
+    values = [float("nan"), 1.23456789e-5, float("-inf"), 3, None, "x", True, [0.5]]
+    assert packing.numbers(values) == [None, 1.234568e-5, None, 3, None, "x", True, [0.5]]
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=9), st.integers(2, 9))
+def test_numbers_are_rounded_as_by_writing_them(values, digits):
+    for value, short in zip(values, packing.significant(values, digits), strict=True):
+        written = float(f"{value:.{digits}g}")
+        # Halfway between two decimals the nearer one is not told.
+        assert short == written or abs(abs(short - value) - abs(written - value)) <= math.ulp(value)
+        assert short == float(f"{short:.{digits}g}")
+
+
+def test_a_page_is_the_same_with_one_process_and_with_two(report, monkeypatch):
+    asked: list[int] = []
+    pages: list[str] = []
+    for answer in (False, True):
+        monkeypatch.setattr(beside, "worthwhile", lambda n, a=answer: asked.append(n) or a)
+        pages.append(page.render(report))
+    assert asked == [len(report.rows)] * 2
+    assert pages[0] == pages[1]
