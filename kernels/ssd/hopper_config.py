@@ -8,6 +8,7 @@ _FILLED_FRAC = 0.9  # of the multiprocessors, by one wave
 _WHOLE_CHUNKS = 8
 MOST_COMBINED = 2  # segments: of more, a launch adds up what enters them faster than the scan
 LONGEST_WALK = 256  # chunks of a segment
+MOST_SEGMENTS = 32  # whose flags one warp watches
 _LEAST_CHUNKS = 2  # of a segment: the states of shorter ones would take more memory than the output
 MAX_HEADDIM = 128
 MAX_D_STATE = 128  # at 256 the scan spills registers

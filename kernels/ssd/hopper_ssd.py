@@ -26,10 +26,12 @@ from mambench.kernels.ssd.hopper_config import (
     CHUNK,
     LONGEST_WALK,
     MOST_COMBINED,
+    MOST_SEGMENTS,
     chunks_per_segment,
     pairs,
     refusal,
 )
+from mambench.kernels.ssd.hopper_fused import run_fused
 from mambench.kernels.ssd.hopper_kernel import scan_kernel, state_kernel
 from mambench.kernels.ssd.hopper_launch import fetchable, rows_of, tiles_of
 from mambench.kernels.ssd.hopper_parts import prefix_kernel, prepare_kernel
@@ -58,8 +60,10 @@ class Config:
     narrow: keep the states of more segments in bf16 where x is and no backward follows.
     walk: most chunks of a segment where no backward follows; more are done in parts of the
         sequence; None: any number. Blocks that read the same B and C drift apart on long walks.
+    fused: one launch that looks back at earlier segments, beside one that resets its flags.
     stages: most stages of the scan's ring; fewer where shared memory is short.
     registers: per thread of a consumer of the scan.
+    fused_registers: per thread of a consumer and of the helper of the one launch.
     """
 
     scores: bool = True
@@ -69,10 +73,12 @@ class Config:
     combined: int = MOST_COMBINED
     narrow: bool = True
     walk: int | None = LONGEST_WALK
+    fused: bool = False
     stages: int = 4
     state_stages: int = 5
     registers: int = 232
     state_registers: int = 200
+    fused_registers: tuple[int, int] = (208, 72)
 
 
 DEFAULT = Config()
@@ -163,7 +169,7 @@ def ring(d_state: int, dtype: torch.dtype, gated: bool, config: Config) -> Ring:
     if config.scores:
         wide = config.scores_fp32 or dtype == torch.float16
         scores_dtype = torch.float32 if wide else dtype
-    rows = 4 * CHUNK * 4
+    rows = (8 if config.fused else 4) * CHUNK * 4
     x_tiles = 2 * CHUNK * CHANNELS * itemsize
     n_tile = CHUNK * block_n * itemsize
     scores = CHUNK * CHUNK * scores_dtype.itemsize if scores_dtype else 0
@@ -171,7 +177,7 @@ def ring(d_state: int, dtype: torch.dtype, gated: bool, config: Config) -> Ring:
     fixed = 2 * x_tiles + 256  # weights, outputs; barriers
     return Ring(
         block_n=block_n,
-        stages=min(config.stages, (_SHARED_BYTES - fixed) // (stage + 16)),
+        stages=min(config.stages, (_SHARED_BYTES - fixed) // (stage + 24)),
         state_stages=min(config.state_stages, _SHARED_BYTES // (x_tiles + n_tile + rows + 16)),
         scores_dtype=scores_dtype,
     )
@@ -342,6 +348,13 @@ def _run_part(
     """Fill the results, out and the final states if wanted; return what `keep` keeps."""
     x, z, B = tensors.x, tensors.z, tensors.B
     shape = ring(plan.d_state, x.dtype, z is not None, config)
+    if config.fused and plan.nsegments <= MOST_SEGMENTS and shape.scores_dtype is not None:
+        narrow = not keep and config.narrow and x.dtype == torch.bfloat16
+        return run_fused(
+            recording, plan, tensors, results, block_n=shape.block_n, stages=shape.stages,
+            scores_dtype=shape.scores_dtype, registers=config.fused_registers,
+            pdl=config.pdl, narrow=narrow, keep=keep,
+        )  # fmt: skip
     per_group = pairs(plan.heads_per_group, plan.headdim)
     cum, cumj, scores = run_prepare(recording, plan, tensors, shape, config)
     tiles = Tiles(

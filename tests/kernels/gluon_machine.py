@@ -2,10 +2,12 @@
 
 Checks what a kernel computes and how its partitions hand tiles to each other, not layouts or
 fences.
-Partitions are threads. What the GPU does asynchronously happens as late as the kernel allows:
-products when they are waited for, and stores by TMA when their source may be reused, so that a tile
-overwritten too early gives a wrong result. Shared memory begins as NaN. A wait that never ends and
-a read or write outside a tensor raise.
+Blocks run in the order of their index, each to its end. What one stores is seen by the others of
+its launch once it has set a flag with release after it; a wait for a flag that no earlier block
+sets raises. Partitions are threads. What the GPU does asynchronously happens as late as the kernel
+allows: products when they are waited for, and stores by TMA when their source may be reused, so
+that a tile overwritten too early gives a wrong result. Shared memory begins as NaN. A wait that
+never ends and a read or write outside a tensor raise.
 
 `installed()` replaces `triton.experimental.gluon` while a kernel's module is imported; `Launcher`
 then stands for its kernels.
@@ -48,16 +50,22 @@ def tensor(value):
 
 
 class Pointer:
-    """An element of a contiguous tensor, or a tensor of them."""
+    """An element of a tensor's memory, or a tensor of them."""
 
     def __init__(self, base, offset=0):
         self.base, self.offset = base, offset
+
+    @property
+    def dtype(self):
+        return types.SimpleNamespace(element_ty=_OF_TORCH[self.base.dtype])
 
     def __add__(self, offset):
         return Pointer(self.base, self.offset + offset)
 
     def at(self, mask):
-        flat = self.base.view(-1)
+        steps = zip(self.base.shape, self.base.stride(), strict=True)
+        size = 1 + sum((size - 1) * stride for size, stride in steps)
+        flat = torch.as_strided(self.base, (size,), (1,))
         offsets = torch.as_tensor(self.offset)
         mask = torch.ones_like(offsets, dtype=torch.bool) if mask is None else mask
         offsets, mask = torch.broadcast_tensors(offsets, torch.as_tensor(mask))
@@ -77,7 +85,32 @@ def load(pointer, mask=None, other=None):
 def store(pointer, value, mask=None):
     flat, offsets, mask = pointer.at(mask)
     value = torch.broadcast_to(torch.as_tensor(value), offsets.shape).to(flat.dtype)
-    flat[offsets[mask]] = value[mask].as_subclass(torch.Tensor)
+    where, what = offsets[mask], value[mask].as_subclass(torch.Tensor)
+    _state.written.append(lambda: flat.index_copy_(0, where.view(-1), what.view(-1)))
+
+
+def make_seen():
+    """Let other blocks see what the partition has stored."""
+    while _state.written:
+        _state.written.pop(0)()
+
+
+def atomic_add(pointer, value, sem, scope):
+    if (sem, scope) != ("release", "gpu"):
+        raise ValueError(f"expected release on the GPU, got {sem}, {scope}")
+    make_seen()
+    flat, offset, _ = pointer.at(None)
+    flat[offset] += value
+
+
+def inline_assembly(text, constraints, arguments, **_):
+    """Stand for an acquiring load, of flags that earlier blocks have set or nobody ever will."""
+    if not text.startswith("ld.acquire.gpu.global.b32"):
+        raise NotImplementedError(text)
+    values = load(*arguments, other=0)
+    if not bool((values != 0).all()):
+        raise RuntimeError("waits for a later block")
+    return values
 
 
 class Shared:
@@ -238,12 +271,13 @@ def warpgroup_mma_wait(pending, deps):
 class Launch:
     """One block's partitions."""
 
-    def __init__(self, program):
-        self.program = program
+    def __init__(self, program, blocks):
+        self.program, self.blocks = program, blocks
         self.failed = None
+        self.written = []  # not seen by other blocks before the launch ends
 
     def enter(self):
-        _state.launch, _state.stores, _state.products = self, [], []
+        _state.launch, _state.stores, _state.products, _state.written = self, [], [], []
 
 
 def warp_specialize(partitions, warps, registers):
@@ -256,6 +290,7 @@ def warp_specialize(partitions, warps, registers):
                 function(*arguments)
             if _state.products or _state.stores:
                 raise RuntimeError("a partition ended with work that nobody waited for")
+            launch.written += _state.written
         except BaseException as exc:
             launch.failed = launch.failed or exc
 
@@ -279,11 +314,16 @@ class Launcher:
         def run(*args, num_warps, launch_pdl=False, **kwargs):
             self.launches += 1
             assert num_warps == 4
+            blocks = []
             for z in range(grid[2]):
                 for y in range(grid[1]):
                     for x in range(grid[0]):
-                        Launch((x, y, z)).enter()
+                        blocks.append(Launch((x, y, z), grid))
+                        blocks[-1].enter()
                         self.function(*map(argument, args), **kwargs)
+            for block in blocks:
+                for write in block.written:
+                    write()
 
         return run
 
@@ -305,20 +345,36 @@ def _language():
     def full(shape, value, dtype, layout=None):
         return tensor(torch.full(shape, value, dtype=dtype.torch))
 
-    layouts = ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "SwizzledSharedLayout")
+    layouts = (
+        "NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "SwizzledSharedLayout",
+        "BlockedLayout", "DistributedLinearLayout",
+    )  # fmt: skip
     return dict.fromkeys(layouts, layout) | {
         "constexpr": lambda value=None: value,
         "float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16,
         "int32": INT32, "int64": INT64,
         "program_id": lambda axis: tensor(_state.launch.program[axis]),
+        "num_programs": lambda axis: tensor(_state.launch.blocks[axis]),
+        "num_warps": lambda: 4,
         "arange": lambda start, end, layout: tensor(torch.arange(start, end)),
         "full": full,
         "load": load,
         "store": store,
         "exp2": torch.exp2,
-        "minimum": lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
-        "where": lambda c, a, b: torch.where(c, a, b),
-        "convert_layout": lambda value, layout: value,
+        "log2": torch.log2,
+        "abs": torch.abs,
+        "minimum": lambda a, b, **_: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
+        "maximum": lambda a, b, **_: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
+        "min": torch.amin,
+        "sum": lambda value, axis: torch.sum(value, axis),
+        "where": lambda c, a, b: torch.where(torch.as_tensor(c), a, b),
+        "reshape": torch.reshape,
+        "permute": torch.permute,
+        "associative_scan": lambda value, axis, _sum: torch.cumsum(value, axis),
+        "convert_layout": lambda value, layout, **_: value,
+        "thread_barrier": lambda: None,
+        "atomic_add": atomic_add,
+        "inline_asm_elementwise": inline_assembly,
         "static_range": range,
         "allocate_shared_memory": allocate_shared_memory,
         "warp_specialize": warp_specialize,
@@ -356,7 +412,7 @@ def installed():
     host = types.ModuleType(base + ".nvidia.hopper")
     host.TensorDescriptor = types.SimpleNamespace
     gluon = types.ModuleType(base)
-    gluon.jit, gluon.language = jit, language
+    gluon.jit, gluon.constexpr_function, gluon.language = jit, jit, language
     experimental = types.ModuleType("triton.experimental")
     experimental.gluon = gluon
     stand_ins = {

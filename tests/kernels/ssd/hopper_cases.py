@@ -42,15 +42,21 @@ def planted(kernels, old, new):
     exec(compile(source.replace(old, new), "planted", "exec"), kernels.__dict__)
 
 
-def load(old=None, new=None):
+def load(old=None, new=None, fused=None):
     """Import the operation with Gluon stood in for."""
     package = ROOT / "mambench"
     runpy.run_path(str(package / "_start.py"))["load_package"](package)
     with machine.installed():
-        from mambench.kernels.ssd import hopper_kernel, hopper_ssd
+        from mambench.kernels.ssd import (
+            hopper_fused,
+            hopper_fused_kernel,
+            hopper_kernel,
+            hopper_ssd,
+        )
 
         if old is not None:
-            planted(hopper_kernel, old, new)
+            planted(hopper_fused_kernel if fused else hopper_kernel, old, new)
+    hopper_fused.fused_kernel = machine.Launcher(hopper_fused_kernel.fused_kernel)
     hopper_ssd.scan_kernel = machine.Launcher(hopper_kernel.scan_kernel)
     hopper_ssd.state_kernel = machine.Launcher(hopper_kernel.state_kernel)
     return hopper_ssd
@@ -59,7 +65,10 @@ def load(old=None, new=None):
 def errors(op, case):
     """Return the relative errors of what the forward leaves, against the loop in float64."""
     case = dict(case)
-    config = op.Config(pdl=False, segments=case.pop("segments"), scores=case.pop("scores", True))
+    config = op.Config(
+        pdl=False, segments=case.pop("segments"), scores=case.pop("scores", True),
+        fused=case.pop("fused", False),
+    )  # fmt: skip
     limit = tuple(case.pop("dt_limit", (0.0, math.inf)))
     shared = {"dt_softplus": case.pop("dt_softplus", True), "dt_limit": limit}
     exact = cases.draw(**case)

@@ -1,0 +1,496 @@
+"""The SSD forward on Hopper as one walk per block, with a look back at earlier segments. In Gluon.
+
+A block serves one segment of time of two consumers' heads (see `hopper_kernel`, whose ring and
+transposed products these are). It walks its segment twice: for the segment's own end state, then,
+from what enters the segment, for the outputs; the second time most of x comes from L2.
+
+    partition   warps  work
+    consumers   4 + 4  the state of 64 channels of one head each, in registers; the outputs
+    helper      4      what the decays need of dt, and the scores B C^T, into the ring
+    producer    1      the ring's tiles of x, z, B and C, by TMA
+
+Between the walks a consumer stores its end state, sets the segment's flag (release), waits for the
+flags of all earlier segments (acquire) and adds up what they left, from the first to the last, so
+that every run gives the same bits. The last segment's own end state is nobody's and is not made.
+
+No block waits for one of a higher index: segments are the slowest axis of the grid. The hardware
+starts blocks in the order of their index, so that the lowest one that has not ended waits for
+nobody, whether all are resident or not.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.core import PropagateNan
+
+from mambench.kernels.ssd.hopper_config import CHANNELS, CHUNK, MOST_SEGMENTS
+from mambench.kernels.ssd.hopper_kernel import (
+    consumers_head,
+    let_next_launch,
+    state_tile,
+    wait_for_launch_before,
+)
+from mambench.kernels.ssd.triton_parts import LEAST_LOG2_DECAY
+
+_Q = gl.constexpr(CHUNK)
+_P = gl.constexpr(CHANNELS)
+_FLAGS = gl.constexpr(MOST_SEGMENTS)
+_LOG2_E = gl.constexpr(1.4426950408889634)
+_ALL = gl.constexpr(PropagateNan.ALL)
+_LEAST_LOG2_DECAY = gl.constexpr(LEAST_LOG2_DECAY.value)
+_RUNTIME_SIZES = [
+    "seqlen", "dt_min", "dt_max", "stride_batch", "stride_token", "stride_head",
+    "nchunks", "segment_chunks", "nsegments", "nheads", "pairs_per_group", "heads_per_group",
+]  # fmt: skip
+
+
+@gluon.jit
+def publish(flag):
+    """Let other blocks see what the partition's threads have stored, once they see the flag."""
+    gl.thread_barrier()
+    gl.atomic_add(flag, 1, sem="release", scope="gpu")
+
+
+@gluon.jit
+def await_published(flags, count):
+    """Wait until the first `count` flags are set, and see what was stored before they were."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    watched = flags + gl.minimum(gl.arange(0, _FLAGS, layout=LANES), count - 1)
+    seen = 0
+    while seen == 0:
+        values = gl.inline_asm_elementwise(
+            "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [watched], dtype=gl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+        seen = gl.min(values, axis=0)
+    gl.thread_barrier()
+
+
+@gluon.constexpr_function
+def flat_layout(block_n):
+    """Return the layout of a stored state: each thread's elements, 16 bytes at a time."""
+    high = [[1024 << i] for i in range((block_n // 16).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[1], [2], [4], *high],
+        lane_bases=[[8], [16], [32], [64], [128]],
+        warp_bases=[[256], [512]],
+        block_bases=[],
+        shape=[CHANNELS * block_n],
+    )
+
+
+@gluon.jit
+def flat_from_state(state, BLOCK_N: gl.constexpr, FLAT: gl.constexpr):
+    """Return a state in the order that it is stored in; each thread keeps its elements."""
+    moved = gl.reshape(state, [4, 2, 8, BLOCK_N // 16, 2, 4, 2])
+    moved = gl.permute(moved, (3, 0, 2, 5, 4, 1, 6))
+    moved = gl.reshape(moved, [_P * BLOCK_N])
+    return gl.convert_layout(moved, FLAT, assert_trivial=True)
+
+
+@gluon.jit
+def state_from_flat(flat, BLOCK_N: gl.constexpr, STATE: gl.constexpr):
+    """Return a state from the order that it is stored in."""
+    moved = gl.reshape(flat, [BLOCK_N // 16, 4, 8, 4, 2, 2, 2])
+    moved = gl.permute(moved, (1, 5, 2, 0, 4, 3, 6))
+    moved = gl.reshape(moved, [_P, BLOCK_N])
+    return gl.convert_layout(moved, STATE, assert_trivial=True)
+
+
+@gluon.jit
+def ring_barriers(STAGES: gl.constexpr):
+    """Barriers of a stage: filled by TMA, completed by the helper, emptied by both consumers."""
+    loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    made = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(loaded.index(i), count=1)
+        mbarrier.init(made.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    return loaded, made, empty
+
+
+@gluon.jit
+def _softplus(x):
+    """log(1 + exp(x)), as `triton_parts.softplus`."""
+    e = gl.exp2(-gl.abs(x) * _LOG2_E)
+    s = e / (2.0 + e)
+    s2 = s * s
+    series = 1.0 / 15.0
+    series = series * s2 + 1.0 / 13.0
+    series = series * s2 + 1.0 / 11.0
+    series = series * s2 + 1.0 / 9.0
+    series = series * s2 + 1.0 / 7.0
+    series = series * s2 + 1.0 / 5.0
+    series = series * s2 + 1.0 / 3.0
+    series = series * s2 + 1.0
+    return gl.maximum(x, 0.0, propagate_nan=_ALL) + 2.0 * s * series
+
+
+@gluon.jit
+def _sum(a, b):
+    return a + b
+
+
+@gluon.jit
+def _raw_steps(steps, head, t, seqlen):
+    """Load dt of one head at the tokens t, as fp32; 0 past the end."""
+    dt_ptr, stride_token, stride_head = steps
+    offsets = t.to(gl.int64) * stride_token + head * stride_head
+    return gl.load(dt_ptr + offsets, mask=t < seqlen, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def _decay_rows(
+    raw, t, seqlen, A2, bias, limits, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr
+):  # fmt: skip
+    """Return cum, cumj (see triton_parts), exp2(cum) and exp2(total - cumj) of a head's chunk."""
+    dt_min, dt_max = limits
+    dt = raw
+    if HAS_BIAS:
+        dt += bias
+    if SOFTPLUS:
+        dt = _softplus(dt)
+    dt = gl.maximum(dt, dt_min, propagate_nan=_ALL)
+    dt = gl.minimum(dt, dt_max, propagate_nan=_ALL)
+    dt = gl.where(t < seqlen, dt, 0.0)
+    log_decay = gl.maximum(dt * A2, _LEAST_LOG2_DECAY, propagate_nan=_ALL)
+    cum = gl.associative_scan(log_decay, 0, _sum)
+    log_dt = gl.log2(gl.where(dt > 0, dt, 1.0))
+    cumj = gl.where(dt > 0, cum - log_dt, float("inf"))
+    total = gl.sum(gl.where(t % _Q == _Q - 1, cum, 0.0), axis=0)
+    return cum, cumj, gl.exp2(cum), gl.exp2(total - cumj)
+
+
+@gluon.jit
+def _store_rows(rings, slot, rows):
+    """Put a head's rows of a chunk into the ring."""
+    for i in gl.static_range(4):
+        rings.index(slot + i).store(rows[i])
+
+
+@gluon.jit
+def _helper(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
+    _xs, _zs, Bs, Cs, scores_ring, cums, _weights, _outs, loaded, made, _empty = tiles
+    steps, limits, A_ptr, bias_ptr, seqlen = sources[1]
+    dt_ptr, stride_batch, stride_token, stride_head = steps
+    b, pair, first, own, count, sizes = work[1]
+    _nheads, pairs_per_group, heads_per_group = sizes
+    P: gl.constexpr = SIZES[0]
+    STAGES: gl.constexpr = SIZES[3]
+    HAS_BIAS: gl.constexpr = FEATURES[0]
+    SOFTPLUS: gl.constexpr = FEATURES[1]
+    TOKENS: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _Q, 16])
+    h0, _ = consumers_head(pair, 0, pairs_per_group, heads_per_group, P)
+    h1, _ = consumers_head(pair, 1, pairs_per_group, heads_per_group, P)
+    A2_0 = gl.load(A_ptr + h0).to(gl.float32) * _LOG2_E
+    A2_1 = gl.load(A_ptr + h1).to(gl.float32) * _LOG2_E
+    bias_0 = 0.0
+    bias_1 = 0.0
+    if HAS_BIAS:
+        bias_0 = gl.load(bias_ptr + h0).to(gl.float32)
+        bias_1 = gl.load(bias_ptr + h1).to(gl.float32)
+    rows = (dt_ptr + b.to(gl.int64) * stride_batch, stride_token, stride_head)
+    q = gl.arange(0, _Q, layout=TOKENS)
+    raw_0 = _raw_steps(rows, h0, first * _Q + q, seqlen)
+    raw_1 = _raw_steps(rows, h1, first * _Q + q, seqlen)
+    for item in range(0, own + count):
+        stage = item % STAGES
+        t = (first + gl.where(item < own, item, item - own)) * _Q + q
+        next_t = (first + gl.where(item + 1 < own, item + 1, item + 1 - own)) * _Q + q
+        # The next chunk's steps are in flight while this one's are summed.
+        next_0 = _raw_steps(rows, h0, next_t, seqlen)
+        next_1 = _raw_steps(rows, h1, next_t, seqlen)
+        rows_0 = _decay_rows(raw_0, t, seqlen, A2_0, bias_0, limits, HAS_BIAS, SOFTPLUS)
+        rows_1 = _decay_rows(raw_1, t, seqlen, A2_1, bias_1, limits, HAS_BIAS, SOFTPLUS)
+        mbarrier.wait(loaded.index(stage), (item // STAGES) & 1)  # so that the stage is free too
+        _store_rows(cums, stage * 8, rows_0)
+        _store_rows(cums, stage * 8 + 4, rows_1)
+        raw_0 = next_0
+        raw_1 = next_1
+        if item >= own:
+            zero = gl.full([_Q, _Q], 0.0, gl.float32, layout=SCORES)
+            C = Cs.index(stage).permute((1, 0))
+            scores = warpgroup_mma(Bs.index(stage), C, zero, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(0, deps=(scores,))
+            i = gl.arange(0, _Q, layout=gl.SliceLayout(0, SCORES))
+            j = gl.arange(0, _Q, layout=gl.SliceLayout(1, SCORES))
+            scores = gl.where(j[:, None] <= i[None, :], scores, 0.0)
+            scores_ring.index(stage).store(scores.to(scores_ring.dtype))
+        mbarrier.arrive(made.index(stage), count=1)
+
+
+@gluon.jit
+def _producer(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
+    xs, zs, Bs, Cs, _scores, _cums, _weights, _outs, loaded, _made, empty = tiles
+    _out_desc, x_desc, z_desc, B_desc, C_desc = sources[0]
+    b, pair, first, own, count, sizes = work[1]
+    _nheads, pairs_per_group, heads_per_group = sizes
+    P: gl.constexpr = SIZES[0]
+    STAGES: gl.constexpr = SIZES[3]
+    HAS_Z: gl.constexpr = FEATURES[3]
+    group = pair // pairs_per_group
+    itemsize: gl.constexpr = Bs.dtype.primitive_bitwidth // 8
+    n_tile: gl.constexpr = Bs.shape[2] * _Q * itemsize
+    x_tiles: gl.constexpr = 2 * _P * _Q * itemsize
+    scanned: gl.constexpr = x_tiles * (2 if HAS_Z else 1) + 2 * n_tile
+    for item in range(0, own + count):
+        stage = item % STAGES
+        mbarrier.wait(empty.index(stage), ((item // STAGES) & 1) ^ 1)
+        bar = loaded.index(stage)
+        if item < own:
+            mbarrier.expect(bar, x_tiles + n_tile)
+            t = (first + item) * _Q
+        else:
+            mbarrier.expect(bar, scanned)
+            t = (first + item - own) * _Q
+            tma.async_copy_global_to_shared(C_desc, [b, group, t, 0], bar, Cs.index(stage))
+        tma.async_copy_global_to_shared(B_desc, [b, group, t, 0], bar, Bs.index(stage))
+        for which in gl.static_range(2):
+            h, channel = consumers_head(pair, which, pairs_per_group, heads_per_group, P)
+            x = xs.index(stage * 2 + which)
+            tma.async_copy_global_to_shared(x_desc, [b, h, t, channel], bar, x)
+            if HAS_Z:  # noqa: SIM102 of compile time, the other is not
+                if item >= own:
+                    z = zs.index(stage * 2 + which)
+                    tma.async_copy_global_to_shared(z_desc, [b, h, t, channel], bar, z)
+
+
+@gluon.jit
+def _carried(state, x, rows, slot, LEFT: gl.constexpr, STATE: gl.constexpr):
+    """Return the state decayed over a chunk, and x^T by its weights in the new one."""
+    weight = rows.index(slot + 3).load(gl.SliceLayout(0, LEFT))
+    scaled = (x.to(gl.float32) * weight[None, :]).to(x.dtype)
+    decay = rows.index(slot + 2).slice(_Q - 1, 1).load(gl.SliceLayout(1, STATE))
+    return state * decay[:, None], scaled
+
+
+@gluon.jit
+def _own_state(which: gl.constexpr, tiles, own, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """Walk a segment for its own end state and log2 decay."""
+    xs, _zs, Bs, _Cs, _scores, cums, _weights, _outs, loaded, made, empty = tiles
+    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
+    state = gl.full([_P, BLOCK_N], 0.0, gl.float32, layout=STATE)
+    log_decay = gl.full([1], 0.0, gl.float32, layout=gl.SliceLayout(1, STATE))
+    for item in range(0, own):
+        stage = item % STAGES
+        parity = (item // STAGES) & 1
+        mbarrier.wait(made.index(stage), parity)
+        mbarrier.wait(loaded.index(stage), parity)
+        slot = stage * 8 + which * 4
+        x = xs.index(stage * 2 + which).permute((1, 0)).load(LEFT)
+        log_decay += cums.index(slot).slice(_Q - 1, 1).load(gl.SliceLayout(1, STATE))
+        state, scaled = _carried(state, x, cums, slot, LEFT, STATE)
+        state = warpgroup_mma(scaled, Bs.index(stage), state, is_async=True)
+        state = warpgroup_mma_wait(0, deps=(state,))
+        mbarrier.arrive(empty.index(stage), count=1)
+    return state, log_decay
+
+
+@gluon.jit
+def _look_back(state, slots, decays, flags, segment, BLOCK_N: gl.constexpr, STATE: gl.constexpr):
+    """Add to the decayed state what the segments before this one left, from the first on."""
+    FLAT: gl.constexpr = flat_layout(BLOCK_N)
+    SIZE: gl.constexpr = _P * BLOCK_N
+    await_published(flags, segment)
+    slots += gl.arange(0, SIZE, layout=FLAT)
+    decays += gl.arange(0, 1, layout=gl.SliceLayout(1, STATE))
+    # Two segments' loads are in flight while one's are used.
+    last = segment - 1
+    own = gl.load(slots)
+    log_decay = gl.load(decays)
+    next_own = gl.load(slots + gl.minimum(1, last) * SIZE)
+    next_decay = gl.load(decays + gl.minimum(1, last))
+    for k in range(0, segment):
+        following = gl.minimum(k + 2, last)
+        then_own = gl.load(slots + following * SIZE)
+        then_decay = gl.load(decays + following)
+        own = state_from_flat(own, BLOCK_N, STATE)
+        state = state * gl.exp2(log_decay)[:, None] + own.to(gl.float32)
+        own = next_own
+        log_decay = next_decay
+        next_own = then_own
+        next_decay = then_decay
+    return state
+
+
+@gluon.jit
+def _consumer(
+    which: gl.constexpr, tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr
+):
+    xs, zs, Bs, Cs, scores_ring, cums, all_weights, outs, loaded, made, empty = tiles
+    out_desc = sources[0][0]
+    D_ptr, start, slots, decays, flags, kept, final, segment, nsegments, npairs = work[0]
+    b, pair, first, own, count, sizes = work[1]
+    nheads, pairs_per_group, heads_per_group = sizes
+    P: gl.constexpr = SIZES[0]
+    N: gl.constexpr = SIZES[1]
+    STAGES: gl.constexpr = SIZES[3]
+    PDL: gl.constexpr = SIZES[4]
+    D_DIMS: gl.constexpr = FEATURES[2]
+    HAS_Z: gl.constexpr = FEATURES[3]
+    dtype: gl.constexpr = Bs.dtype
+    BLOCK_N: gl.constexpr = Bs.shape[2]
+    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _Q, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    weights_tile = all_weights.index(which)
+    out_tile = outs.index(which)
+    h, channel = consumers_head(pair, which, pairs_per_group, heads_per_group, P)
+    head = b.to(gl.int64) * nheads + h
+    if slots is not None:
+        before = ((b.to(gl.int64) * npairs + pair) * 2 + which) * (nsegments - 1)
+        flags += before
+        decays += before
+        slots += before * (_P * BLOCK_N)
+        wait_for_launch_before(PDL)  # it resets the flags
+        if own > 0:
+            state, log_decay = _own_state(which, tiles, own, BLOCK_N, STAGES)
+            FLAT: gl.constexpr = flat_layout(BLOCK_N)
+            left = flat_from_state(state.to(slots.dtype.element_ty), BLOCK_N, FLAT)
+            there = segment * (_P * BLOCK_N) + gl.arange(0, _P * BLOCK_N, layout=FLAT)
+            gl.store(slots + there, left)
+            one = gl.arange(0, 1, layout=gl.SliceLayout(1, STATE))
+            gl.store(decays + segment + one, log_decay)
+            publish(flags + segment)
+    state = gl.full([_P, BLOCK_N], 0.0, gl.float32, layout=STATE)
+    if start is not None:
+        offsets, mask = state_tile(head, channel, P, N, BLOCK_N, STATE)
+        state = gl.load(start + offsets, mask=mask, other=0.0).to(gl.float32)
+    if slots is not None:  # noqa: SIM102 of compile time, the other is not
+        if segment > 0:
+            state = _look_back(state, slots, decays, flags, segment, BLOCK_N, STATE)
+    if kept is not None:
+        offsets, mask = state_tile(head * nsegments + segment, channel, P, N, BLOCK_N, STATE)
+        gl.store(kept + offsets, state, mask=mask)
+    p = channel + gl.arange(0, _P, layout=gl.SliceLayout(1, OUT))
+    if D_DIMS == 1:
+        skip = gl.load(D_ptr + h + 0 * p).to(gl.float32)[:, None]
+    elif D_DIMS == 2:
+        skip = gl.load(D_ptr + h * P + p, mask=p < P, other=0.0).to(gl.float32)[:, None]
+    for item in range(own, own + count):
+        stage = item % STAGES
+        parity = (item // STAGES) & 1
+        # What enters the chunk, before the chunk's own part: S C^T.
+        entering = gl.convert_layout(state.to(dtype), LEFT)
+        mbarrier.wait(loaded.index(stage), parity)
+        x_tile = xs.index(stage * 2 + which)
+        zero = gl.full([_P, _Q], 0.0, gl.float32, layout=OUT)
+        C = Cs.index(stage).permute((1, 0))
+        y = warpgroup_mma(entering, C, zero, use_acc=False, is_async=True)
+        mbarrier.wait(made.index(stage), parity)
+        scores = scores_ring.index(stage).load(OUT).to(gl.float32)
+        slot = stage * 8 + which * 4
+        cum_i = cums.index(slot).load(gl.SliceLayout(0, OUT))
+        cumj = cums.index(slot + 1).load(gl.SliceLayout(1, OUT))
+        gap = cum_i[None, :] - cumj[:, None]
+        # For i < j the scores are zero; the gap must only not overflow.
+        decays_ij = gl.exp2(gl.minimum(gap, 126.0))
+        weights_tile.store((scores * decays_ij).to(dtype))
+        fence_async_shared()
+        tma.store_wait(0)
+        x = x_tile.permute((1, 0)).load(LEFT)
+        state, scaled = _carried(state, x, cums, slot, LEFT, STATE)
+        y = warpgroup_mma_wait(0, deps=(y,))
+        y = y * cums.index(slot + 2).load(gl.SliceLayout(0, OUT))[None, :]
+        if D_DIMS > 0:
+            y += gl.convert_layout(x.to(gl.float32), OUT) * skip
+        y = warpgroup_mma(x_tile.permute((1, 0)), weights_tile, y, is_async=True)
+        state = warpgroup_mma(scaled, Bs.index(stage), state, is_async=True)
+        y = warpgroup_mma_wait(1, deps=(y,))
+        if HAS_Z:
+            z = zs.index(stage * 2 + which).permute((1, 0)).load(OUT).to(gl.float32)
+            y *= z / (1.0 + gl.exp2(-z * _LOG2_E))
+        out_tile.permute((1, 0)).store(y.to(dtype))
+        fence_async_shared()
+        row = [b, h, (first + item - own) * _Q, channel]
+        tma.async_copy_shared_to_global(out_desc, row, out_tile)
+        state = warpgroup_mma_wait(0, deps=(state,))
+        mbarrier.arrive(empty.index(stage), count=1)
+    tma.store_wait(0)
+    if final is not None:  # noqa: SIM102 of compile time, the other is not
+        if segment == nsegments - 1:
+            offsets, mask = state_tile(head, channel, P, N, BLOCK_N, STATE)
+            gl.store(final + offsets, state, mask=mask)
+
+
+@gluon.jit
+def _consumer_0(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
+    _consumer(0, tiles, sources, work, SIZES, FEATURES)
+
+
+@gluon.jit
+def _consumer_1(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
+    _consumer(1, tiles, sources, work, SIZES, FEATURES)
+
+
+@gluon.jit(do_not_specialize=_RUNTIME_SIZES)
+def fused_kernel(
+    out_desc, x_desc, z_desc, B_desc, C_desc,
+    dt_ptr, A_ptr, bias_ptr, D_ptr, start, slots, decays, flags, kept, final,
+    seqlen, dt_min, dt_max, stride_batch, stride_token, stride_head,
+    nchunks, segment_chunks, nsegments, nheads, pairs_per_group, heads_per_group,
+    P: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    PDL: gl.constexpr, REGISTERS: gl.constexpr, HELPER_REGISTERS: gl.constexpr,
+    SCORES: gl.constexpr, SCORES_LAYOUT: gl.constexpr,
+    SOFTPLUS: gl.constexpr, D_DIMS: gl.constexpr,
+):  # fmt: skip
+    """The outputs, and the final states if there is a place for them. Grid (pairs, B, segments).
+
+    start (B, H, P, N) enters the first segment, or zeros. Of more segments than one, slots
+    (B, pairs, 2, segments - 1, 64 * BLOCK_N) take what each contributes, decays (B, pairs, 2,
+    segments - 1) its log2 decay; flags, as many, are 0 when the launch before has ended. kept
+    (B, H, segments, P, N) fp32 takes what enters each segment. None: not wanted, or not there.
+    """
+    let_next_launch(PDL)
+    pair = gl.program_id(0)
+    b = gl.program_id(1)
+    segment = gl.program_id(2)
+    first = segment * segment_chunks
+    count = gl.minimum(segment_chunks, nchunks - first)
+    own = gl.where(segment < nsegments - 1, count, 0)
+    dtype: gl.constexpr = x_desc.dtype
+    HAS_Z: gl.constexpr = z_desc is not None
+    xs = gl.allocate_shared_memory(dtype, [STAGES * 2, _Q, _P], x_desc.layout)
+    Bs = gl.allocate_shared_memory(dtype, [STAGES, _Q, BLOCK_N], B_desc.layout)
+    Cs = gl.allocate_shared_memory(dtype, [STAGES, _Q, BLOCK_N], B_desc.layout)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    cums = gl.allocate_shared_memory(gl.float32, [STAGES * 8, _Q], FLAT)
+    zs = xs
+    if HAS_Z:
+        zs = gl.allocate_shared_memory(dtype, [STAGES * 2, _Q, _P], x_desc.layout)
+    scores_ring = gl.allocate_shared_memory(SCORES, [STAGES, _Q, _Q], SCORES_LAYOUT)
+    weights = gl.allocate_shared_memory(dtype, [2, _Q, _Q], x_desc.layout)
+    outs = gl.allocate_shared_memory(dtype, [2, _Q, _P], x_desc.layout)
+    loaded, made, empty = ring_barriers(STAGES)
+    tiles = (xs, zs, Bs, Cs, scores_ring, cums, weights, outs, loaded, made, empty)
+    steps = (dt_ptr, stride_batch, stride_token, stride_head)
+    sources = (
+        (out_desc, x_desc, z_desc, B_desc, C_desc),
+        (steps, (dt_min, dt_max), A_ptr, bias_ptr, seqlen),
+    )
+    sizes = (nheads, pairs_per_group, heads_per_group)
+    ends = (
+        D_ptr, start, slots, decays, flags, kept, final, segment, nsegments, gl.num_programs(0),
+    )  # fmt: skip
+    work = (ends, (b, pair, first, own, count, sizes))
+    SIZES: gl.constexpr = (P, N, BLOCK_N, STAGES, PDL)
+    FEATURES: gl.constexpr = (bias_ptr is not None, SOFTPLUS, D_DIMS, HAS_Z)
+    gl.warp_specialize(
+        [
+            (_consumer_0, (tiles, sources, work, SIZES, FEATURES)),
+            (_consumer_1, (tiles, sources, work, SIZES, FEATURES)),
+            (_helper, (tiles, sources, work, SIZES, FEATURES)),
+            (_producer, (tiles, sources, work, SIZES, FEATURES)),
+        ],
+        [4, 4, 1],
+        [REGISTERS, HELPER_REGISTERS, 24],
+    )
