@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mambench.harness.spec import Problem
+from mambench.implementations.blocks.fused import runs_fused
 from mambench.implementations.blocks.layers import CausalConv, RMSNorm, linear, linear_weight
 from mambench.implementations.blocks.sizes import d_model_of, d_state_of, dt_rank
 from mambench.implementations.problems.draws import Draws, memory_scale
@@ -29,9 +30,16 @@ class MambaBlock(nn.Module):
     """One block around a mixer with the signature of `selective_scan_fn`."""
 
     def __init__(
-        self, problem: Problem, mixer: Callable[..., Any], *, dtype: torch.dtype, device: str
+        self,
+        problem: Problem,
+        mixer: Callable[..., Any],
+        *,
+        dtype: torch.dtype,
+        device: str,
+        fused: bool | None = None,
     ) -> None:
         super().__init__()
+        self.fused = fused  # None: where it can be
         d_model, d_inner = d_model_of(problem), problem.d_inner
         d_state, ngroups = d_state_of(problem), problem.ngroups or 1
         exact = torch.promote_types(dtype, torch.float32)
@@ -50,6 +58,10 @@ class MambaBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, L, d_model) to the same shape."""
+        if runs_fused(x, self.fused):
+            from mambench.implementations.blocks import fused_mamba
+
+            return fused_mamba.forward(self, x)
         batch, seqlen, _ = x.shape
         # The mixer wants time contiguous. Weights from the left give that without a transposition.
         tokens = self.norm(x).flatten(0, 1)  # (B L, d_model)
@@ -57,23 +69,23 @@ class MambaBlock(nn.Module):
         u = self.conv(u, channels_last=False)
         selection = u.transpose(1, 2).reshape(batch * seqlen, -1) @ self.x_proj.weight.T
         dt, B, C = selection.split(self.widths, dim=-1)
-        y = self.mixer(
+        delta = _time_last(self.dt_proj.weight @ dt.T, batch)
+        B, C = (_time_last(rows.T, batch).contiguous() for rows in (B, C))
+        return x + self.out_proj(self.mix(u, delta, B, C, z).transpose(1, 2))
+
+    def mix(self, u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor) -> Tensor:
+        """Call the mixer: u, delta, z (B, D, L), B and C (B, G N, L); returns (B, D, L)."""
+        return self.mixer(
             u,
-            _time_last(self.dt_proj.weight @ dt.T, batch),
+            delta,
             -torch.exp(self.A_log),
-            self._grouped(B, batch),
-            self._grouped(C, batch),
+            B.unflatten(1, self.groups),
+            C.unflatten(1, self.groups),
             D=self.D,
             z=z,
             delta_bias=self.dt_bias,
             delta_softplus=True,
         )
-        return x + self.out_proj(y.transpose(1, 2))
-
-    def _grouped(self, rows: Tensor, batch: int) -> Tensor:
-        """Rearrange B or C from (B L, G N) to (B, G, N, L)."""
-        time_last = rows.view(batch, -1, rows.shape[1]).transpose(1, 2)
-        return time_last.reshape(batch, *self.groups, -1).contiguous()
 
     def draw(self, draws: Draws, problem: Problem) -> dict[str, Tensor]:
         """Draw weights, fp32, as the scan's own problem draws its parameters (see `draws`)."""

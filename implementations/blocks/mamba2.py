@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mambench.harness.spec import Problem
+from mambench.implementations.blocks.fused import runs_fused
 from mambench.implementations.blocks.layers import CausalConv, RMSNorm, linear, linear_weight
 from mambench.implementations.blocks.sizes import d_model_of, d_state_of
 from mambench.implementations.problems.draws import Draws, long_memory, memory_scale
@@ -29,9 +30,16 @@ class Mamba2Block(nn.Module):
     """One block around a mixer with the signature of `mamba_chunk_scan_combined`."""
 
     def __init__(
-        self, problem: Problem, mixer: Callable[..., Any], *, dtype: torch.dtype, device: str
+        self,
+        problem: Problem,
+        mixer: Callable[..., Any],
+        *,
+        dtype: torch.dtype,
+        device: str,
+        fused: bool | None = None,
     ) -> None:
         super().__init__()
+        self.fused = fused  # None: where it can be
         d_model, d_inner, nheads = d_model_of(problem), problem.d_inner, problem.nheads
         shared = (problem.ngroups or 1) * d_state_of(problem)
         exact = torch.promote_types(dtype, torch.float32)
@@ -51,9 +59,18 @@ class Mamba2Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, L, d_model) to the same shape."""
+        if runs_fused(x, self.fused):
+            from mambench.implementations.blocks import fused_mamba2
+
+            return fused_mamba2.forward(self, x)
         z, mixed, dt = self.in_proj(self.norm(x)).split(self.widths, dim=-1)
         inner, B, C = self.conv(mixed, channels_last=True).split(self.conv_widths, dim=-1)
-        y = self.mixer(
+        y = self.mix(inner, dt, B, C).flatten(-2)
+        return x + self.out_proj(self.gated_norm(y * F.silu(z)))
+
+    def mix(self, inner: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        """Call the mixer: inner (B, L, H P), dt (B, L, H), B and C (B, L, G N); (B, L, H, P)."""
+        return self.mixer(
             inner.unflatten(-1, self.heads),
             dt,
             -torch.exp(self.A_log),
@@ -64,7 +81,6 @@ class Mamba2Block(nn.Module):
             dt_bias=self.dt_bias,
             dt_softplus=True,
         )
-        return x + self.out_proj(self.gated_norm(y.flatten(-2) * F.silu(z)))
 
     def draw(self, draws: Draws, problem: Problem) -> dict[str, Tensor]:
         """Draw weights, fp32, as the operation's own problem draws its parameters (see `draws`)."""

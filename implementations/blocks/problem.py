@@ -1,5 +1,7 @@
 """The block level as a problem family: whole blocks around whichever mixer is compared.
 
+What is measured runs fused on a GPU (see `fused`); what it is judged by never does.
+
 The inputs are the residual stream x (B, L, d_model), normal, and every weight by its name in the
 module (`blocks.0.in_proj.weight`); a transformer also gets its rotary tables. The reference is the
 same stack in float64 around the family's own float64 reference, so that what is judged is the
@@ -68,11 +70,20 @@ def block_family(problem: Problem, op: Op | None = None) -> ProblemFamily:
 class Stack(nn.Module):
     """The blocks of one problem, in sequence, around one mixer."""
 
-    def __init__(self, problem: Problem, mixer: Op, *, dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        mixer: Op,
+        *,
+        dtype: torch.dtype,
+        device: str,
+        fused: bool | None = None,
+    ) -> None:
         super().__init__()
         block = _BLOCKS[problem.family]
         self.each = [
-            block(problem, mixer, dtype=dtype, device=device) for _ in range(nblocks_of(problem))
+            block(problem, mixer, dtype=dtype, device=device, fused=fused)
+            for _ in range(nblocks_of(problem))
         ]
         self.blocks = nn.ModuleList(self.each)
 
@@ -169,7 +180,7 @@ class BlockProblem(ProblemFamily):
 
     def _judged(self, problem: Problem, inputs: Inputs, sample: Sample, solve: Solve) -> Outputs:
         mixer = _MIXERS[problem.family](replace(problem, level=Level.OP), solve, sample)
-        stack = _Bindable(_skeleton(problem, mixer, torch.float32)).bind(inputs)
+        stack = _Bindable(_skeleton(problem, mixer, torch.float32, fused=False)).bind(inputs)
         recompute = torch.is_grad_enabled() and problem.tokens > RECOMPUTED_TOKENS
         forward = stack.forward_recomputing if recompute else stack.forward
         y = forward(inputs["x"], *_tables(inputs))
@@ -204,8 +215,10 @@ class _Bindable:
                 parameters[key] = absent
 
 
-def _skeleton(problem: Problem, mixer: Op, dtype: torch.dtype) -> Stack:
-    return Stack(problem, mixer, dtype=dtype, device="meta")
+def _skeleton(
+    problem: Problem, mixer: Op, dtype: torch.dtype, *, fused: bool | None = None
+) -> Stack:
+    return Stack(problem, mixer, dtype=dtype, device="meta", fused=fused)
 
 
 def _recomputed(block: nn.Module, *tensors: Tensor) -> Tensor:

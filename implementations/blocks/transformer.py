@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mambench.harness.spec import Problem
+from mambench.implementations.blocks.fused import runs_fused
 from mambench.implementations.blocks.layers import RMSNorm, linear, linear_weight
 from mambench.implementations.blocks.sizes import d_model_of, mlp_width
 from mambench.implementations.problems.draws import Draws
@@ -29,9 +30,16 @@ class TransformerBlock(nn.Module):
     """One layer around a mixer `mixer(q, k, v)`, all (B, L, H, P)."""
 
     def __init__(
-        self, problem: Problem, mixer: Callable[..., Any], *, dtype: torch.dtype, device: str
+        self,
+        problem: Problem,
+        mixer: Callable[..., Any],
+        *,
+        dtype: torch.dtype,
+        device: str,
+        fused: bool | None = None,
     ) -> None:
         super().__init__()
+        self.fused = fused  # None: where it can be
         d_model, d_inner = d_model_of(problem), problem.d_inner
         width = mlp_width(d_model)
         self.heads = (problem.nheads, d_inner // problem.nheads)
@@ -45,6 +53,10 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, rotary_cos: Tensor, rotary_sin: Tensor) -> Tensor:
         """Map x (B, L, d_model) to the same shape; tables as of `rotary_tables`."""
+        if runs_fused(x, self.fused):
+            from mambench.implementations.blocks import fused_transformer
+
+            return fused_transformer.forward(self, x, rotary_cos, rotary_sin)
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, *self.heads))
         q, k = rotate(qkv[:, :, :2], rotary_cos, rotary_sin).unbind(2)
         x = x + self.out(self.mixer(q, k, qkv[:, :, 2]).flatten(-2))

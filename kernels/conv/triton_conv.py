@@ -140,7 +140,7 @@ def conv_backward(
 
 
 def _time_contiguous(x: Tensor) -> bool:
-    return x.stride(2) == 1 and (x.stride(1) != 1 or x.shape[1] == 1 or x.shape[2] > 1)
+    return x.stride(2) == 1
 
 
 def _strided(x: Tensor) -> Tensor:

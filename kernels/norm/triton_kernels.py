@@ -7,8 +7,8 @@
 over the last axis (Zhang and Sennrich 2019; the gate before the norm as in Mamba-2, Dao and Gu
 2024, figure 6). Rows may be strided; everything is computed in fp32. A program holds whole rows in
 registers, so that every value is read once. Kept for the backward is rstd; `residual` is a gradient
-that reaches x on another way, and the backward can give `out` again, which a weight's gradient after
-the norm needs: both save a pass over memory.
+that reaches x on another way, and the backward can give `out` again, which a weight's gradient
+after the norm needs: both save a pass over memory.
 """
 
 import triton
