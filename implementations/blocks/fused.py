@@ -1,11 +1,11 @@
 """What the blocks' fused forms share: when they run, and memory for a joint gradient.
 
 On a GPU a block runs as functions with gradients of their own, around whichever mixer it has: the
-Triton kernels of `kernels/conv`, `kernels/norm` and `kernels/elementwise` between cuBLAS's products,
-in layouts that need no copy from one to the next. They keep for the backward what the products and
-the mixer need and nothing else: what a norm or a gate made is made again by its own backward, which
-has its inputs in registers anyway. Everywhere else a block runs its plain form, which is written
-from the papers; so do the float64 reference and the independent solution that the gate judges by.
+Triton kernels of `kernels/{conv,norm,elementwise}` between cuBLAS's products, in layouts that need
+no copy from one to the next. They keep for the backward what the products and the mixer need and
+nothing else: what a norm or a gate made is made again by its own backward, which has its inputs in
+registers anyway. Everywhere else a block runs its plain form, which is written from the papers; so
+do the float64 reference and the independent solution that the gate judges by.
 """
 
 from collections.abc import Sequence
