@@ -16,7 +16,8 @@ _PLANTED = {
     "pass": "one more pass over SSD's input",
     "loop": "the selective scan's loop has one tile more in twenty",
     "tuning": "the selective scan's configuration is a worse one",
-    "one": "attention takes 1 % longer from 8,192 tokens on",
+    "one": "the selective scan's loop has one tile more in a hundred",
+    "wait": "attention is 1 % slower from 8,192 tokens on, by one launch more, which waits",
 }
 _HEAD = ("what", "checks", "with an alarm", "exit codes", "could see", "took")
 
@@ -93,8 +94,17 @@ def _gpu(record: Mapping[str, Any]) -> str:
             for case in cases
             if case["change_frac"] is not None
         ]
+        named += [
+            f"- {what}: REGRESSED {escape(point['name'])} [{escape(point['metric'])}]"
+            for point in regressed
+            if point.get("metric", "time_s") != "time_s" and not _slower(cases)
+        ]
     rates = [part["alarm_rate"] for part in told if part["part"] == "aa" and part["alarm_rate"]]
     return "\n".join([said, "", *_markdown(rows), "", *named, *_found(rates)])
+
+
+def _slower(cases: Sequence[Mapping[str, Any]]) -> bool:
+    return any(case["verdict"] == "regressed" for case in cases)
 
 
 def _found(rates: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -4,8 +4,8 @@
 
 Parts: `calibrate`, `aa` or `aa*N` (a check of equal code, N times), `pass` (SSD reads and writes
 its input once more), `loop` (the selective scan's loop has one tile more in twenty), `tuning` (the
-selective scan has a configuration that is a fifth slower), `one` (attention takes 1 % longer from
-8,192 tokens on), `sixty` (sixty cases of equal code). Without any: all, with ten A/A checks.
+selective scan has a configuration that is a fifth slower), `one` (its loop has one tile more in a
+hundred), `sixty` (sixty cases of equal code). Without any: all, with ten A/A checks.
 
 All GPUs that are visible work side by side: each calibrates, then takes the next part that is left.
 GPUS limits their number, LIMIT_S when the last part may begin. $OUT/h100-gate.json (or $NAME.json),
@@ -58,29 +58,6 @@ def _planted(self, family, variant):
 
 {cls}.op = _planted
 """
-ONE = """
-    cost = {}
-
-    def slower(q, k, v):
-        import torch
-
-        key = q.shape[1]
-        if key not in cost and not torch.cuda.is_current_stream_capturing():
-            op(q, k, v)
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(1_000_000)
-            begin.record()
-            for _ in range(20):
-                op(q, k, v)
-            end.record()
-            torch.cuda.synchronize()
-            # 1 %, less about 2 us that the launch of the waiting kernel takes.
-            wait_s = max(0.0, 0.01 * begin.elapsed_time(end) / 20 / 1e3 - 2e-6)
-            cost[key] = int(wait_s * 1.9e9) if key >= 8192 else 0
-        if cost.get(key):
-            torch.cuda._sleep(cost[key])
-        return op(q, k, v)
-"""
 # part: file, text there, text instead (both None: appended), implementation that gets slower
 PLANTS = {
     "pass": (
@@ -106,10 +83,10 @@ PLANTS = {
         "selective_scan",
     ),
     "one": (
-        "implementations/ops/flash_attention.py",
-        None,
-        WRAP.format(cls="FlashAttention", body=ONE),
-        "flash_attention",
+        "kernels/s6/hopper_kernel.py",
+        "range(0, seqlen, TILE)",
+        "range(0, seqlen + seqlen // (100 * TILE) * TILE, TILE)",  # of the longest segments only
+        "selective_scan",
     ),
 }
 _lock = threading.Lock()
