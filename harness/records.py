@@ -100,13 +100,18 @@ _OUTCOMES = {outcome.value: outcome for outcome in Outcome}
 
 
 def _case(record: Mapping[str, Any], cases: Cases) -> Case:
-    problem: Mapping[str, Any] = record["problem"]
-    own = (record[name] for name in ("implementation", "variant", "pass", "dtype"))
-    key = (*own, *problem, *problem.values())
+    key = written(record)
     found = cases.get(key)
     if found is None:
         found = cases[key] = Case.from_dict(record)
     return found
+
+
+def written(record: Mapping[str, Any]) -> Hashable:
+    """Return what tells a record's case from others as `Case.to_dict` writes it: soon made."""
+    problem: Mapping[str, Any] = record["problem"]
+    own = (record[name] for name in ("implementation", "variant", "pass", "dtype"))
+    return (*own, *problem, *problem.values())
 
 
 def observation_id(

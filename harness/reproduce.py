@@ -3,14 +3,16 @@
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mambench.harness.axes import AXES
 from mambench.harness.errors import UsageError
-from mambench.harness.expand import APPLICABLE
-from mambench.harness.plan import Plan, PlannedCase
 from mambench.harness.spec import Case, Settings
-from mambench.harness.suite import setting_names
+
+if TYPE_CHECKING:
+    # Plans and suites are imported where they are needed: a report, which names what all cases of
+    # a run share, needs neither, and they take as long to import as all else that it does.
+    from mambench.harness.plan import Plan, PlannedCase
 
 # Based on the suite that holds every implementation at every level, so that the command means the
 # same whatever becomes of the suite that the case came from.
@@ -24,7 +26,7 @@ _OWN_OPTION = {
 }
 
 
-def command(case: Case, plan: Plan, *, program: Sequence[str]) -> str:
+def command(case: Case, plan: "Plan", *, program: Sequence[str]) -> str:
     """Return a shell command that plans exactly this case with the plan's device and settings."""
     device, settings = plan.device.torch_name, plan.settings
     words = [*program, "run", *_case_words(case), *run_words(device, plan.plugins, settings)]
@@ -41,6 +43,8 @@ def run_words(device: str, plugins: Sequence[str], settings: Settings) -> list[s
 
 
 def _case_words(case: Case) -> list[str]:
+    from mambench.harness.expand import APPLICABLE
+
     problem = case.problem
     words = ["--suite", BASE_SUITE]
     words += ["-i", f"{case.implementation}:{case.variant}"]
@@ -54,6 +58,8 @@ def _case_words(case: Case) -> list[str]:
 
 
 def _settings(settings: Settings) -> list[str]:
+    from mambench.harness.suite import setting_names
+
     words: list[str] = []
     for field in fields(Settings):
         value = getattr(settings, field.name)
@@ -66,7 +72,7 @@ def _settings(settings: Settings) -> list[str]:
     return words
 
 
-def find_case(plan: Plan, text: str) -> tuple[int, PlannedCase]:
+def find_case(plan: "Plan", text: str) -> tuple[int, "PlannedCase"]:
     """Return a planned case and its number, by number or the beginning of its case_id.
 
     A whole number up to the number of cases is a number (as `plan` prints it, from 1); anything
@@ -105,5 +111,7 @@ def parse_names(texts: Sequence[str]) -> tuple[str, ...]:
 
 def sizes(case: Case) -> dict[str, Any]:
     """Return the sizes that apply to a case, in the order of the axes."""
+    from mambench.harness.expand import APPLICABLE
+
     names = APPLICABLE[case.problem.level, case.problem.family]
     return {name: getattr(case.problem, name) for name in AXES if name in names}

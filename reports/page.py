@@ -87,10 +87,10 @@ def write_atomically(path: Path, text: str) -> None:
 def render(report: Report) -> str:
     """Return the page."""
     fork = beside.worthwhile(len(report.rows))
-    with beside.making(lambda: _json(_numbers(report)), fork=fork) as numbers:
+    with beside.making(lambda: packing.begun(_json(_numbers(report))[:-1]), fork=fork) as numbers:
         summaries, shared = summary.summarise(report), machines.shared(report)
-        others = _json(_others(report))
-        html = _page(report, summaries, shared, lambda: numbers()[:-1] + b"," + others[1:])
+        others = b"," + _json(_others(report))[1:]
+        html = _page(report, summaries, shared, lambda: packing.ended(numbers(), others))
     return _smaller(html)
 
 
@@ -98,7 +98,7 @@ def _page(
     report: Report,
     summaries: Sequence[summary.SliceSummary],
     shared: Sequence[machines.Shared],
-    data: Callable[[], bytes],
+    data: Callable[[], str],
 ) -> str:
     script = (HERE / "assets" / "report.js").read_text(encoding="utf-8")
     return (
@@ -122,7 +122,7 @@ def _page(
             still=_still(report),
             static_most=STATIC,
             policy=_policy(script),
-            payload=lambda: packing.compressed(data()),
+            payload=data,
             plotly=base64.b64encode((HERE / "assets" / PLOTLY).read_bytes()).decode(),
         )
     )

@@ -305,6 +305,12 @@ def test_numbers_that_json_cannot_hold_become_null():
     assert packing.numbers(values) == [None, 1.234568e-5, None, 3, None, "x", True, [0.5]]
 
 
+@given(st.binary(max_size=99), st.binary(max_size=99))
+def test_two_parts_are_compressed_as_one(first, second):
+    packed = base64.b64decode(packing.ended(packing.begun(first), second))
+    assert gzip.decompress(packed) == first + second
+
+
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=9), st.integers(2, 9))
 def test_numbers_are_rounded_as_by_writing_them(values, digits):
     for value, short in zip(values, packing.significant(values, digits), strict=True):
