@@ -478,6 +478,12 @@ def _resumed(path: Path, output: Path | None, asked: Mapping[str, Any]) -> "tupl
     now, then = machine.code_version()["id"], folder.manifest["code"].get("id")
     if now != then:
         folder.warnings.append(f"the run was begun with code version {then}, this is {now}")
+    gpus = [
+        (environment.get("gpu") or {}).get("uuid")
+        for environment in (machine.environment(here), folder.manifest["environment"])
+    ]
+    if now != then or gpus[0] != gpus[1]:
+        folder.continued(now, gpus[0])
     return made, folder
 
 

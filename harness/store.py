@@ -53,7 +53,11 @@ class RunFolder:
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
-        self.warnings: list[str] = []
+        self.warnings: list[str] = [
+            f"continued at {entry['at']} with code version {entry['code']}"
+            + (f" on the GPU {entry['gpu']}" if entry["gpu"] else "")
+            for entry in manifest.get("resumed", ())
+        ]
         self.lines: list[bytes] = []  # of `unparsed`: each observation's, without its newline
         self._observations: list[Observation] = []
         self._index: dict[Key, Observation] | None = None
@@ -102,6 +106,18 @@ class RunFolder:
             raise
         folder.lines = []
         return folder
+
+    def continued(self, code: str | None, gpu: str | None) -> None:
+        """Note in the manifest that a run goes on now, with other code or on another GPU.
+
+        Args:
+            code: the code's version.
+            gpu: the UUID; None on a CPU.
+        """
+        entry = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "code": code, "gpu": gpu}
+        entries = [*self.manifest.get("resumed", ()), entry]
+        self.manifest = {**self.manifest, "resumed": entries}
+        _write_atomically(self.path / MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
 
     @classmethod
     def unparsed(cls, path: Path) -> Self:

@@ -297,6 +297,11 @@ def test_resume_takes_the_runs_own_plan(call: Any, monkeypatch: pytest.MonkeyPat
     assert made.settings.seed == 5
     assert options["retry_failed"] is True
     assert options["time_budget_s"] == 300
+    assert "resumed" not in RunFolder.open(Path("mine")).manifest  # the same code and machine
+    monkeypatch.setattr(machine, "code_version", lambda: {"id": "other"})
+    assert call("run", "--resume", "mine", "--no-report").code == 0
+    (entry,) = RunFolder.open(Path("mine")).manifest["resumed"]
+    assert entry["code"] == "other"
     monkeypatch.setitem(DEVICES, "cpu", replace(CPU, name="another processor"))
     done = call("run", "--resume", "mine")
     assert done.code == 2

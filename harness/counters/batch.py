@@ -99,7 +99,6 @@ class Batch:
         self._known_bytes = 0
         self._proof: dict[str, int] = {}  # of the copy of known bytes
         self._ranges: list[str] = []
-        self._launched: dict[str, str] = {}
         self._starts = 0
         self.interrupted = False  # by a person: what was counted before is returned all the same
         limits = Limits(
@@ -237,7 +236,6 @@ class Batch:
         elif event == "phase":
             self._watch.enter(message["phase"])
         else:
-            self._launched[message["id"]] = message.get("launched") or "eager"
             self._end(Outcome(message["outcome"]), message.get("reason"))
 
     def _end(self, outcome: Outcome, reason: str | None) -> None:
@@ -278,9 +276,7 @@ class Batch:
             if told.outcome is not Outcome.OK:
                 found[name] = told
             elif name in launches or not cut_off:  # else lost with the child: count it again
-                counted = self._counted(launches.get(name, {}), passes, told, error)
-                how = {"launched": self._launched[name]} if counted.values else {}
-                found[name] = replace(counted, details={**counted.details, **how})
+                found[name] = self._counted(launches.get(name, {}), passes, told, error)
         return found, None
 
     def _known_wrong(

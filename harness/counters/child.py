@@ -14,8 +14,8 @@ The first launch that ncu profiles in a process is preceded by writes of its own
 which L2 still holds dirty when the kernel begins. So two ranges come first that nobody asked for.
 
 Where the request says `ranges`, ncu counts what lies between the profiler's start and stop as one.
-ncu makes each launch slow even then, so an execution is captured in a CUDA graph, and one replay of
-it lies in the range.
+Each launch takes some .2 ms even then, in the range or not, and a capture in a CUDA graph as long.
+So nothing is executed twice: what loads the kernels is the same case at a length of a few steps.
 """
 
 import gc
@@ -26,13 +26,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
 from mambench.harness.counters.ncu import DRAIN, PRIME, RUN, range_name
-from mambench.harness.spec import Case, Device, DeviceKind
+from mambench.harness.spec import Case, Device, DeviceKind, Pass
 from mambench.harness.worker import classify, describe
 from mambench.harness.workers.protocol import BUILD, COMPILE
 
@@ -43,7 +43,7 @@ COUNT = "count"
 WATCH_S = 1.0
 BUFFER_IN_L2_SIZES = 4
 WARM_EXECUTIONS = 2  # the first compiles and tunes; after the second nothing is left to load
-WARM_LONG_EXECUTIONS = 1  # thousands of launches load everything in one execution
+WARM_STEPS = 64  # of a case of thousands of launches, which are the same in every step
 KNOWN_L2_SIZES, KNOWN_LAUNCHES = 5, 1000  # of the copy that shows that ranges are counted rightly
 BROKEN_STATUS = 75  # the CUDA context is damaged: the cases that are left need another process
 
@@ -75,7 +75,6 @@ class _Child:
         self._request = request
         self._file = file
         self._ranges: bool = request.get("ranges", False)
-        self._capturable = True  # until a capture fails, which spoils the process for others
         self._plugins = tuple(request["plugins"])
         self._device = _device(request["device"])
         self._implementations: dict[str, Implementation] = {}
@@ -83,10 +82,6 @@ class _Child:
     def run(self) -> int:
         self._report(event="start", pid=os.getpid())
         torch.cuda.set_device(self._device.index)
-        with _side_stream() if self._ranges else nullcontext():  # on which graphs are captured
-            return self._run()
-
-    def _run(self) -> int:
         buffer = _Buffer()
         for part in (RUN, DRAIN):
             self._within(range_name(PRIME, part), buffer.read)
@@ -102,12 +97,12 @@ class _Child:
         """Execute one item and report how it ended; returns whether others can follow."""
         end: dict[str, Any] = {"outcome": "ok"}
         try:
-            end["launched"] = self._count(item, buffer)
+            self._count(item, buffer)
         except BaseException as error:
             end = {"outcome": classify(error).value, "reason": describe(error)}
             del error
         gc.collect()
-        usable = self._capturable
+        usable = True
         try:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -117,36 +112,27 @@ class _Child:
         self._report(event="end", id=item["id"], **end)
         return usable
 
-    def _count(self, item: Mapping[str, Any], buffer: "_Buffer") -> str:
-        """Execute one item in its ranges; returns how it was launched."""
+    def _count(self, item: Mapping[str, Any], buffer: "_Buffer") -> None:
+        """Execute one item in its ranges."""
         self._report(event="phase", id=item["id"], phase=BUILD)
-        execute = self._case(item["case"]) if "case" in item else _probe(item, buffer.l2_bytes)
+        warm = None
+        if "case" in item:
+            case = Case.from_dict(item["case"])
+            if self._ranges and (short := _shortened(case)) is not None:
+                warm = self._case(short)
+            execute = self._case(case)
+        else:
+            execute = _probe(item, buffer.l2_bytes)
         self._report(event="phase", id=item["id"], phase=COMPILE)
-        for _ in range(WARM_LONG_EXECUTIONS if self._ranges else WARM_EXECUTIONS):
-            execute()
+        for _ in range(WARM_EXECUTIONS):
+            (warm or execute)()
             torch.cuda.synchronize()
-        launched = "eager"
-        if self._ranges and (replay := self._captured(execute)) is not None:
-            execute, launched = replay, "cuda-graph"
+        del warm
         self._report(event="phase", id=item["id"], phase=COUNT)
         buffer.read()
         kept = self._within(range_name(item["id"], RUN), execute)
         self._within(range_name(item["id"], DRAIN), buffer.read)
         del kept
-        return launched
-
-    def _captured(self, execute: Callable[[], object]) -> Callable[[], object] | None:
-        """Return the replay of a graph of it, uploaded; None if it cannot be captured."""
-        from mambench.harness.instruments import cuda_timing
-
-        try:
-            graph = cuda_timing.capture(execute, 1)
-        except cuda_timing.NotCapturableError:
-            self._capturable = False
-            return None
-        graph.replay()
-        torch.cuda.synchronize()
-        return graph.replay
 
     def _within(self, name: str, execute: Callable[[], object]) -> object:
         """Execute within an NVTX range of the whole process; returns what was computed."""
@@ -165,11 +151,10 @@ class _Child:
             nvtx.range_end(handle)
         return result
 
-    def _case(self, values: Mapping[str, Any]) -> Callable[[], object]:
+    def _case(self, case: Case) -> Callable[[], object]:
         from mambench.harness import registry
         from mambench.implementations.workload import build
 
-        case = Case.from_dict(values)
         name = case.implementation
         if name not in self._implementations:
             self._implementations[name] = registry.get(name, self._plugins)
@@ -185,8 +170,11 @@ class _Child:
         self._file.write(json.dumps(values | {"at": time.monotonic()}) + "\n")
 
 
-def _side_stream() -> AbstractContextManager[object]:
-    return torch.cuda.stream(torch.cuda.Stream())
+def _shortened(case: Case) -> Case | None:
+    """Return the same case over a few steps; None if it is not one over time, or short already."""
+    if case.pass_ is Pass.DECODE or case.problem.length <= WARM_STEPS:
+        return None
+    return replace(case, problem=replace(case.problem, seqlen=WARM_STEPS))
 
 
 class _Buffer:

@@ -24,13 +24,13 @@ from mambench.harness.spec import Case, Device, DeviceKind, Outcome
 from mambench.implementations.cost import case_cost
 
 # Coarse, for the plan: ncu, Python and torch; building, compiling and warming up one case; the
-# instrumentation of one launch; one launch of those that are counted together, warming up included.
-START_S, CASE_S, LAUNCH_S, RANGE_LAUNCH_S = 20.0, 0.5, 0.015, 6e-5
+# instrumentation of one launch; one launch of those that are counted together.
+START_S, CASE_S, LAUNCH_S, RANGE_LAUNCH_S = 20.0, 0.5, 0.015, 2.5e-4
 MOST_KERNELS = 200  # a few seconds of instrumentation
 MOST_REPLAYED = 2000  # as many are counted one by one all the same where ranges cannot be
 # Launches of the ranges of one child: ncu tells nothing of them unless the child ends by itself.
 MOST_PER_CHILD = 200_000
-MAX_LAUNCHES = 500_000  # of a range: some tens of seconds
+MAX_LAUNCHES = 250_000  # of a range: a minute
 INSTALL = "install NVIDIA Nsight Compute and put ncu on PATH"
 
 

@@ -64,6 +64,20 @@ def test_appending_goes_on_after_what_is_there(folder: Path) -> None:
     assert [o.case.problem.seqlen for o in RunFolder.open(folder).observations()] == [1, 2, 3, 4]
 
 
+def test_a_run_that_goes_on_elsewhere_says_so(folder: Path) -> None:
+    with RunFolder.open(folder, for_append=True) as run:
+        run.continued("0.1+abc", "GPU-1")
+        run.continued("0.1+def", None)
+        run.append(observation(4))
+    read = RunFolder.open(folder)
+    assert [entry["code"] for entry in read.manifest["resumed"]] == ["0.1+abc", "0.1+def"]
+    assert [text.partition(" with ")[2] for text in read.warnings] == [
+        "code version 0.1+abc on the GPU GPU-1",
+        "code version 0.1+def",
+    ]
+    assert len(read.observations()) == 4
+
+
 def test_newest_observation_wins_and_skipped_ones_are_not_finished(folder: Path) -> None:
     skipped = observation(3, outcome=Outcome.SKIPPED)
     with RunFolder.open(folder, for_append=True) as run:

@@ -3,23 +3,21 @@
 import json
 import os
 import signal
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from mambench.harness.counters import child as counters_child
-from mambench.harness.instruments import cuda_timing
 from mambench.harness.spec import Case, DType, Family, Pass, Problem
+from mambench.implementations import workload
 
 PLUGIN = Path(__file__).parent.parent.parent / "faults" / "planted.py"
 
 
-def case(name: str) -> Case:
-    problem = Problem(family=Family.ATTENTION, batch=1, seqlen=16, d_inner=16, headdim=8)
+def case(name: str, seqlen: int = 16) -> Case:
+    problem = Problem(family=Family.ATTENTION, batch=1, seqlen=seqlen, d_inner=16, headdim=8)
     return Case(
         implementation=name,
         variant="planted",
@@ -103,17 +101,14 @@ def test_one_execution_lies_in_the_range_between_two_readings_of_the_buffer(tmp_
 def ranges(notes: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("start", "stop"):
         monkeypatch.setattr(torch.cuda.profiler, name, lambda name=name: notes.append(name))
-    monkeypatch.setattr(counters_child, "_side_stream", nullcontext)
     return notes
 
 
-def test_a_range_lies_between_the_profiler_s_start_and_stop(tmp_path, ranges, monkeypatch):
-    graph = SimpleNamespace(replay=lambda: ranges.append("replay"))
-    monkeypatch.setattr(cuda_timing, "capture", lambda execute, count: graph)
+def test_a_range_lies_between_the_profiler_s_start_and_stop(tmp_path, ranges):
     _, told = run(tmp_path, {"id": "abc", "case": case("good").to_dict()}, ranges=True)
     assert ranges[10:] == [
-        *("execute", "replay", "read"),  # warmed up once, for it is long; and uploaded
-        *("start run", "start", "replay", "stop", "end run"),
+        *("execute", "execute", "read"),
+        *("start run", "start", "execute", "stop", "end run"),
         *("start drain", "start", "read", "stop", "end drain"),
     ]
     names = [m["name"] for m in told if m["event"] == "range"]
@@ -121,25 +116,23 @@ def test_a_range_lies_between_the_profiler_s_start_and_stop(tmp_path, ranges, mo
         f"mambench-{of}" for of in ("prime-run", "prime-drain", "abc-run", "abc-drain")
     ]
     assert next(m for m in told if m["event"] == "ready")["known_bytes"] == 5 << 20
-    assert told[-1]["launched"] == "cuda-graph"
+    assert told[-1]["outcome"] == "ok"
 
 
-def test_what_cannot_be_captured_is_launched_in_the_range_and_ends_the_child(
-    tmp_path, ranges, monkeypatch
-):
-    def capture(execute: object, count: int) -> None:
-        raise cuda_timing.NotCapturableError("planted")
+def test_a_long_case_is_warmed_up_at_a_few_steps(tmp_path, ranges, monkeypatch):
+    lengths: list[int] = []
+    build = workload.build
 
-    monkeypatch.setattr(cuda_timing, "capture", capture)
-    good = case("good").to_dict()
-    status, told = run(
-        tmp_path, {"id": "abc", "case": good}, {"id": "next", "case": good}, ranges=True
-    )
-    assert ranges[12:17] == ["start run", "start", "execute", "stop", "end run"]
-    assert status == counters_child.BROKEN_STATUS
-    assert [(m["id"], m["outcome"], m["launched"]) for m in told if m["event"] == "end"] == [
-        ("abc", "ok", "eager")
-    ]
+    def noted(asked: Case, *more: Any, **options: Any) -> Any:
+        lengths.append(asked.problem.length)
+        return build(asked, *more, **options)
+
+    monkeypatch.setattr(workload, "build", noted)
+    long = case("good", seqlen=counters_child.WARM_STEPS + 1)
+    run(tmp_path, {"id": "abc", "case": long.to_dict()}, ranges=True)
+    assert lengths == [counters_child.WARM_STEPS, counters_child.WARM_STEPS + 1]
+    run(tmp_path, {"id": "abc", "case": long.to_dict()})
+    assert lengths[2:] == [counters_child.WARM_STEPS + 1]
 
 
 def test_the_known_copy_copies_everything_in_many_launches(monkeypatch):
