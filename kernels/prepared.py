@@ -26,6 +26,8 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
+from mambench.kernels.flags import flags
+
 Tensors = tuple[Tensor | None, ...]
 Results = tuple[Tensor | None, ...]
 Sizes = tuple[int, ...]
@@ -121,7 +123,10 @@ def _kind(tensors: Tensors, options: tuple[Any, ...]) -> tuple[tuple[Any, ...], 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a pointer comes from: the input, output or piece of scratch memory of that number."""
+    """Where a pointer comes from: the input, output or piece of scratch memory of that number.
+
+    Or the call's flags.
+    """
 
     kind: str
     index: int
@@ -156,6 +161,7 @@ class Recording:
         self._places: dict[int, _Place] = {}
         self._outputs: list[Tensor] = []
         self._spare: list[Tensor] = []
+        self._flags, self._zeros = 0, list[Tensor]()
         self._scratch: list[Tensor] = []  # held: no address may stand for two of them
         for index, tensor in enumerate(self._inputs):
             if tensor is None:
@@ -178,6 +184,15 @@ class Recording:
             if tensor.shape == shape and tensor.dtype == dtype:
                 return self._spare.pop(index)
         return self._allocate("scratch", self._scratch, shape, dtype, device)
+
+    def flags(self, count: int, device: torch.device) -> Tensor:
+        """Return the call's flags, int32 zeros that each of its launches must leave zero."""
+        self._flags = max(self._flags, count)
+        found = flags(self._flags, device)
+        if self._steps is not None:
+            self._places[found.data_ptr()] = _Place("flags", 0)
+            self._zeros.append(found)
+        return found
 
     def spare(self, *held: Tensor) -> None:
         """Let later launches use the scratch memory of those before, except what is held."""
@@ -262,7 +277,9 @@ class Recording:
             return None
         first = next(t for t in self._inputs if t is not None)
         arguments = [argument for step in steps for argument in step.arguments]
-        layout = _Layout(len(self._inputs), self._outputs, self._scratch, arguments)
+        layout = _Layout(
+            len(self._inputs), self._outputs, self._scratch, arguments, has_flags=self._flags > 0
+        )
         picks = [
             itemgetter(*map(layout.position, (*before, *step.arguments)))
             for (_, before), step in zip(launchers, steps, strict=True)
@@ -275,6 +292,7 @@ class Recording:
             outputs=tuple(_template(t.shape, t.dtype, t.device) for t in self._outputs),
             scratch=_template((layout.bytes,), torch.uint8, first.device) if layout.bytes else None,
             offsets=tuple(layout.offsets),
+            flags=(self._flags, first.device) if self._flags else None,
             parts=tuple(layout.parts),
             maps=tuple((layout.index(d.place), _Encoder(d)) for d in layout.described),
             constants=tuple(layout.constants),
@@ -286,37 +304,40 @@ class Recording:
 class _Layout:
     """Where a repeated call puts everything that launches take, in one list.
 
-    Addresses of the inputs, of the outputs, of scratch memory and of parts of these, the stream,
-    tensor maps; constants are counted from the end.
+    Addresses of the inputs, of the outputs, of scratch memory, of flags and of parts of these, the
+    stream, tensor maps; constants are counted from the end.
     """
 
     def __init__(
-        self, inputs: int, outputs: list[Tensor], scratch: list[Tensor], arguments: list[Any]
-    ) -> None:
+        self, inputs: int, outputs: list[Tensor], scratch: list[Tensor], arguments: list[Any],
+        *, has_flags: bool,
+    ) -> None:  # fmt: skip
         self.offsets: list[int] = []
         self.bytes = 0
         for tensor in scratch:
             self.offsets.append(self.bytes)
             self.bytes += -(-tensor.numel() * tensor.element_size() // _ALIGNED) * _ALIGNED
+        after = inputs + len(outputs) + len(scratch)
         self._first = {"input": 0, "output": inputs, "scratch": inputs + len(outputs)}
-        self._after_scratch = inputs + len(outputs) + len(scratch)
+        self._first["flags"] = after
+        self._after = after + has_flags
         places = (a.place if isinstance(a, _Described) else a for a in arguments)
         apart = (p for p in places if isinstance(p, _Place) and p.offset > 0)
         self._apart = list(dict.fromkeys(apart))
         self.parts = [(self.index(replace(p, offset=0)), p.offset) for p in self._apart]
-        self._stream = self._after_scratch + len(self.parts)
+        self._stream = self._after + len(self.parts)
         self.described: list[_Described] = []
         self.constants: list[Any] = []
 
     def index(self, place: _Place) -> int:
         """Return where a place's address is."""
         if place.offset > 0:
-            return self._after_scratch + self._apart.index(place)
+            return self._after + self._apart.index(place)
         return self._first[place.kind] + place.index
 
     def result(self, place: _Place) -> int:
         """Return which of the inputs and outputs is a result."""
-        if place.kind == "scratch" or place.offset > 0:
+        if place.kind not in ("input", "output") or place.offset > 0:
             raise ValueError(f"expected an output or an input as a result, got {place}")
         return self.index(place)
 
@@ -342,6 +363,7 @@ class Prepared:
     outputs: tuple[Tensor, ...]  # without memory of their own
     scratch: Tensor | None
     offsets: Sizes
+    flags: tuple[int, torch.device] | None  # how many
     parts: tuple[tuple[int, int], ...]  # where the address of the whole is, and bytes from there
     maps: "tuple[tuple[int, _Encoder], ...]"
     constants: tuple[Any, ...]
@@ -363,6 +385,9 @@ class Prepared:
             scratch = torch.empty_like(self.scratch, memory_format=_DENSE)
             base = scratch.data_ptr()
             filled += [base + offset for offset in self.offsets]
+        if self.flags is not None:
+            zeros = flags(*self.flags)
+            filled.append(zeros.data_ptr())
         filled += [filled[index] + offset for index, offset in self.parts]
         filled.append(driver.active.get_current_stream(self.device))
         filled += [encoder(filled[index]) for index, encoder in self.maps]

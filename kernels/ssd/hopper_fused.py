@@ -1,9 +1,6 @@
-"""Launches of the SSD forward on Hopper as one walk: flags reset, then everything else.
+"""The launch of the SSD forward on Hopper as one walk."""
 
-The flags lie in the call's own memory, so that calls on several streams and replays of a graph do
-not meet. The launch that resets them takes no time of its own: the other starts beside it
-(programmatic dependent launch) and waits for it only before the first flag is set.
-"""
+import math
 
 import torch
 from torch import Tensor
@@ -13,10 +10,8 @@ from mambench.kernels.prepared import Recording
 from mambench.kernels.ssd.hopper_config import CHANNELS, CHUNK, pairs
 from mambench.kernels.ssd.hopper_fused_kernel import fused_kernel
 from mambench.kernels.ssd.hopper_launch import tile_layout, tiles_of
-from mambench.kernels.ssd.hopper_parts import reset_kernel
 from mambench.kernels.ssd.triton_launch import Launch, Operands
 
-_RESET_BLOCK = 1024
 _GLUON = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
@@ -30,7 +25,6 @@ def run_fused(
     stages: int,
     scores_dtype: torch.dtype,
     registers: tuple[int, int],
-    pdl: bool,
     narrow: bool,
     keep: bool,
 ) -> Tensor | None:
@@ -45,7 +39,6 @@ def run_fused(
         stages: of the ring.
         scores_dtype: that B C^T is rounded to.
         registers: per thread of a consumer, and of the helper.
-        pdl: programmatic dependent launch.
         narrow: keep what segments contribute in bf16.
         keep: whether to return what enters them (fp32), or the initial states of one segment.
     """
@@ -59,15 +52,13 @@ def run_fused(
         dtype = torch.bfloat16 if narrow else torch.float32
         slots = recording.scratch((*ends, CHANNELS * block_n), dtype, device)
         decays = recording.scratch(ends, torch.float32, device)
-        flags = recording.scratch(ends, torch.int32, device)
-        _reset(recording, flags, pdl)
+        flags = recording.flags(math.prod(ends), device)
         if keep:
             states = (plan.batch, plan.nheads, plan.nsegments, plan.headdim, plan.d_state)
             kept = recording.output(states, torch.float32, device)
-    pdl = pdl and flags is not None
     constants = {
         "P": plan.headdim, "N": plan.d_state, "BLOCK_N": block_n, "STAGES": stages,
-        "PDL": pdl, "REGISTERS": registers[0], "HELPER_REGISTERS": registers[1],
+        "REGISTERS": registers[0], "HELPER_REGISTERS": registers[1],
         "SCORES": _GLUON[scores_dtype],
         "SCORES_LAYOUT": tile_layout(CHUNK, CHUNK, scores_dtype),
         "SOFTPLUS": plan.dt_softplus, "D_DIMS": 0 if D is None else D.dim(),
@@ -81,17 +72,7 @@ def run_fused(
         plan.nsegments, plan.nheads, per_group, plan.heads_per_group,
     )  # fmt: skip
     grid = (npairs, plan.batch, plan.nsegments)
-    options = {"num_warps": 4, "launch_pdl": pdl}
-    recording.launch(fused_kernel, grid, arguments, constants, **options)
+    recording.launch(fused_kernel, grid, arguments, constants, num_warps=4)
     if not keep:
         return None
     return tensors.initial_states if kept is None else kept
-
-
-def _reset(recording: Recording, flags: Tensor, pdl: bool) -> None:
-    """Launch what resets the flags, after everything before it on the stream has ended."""
-    count = flags.numel()
-    options = {"num_warps": 4, "launch_pdl": False}
-    grid = (-(-count // _RESET_BLOCK), 1, 1)
-    constants = {"BLOCK": _RESET_BLOCK, "PDL": pdl}
-    recording.launch(reset_kernel, grid, (flags, count), constants, **options)

@@ -12,6 +12,7 @@ from what enters the segment, for the outputs; the second time most of x comes f
 Between the walks a consumer stores its end state, sets the segment's flag (release), waits for the
 flags of all earlier segments (acquire) and adds up what they left, from the first to the last, so
 that every run gives the same bits. The last segment's own end state is nobody's and is not made.
+Flags count their readers too; after the last one the producer of the last segment resets them.
 
 No block waits for one of a higher index: segments are the slowest axis of the grid. The hardware
 starts blocks in the order of their index, so that the lowest one that has not ended waits for
@@ -32,9 +33,7 @@ from triton.language.core import PropagateNan
 from mambench.kernels.ssd.hopper_config import CHANNELS, CHUNK, MOST_SEGMENTS
 from mambench.kernels.ssd.hopper_kernel import (
     consumers_head,
-    let_next_launch,
     state_tile,
-    wait_for_launch_before,
 )
 from mambench.kernels.ssd.triton_parts import LEAST_LOG2_DECAY
 
@@ -48,6 +47,31 @@ _RUNTIME_SIZES = [
     "seqlen", "dt_min", "dt_max", "stride_batch", "stride_token", "stride_head",
     "nchunks", "segment_chunks", "nsegments", "nheads", "pairs_per_group", "heads_per_group",
 ]  # fmt: skip
+
+
+@gluon.jit
+def count_readers(flags, count):
+    """Count one more reader of the first `count` flags, which others wait for no longer."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    k = gl.arange(0, _FLAGS, layout=LANES)
+    one = gl.full([_FLAGS], 1, gl.int32, layout=LANES)
+    gl.atomic_add(flags + k, one, mask=k < count, sem="relaxed", scope="gpu")
+
+
+@gluon.jit
+def reset(flags, count):
+    """Set the first `count` flags to 0 once all blocks after each one's have read it."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    k = gl.arange(0, _FLAGS, layout=LANES)
+    watched = flags + gl.minimum(k, count - 1)
+    left = 1
+    while left > 0:
+        values = gl.inline_asm_elementwise(
+            "ld.relaxed.gpu.global.b32 $0, [$1];", "=r,l", [watched], dtype=gl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+        left = gl.max(gl.where(k < count, count + 1 - k - values, 0), axis=0)
+    gl.store(flags + k, gl.full([_FLAGS], 0, gl.int32, layout=LANES), mask=k < count)
 
 
 @gluon.jit
@@ -139,45 +163,39 @@ def _sum(a, b):
 
 
 @gluon.jit
-def _raw_steps(steps, head, t, seqlen):
-    """Load dt of one head at the tokens t, as fp32; 0 past the end."""
+def _raw_steps(steps, heads, t, seqlen):
+    """Load dt of heads at the tokens t, as fp32; 0 past the end. (heads, tokens)"""
     dt_ptr, stride_token, stride_head = steps
-    offsets = t.to(gl.int64) * stride_token + head * stride_head
-    return gl.load(dt_ptr + offsets, mask=t < seqlen, other=0.0).to(gl.float32)
+    offsets = (t.to(gl.int64) * stride_token)[None, :] + (heads * stride_head)[:, None]
+    mask = (heads >= 0)[:, None] & (t < seqlen)[None, :]
+    return gl.load(dt_ptr + offsets, mask=mask, other=0.0).to(gl.float32)
 
 
 @gluon.jit
 def _decay_rows(
-    raw, t, seqlen, A2, bias, limits, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr
+    raw, inside, last, A2, bias, limits, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr
 ):  # fmt: skip
-    """Return cum, cumj (see triton_parts), exp2(cum) and exp2(total - cumj) of a head's chunk."""
+    """Return cum, cumj (see triton_parts), exp2(cum) and exp2(total - cumj). (heads, tokens)"""
     dt_min, dt_max = limits
     dt = raw
     if HAS_BIAS:
-        dt += bias
+        dt += bias[:, None]
     if SOFTPLUS:
         dt = _softplus(dt)
     dt = gl.maximum(dt, dt_min, propagate_nan=_ALL)
     dt = gl.minimum(dt, dt_max, propagate_nan=_ALL)
-    dt = gl.where(t < seqlen, dt, 0.0)
-    log_decay = gl.maximum(dt * A2, _LEAST_LOG2_DECAY, propagate_nan=_ALL)
-    cum = gl.associative_scan(log_decay, 0, _sum)
+    dt = gl.where(inside[None, :], dt, 0.0)
+    log_decay = gl.maximum(dt * A2[:, None], _LEAST_LOG2_DECAY, propagate_nan=_ALL)
+    cum = gl.associative_scan(log_decay, 1, _sum)
     log_dt = gl.log2(gl.where(dt > 0, dt, 1.0))
     cumj = gl.where(dt > 0, cum - log_dt, float("inf"))
-    total = gl.sum(gl.where(t % _Q == _Q - 1, cum, 0.0), axis=0)
-    return cum, cumj, gl.exp2(cum), gl.exp2(total - cumj)
-
-
-@gluon.jit
-def _store_rows(rings, slot, rows):
-    """Put a head's rows of a chunk into the ring."""
-    for i in gl.static_range(4):
-        rings.index(slot + i).store(rows[i])
+    total = gl.sum(gl.where(last[None, :], cum, 0.0), axis=1)
+    return cum, cumj, gl.exp2(cum), gl.exp2(total[:, None] - cumj)
 
 
 @gluon.jit
 def _helper(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
-    _xs, _zs, Bs, Cs, scores_ring, cums, _weights, _outs, loaded, made, _empty = tiles
+    _xs, _zs, Bs, Cs, scores_ring, rows_rings, _weights, _outs, loaded, made, _empty = tiles
     steps, limits, A_ptr, bias_ptr, seqlen = sources[1]
     dt_ptr, stride_batch, stride_token, stride_head = steps
     b, pair, first, own, count, sizes = work[1]
@@ -186,35 +204,31 @@ def _helper(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
     STAGES: gl.constexpr = SIZES[3]
     HAS_BIAS: gl.constexpr = FEATURES[0]
     SOFTPLUS: gl.constexpr = FEATURES[1]
-    TOKENS: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _Q, 16])
     h0, _ = consumers_head(pair, 0, pairs_per_group, heads_per_group, P)
     h1, _ = consumers_head(pair, 1, pairs_per_group, heads_per_group, P)
-    A2_0 = gl.load(A_ptr + h0).to(gl.float32) * _LOG2_E
-    A2_1 = gl.load(A_ptr + h1).to(gl.float32) * _LOG2_E
-    bias_0 = 0.0
-    bias_1 = 0.0
+    heads = gl.where(gl.arange(0, 2, layout=gl.SliceLayout(1, ROWS)) == 0, h0, h1)
+    A2 = gl.load(A_ptr + heads).to(gl.float32) * _LOG2_E
+    bias = A2
     if HAS_BIAS:
-        bias_0 = gl.load(bias_ptr + h0).to(gl.float32)
-        bias_1 = gl.load(bias_ptr + h1).to(gl.float32)
-    rows = (dt_ptr + b.to(gl.int64) * stride_batch, stride_token, stride_head)
-    q = gl.arange(0, _Q, layout=TOKENS)
-    raw_0 = _raw_steps(rows, h0, first * _Q + q, seqlen)
-    raw_1 = _raw_steps(rows, h1, first * _Q + q, seqlen)
+        bias = gl.load(bias_ptr + heads).to(gl.float32)
+    steps = (dt_ptr + b.to(gl.int64) * stride_batch, stride_token, stride_head)
+    q = gl.arange(0, _Q, layout=gl.SliceLayout(0, ROWS))
+    raw = _raw_steps(steps, heads, first * _Q + q, seqlen)
     for item in range(0, own + count):
         stage = item % STAGES
         t = (first + gl.where(item < own, item, item - own)) * _Q + q
-        next_t = (first + gl.where(item + 1 < own, item + 1, item + 1 - own)) * _Q + q
+        following = (first + gl.where(item + 1 < own, item + 1, item + 1 - own)) * _Q + q
         # The next chunk's steps are in flight while this one's are summed.
-        next_0 = _raw_steps(rows, h0, next_t, seqlen)
-        next_1 = _raw_steps(rows, h1, next_t, seqlen)
-        rows_0 = _decay_rows(raw_0, t, seqlen, A2_0, bias_0, limits, HAS_BIAS, SOFTPLUS)
-        rows_1 = _decay_rows(raw_1, t, seqlen, A2_1, bias_1, limits, HAS_BIAS, SOFTPLUS)
+        next_raw = _raw_steps(steps, heads, following, seqlen)
+        rows = _decay_rows(
+            raw, t < seqlen, q == _Q - 1, A2, bias, limits, HAS_BIAS, SOFTPLUS
+        )  # fmt: skip
+        raw = next_raw
         mbarrier.wait(loaded.index(stage), (item // STAGES) & 1)  # so that the stage is free too
-        _store_rows(cums, stage * 8, rows_0)
-        _store_rows(cums, stage * 8 + 4, rows_1)
-        raw_0 = next_0
-        raw_1 = next_1
+        for kind in gl.static_range(4):
+            rows_rings[kind].index(stage).store(rows[kind])
         if item >= own:
             zero = gl.full([_Q, _Q], 0.0, gl.float32, layout=SCORES)
             C = Cs.index(stage).permute((1, 0))
@@ -229,7 +243,7 @@ def _helper(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
 
 @gluon.jit
 def _producer(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
-    xs, zs, Bs, Cs, _scores, _cums, _weights, _outs, loaded, _made, empty = tiles
+    xs, zs, Bs, Cs, _scores, _rows, _weights, _outs, loaded, _made, empty = tiles
     _out_desc, x_desc, z_desc, B_desc, C_desc = sources[0]
     b, pair, first, own, count, sizes = work[1]
     _nheads, pairs_per_group, heads_per_group = sizes
@@ -261,38 +275,89 @@ def _producer(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr)
                 if item >= own:
                     z = zs.index(stage * 2 + which)
                     tma.async_copy_global_to_shared(z_desc, [b, h, t, channel], bar, z)
+    flags, segment, nsegments, npairs = work[0][4], work[0][7], work[0][8], work[0][9]
+    if flags is not None:  # noqa: SIM102 of compile time, the other is not
+        if segment == nsegments - 1:
+            for which in gl.static_range(2):
+                before = ((b.to(gl.int64) * npairs + pair) * 2 + which) * (nsegments - 1)
+                reset(flags + before, nsegments - 1)
 
 
 @gluon.jit
-def _carried(state, x, rows, slot, LEFT: gl.constexpr, STATE: gl.constexpr):
-    """Return the state decayed over a chunk, and x^T by its weights in the new one."""
-    weight = rows.index(slot + 3).load(gl.SliceLayout(0, LEFT))
-    scaled = (x.to(gl.float32) * weight[None, :]).to(x.dtype)
-    decay = rows.index(slot + 2).slice(_Q - 1, 1).load(gl.SliceLayout(1, STATE))
-    return state * decay[:, None], scaled
+def _row(ring, stage, which: gl.constexpr):
+    """View one consumer's row of a stage as a vector."""
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return ring.index(stage)._reinterpret(gl.float32, [2, _Q], FLAT).index(which)
+
+
+@gluon.jit
+def _weighted(x, weights, stage, which: gl.constexpr, LEFT: gl.constexpr):
+    """Return x^T scaled by its weight in the state that leaves the chunk."""
+    weight = _row(weights, stage, which).load(gl.SliceLayout(0, LEFT))
+    return (x.to(gl.float32) * weight[None, :]).to(x.dtype)
+
+
+@gluon.jit
+def _decayed(state, decays, stage, which: gl.constexpr, STATE: gl.constexpr):
+    """Return the state decayed over a chunk."""
+    total = _row(decays, stage, which).slice(_Q - 1, 1)
+    return state * total.load(gl.SliceLayout(1, STATE))[:, None]
+
+
+@gluon.jit
+def _own_operand(
+    which: gl.constexpr, tiles, item, end, LEFT: gl.constexpr, STATE: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Wait for an item; its weighted x^T and log2 decay. From `end` on, neither means anything."""
+    xs, _zs, _Bs, _Cs, _scores, rows_rings, _weights, _outs, loaded, made, _empty = tiles
+    stage = item % STAGES
+    parity = (item // STAGES) & 1
+    mbarrier.wait(made.index(stage), parity, pred=item < end)
+    mbarrier.wait(loaded.index(stage), parity, pred=item < end)
+    x = xs.index(stage * 2 + which).permute((1, 0)).load(LEFT)
+    total = _row(rows_rings[0], stage, which).slice(_Q - 1, 1)
+    log_decay = total.load(gl.SliceLayout(1, STATE))
+    return _weighted(x, rows_rings[3], stage, which, LEFT), log_decay
 
 
 @gluon.jit
 def _own_state(which: gl.constexpr, tiles, own, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
     """Walk a segment for its own end state and log2 decay."""
-    xs, _zs, Bs, _Cs, _scores, cums, _weights, _outs, loaded, made, empty = tiles
+    _xs, _zs, Bs, _Cs, _scores, rows_rings, _weights, _outs, _loaded, _made, empty = tiles
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
     state = gl.full([_P, BLOCK_N], 0.0, gl.float32, layout=STATE)
     log_decay = gl.full([1], 0.0, gl.float32, layout=gl.SliceLayout(1, STATE))
+    scaled, following = _own_operand(which, tiles, 0, own, LEFT, STATE, STAGES)
     for item in range(0, own):
         stage = item % STAGES
-        parity = (item // STAGES) & 1
-        mbarrier.wait(made.index(stage), parity)
-        mbarrier.wait(loaded.index(stage), parity)
-        slot = stage * 8 + which * 4
-        x = xs.index(stage * 2 + which).permute((1, 0)).load(LEFT)
-        log_decay += cums.index(slot).slice(_Q - 1, 1).load(gl.SliceLayout(1, STATE))
-        state, scaled = _carried(state, x, cums, slot, LEFT, STATE)
+        log_decay += following
+        state = _decayed(state, rows_rings[2], stage, which, STATE)
         state = warpgroup_mma(scaled, Bs.index(stage), state, is_async=True)
+        # While the product is made, the next one's operand.
+        scaled, following = _own_operand(which, tiles, item + 1, own, LEFT, STATE, STAGES)
         state = warpgroup_mma_wait(0, deps=(state,))
         mbarrier.arrive(empty.index(stage), count=1)
     return state, log_decay
+
+
+@gluon.jit
+def _next_weights(
+    which: gl.constexpr, tiles, item, end, OUT: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Wait for an item and return its weights W. From `end` on they mean nothing."""
+    _xs, _zs, _Bs, _Cs, scores_ring, rows_rings, all_weights, _outs, loaded, made, _empty = tiles
+    stage = item % STAGES
+    parity = (item // STAGES) & 1
+    mbarrier.wait(made.index(stage), parity, pred=item < end)
+    mbarrier.wait(loaded.index(stage), parity, pred=item < end)
+    scores = scores_ring.index(stage).load(OUT)
+    cum_i = _row(rows_rings[0], stage, which).load(gl.SliceLayout(0, OUT))
+    cumj = _row(rows_rings[1], stage, which).load(gl.SliceLayout(1, OUT))
+    # For i < j the scores are zero; the gap must only not overflow.
+    decays = gl.exp2(gl.minimum(cum_i[None, :] - cumj[:, None], 126.0))
+    return (scores.to(gl.float32) * decays).to(all_weights.dtype)
 
 
 @gluon.jit
@@ -301,6 +366,7 @@ def _look_back(state, slots, decays, flags, segment, BLOCK_N: gl.constexpr, STAT
     FLAT: gl.constexpr = flat_layout(BLOCK_N)
     SIZE: gl.constexpr = _P * BLOCK_N
     await_published(flags, segment)
+    count_readers(flags, segment)
     slots += gl.arange(0, SIZE, layout=FLAT)
     decays += gl.arange(0, 1, layout=gl.SliceLayout(1, STATE))
     # Two segments' loads are in flight while one's are used.
@@ -326,7 +392,7 @@ def _look_back(state, slots, decays, flags, segment, BLOCK_N: gl.constexpr, STAT
 def _consumer(
     which: gl.constexpr, tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr
 ):
-    xs, zs, Bs, Cs, scores_ring, cums, all_weights, outs, loaded, made, empty = tiles
+    xs, zs, Bs, Cs, _scores, rows_rings, all_weights, outs, loaded, _made, empty = tiles
     out_desc = sources[0][0]
     D_ptr, start, slots, decays, flags, kept, final, segment, nsegments, npairs = work[0]
     b, pair, first, own, count, sizes = work[1]
@@ -334,7 +400,6 @@ def _consumer(
     P: gl.constexpr = SIZES[0]
     N: gl.constexpr = SIZES[1]
     STAGES: gl.constexpr = SIZES[3]
-    PDL: gl.constexpr = SIZES[4]
     D_DIMS: gl.constexpr = FEATURES[2]
     HAS_Z: gl.constexpr = FEATURES[3]
     dtype: gl.constexpr = Bs.dtype
@@ -351,7 +416,6 @@ def _consumer(
         flags += before
         decays += before
         slots += before * (_P * BLOCK_N)
-        wait_for_launch_before(PDL)  # it resets the flags
         if own > 0:
             state, log_decay = _own_state(which, tiles, own, BLOCK_N, STAGES)
             FLAT: gl.constexpr = flat_layout(BLOCK_N)
@@ -376,31 +440,26 @@ def _consumer(
         skip = gl.load(D_ptr + h + 0 * p).to(gl.float32)[:, None]
     elif D_DIMS == 2:
         skip = gl.load(D_ptr + h * P + p, mask=p < P, other=0.0).to(gl.float32)[:, None]
-    for item in range(own, own + count):
+    end = own + count
+    for item in range(own, end):
         stage = item % STAGES
-        parity = (item // STAGES) & 1
         # What enters the chunk, before the chunk's own part: S C^T.
         entering = gl.convert_layout(state.to(dtype), LEFT)
-        mbarrier.wait(loaded.index(stage), parity)
-        x_tile = xs.index(stage * 2 + which)
         zero = gl.full([_P, _Q], 0.0, gl.float32, layout=OUT)
+        mbarrier.wait(loaded.index(stage), (item // STAGES) & 1)
         C = Cs.index(stage).permute((1, 0))
         y = warpgroup_mma(entering, C, zero, use_acc=False, is_async=True)
-        mbarrier.wait(made.index(stage), parity)
-        scores = scores_ring.index(stage).load(OUT).to(gl.float32)
-        slot = stage * 8 + which * 4
-        cum_i = cums.index(slot).load(gl.SliceLayout(0, OUT))
-        cumj = cums.index(slot + 1).load(gl.SliceLayout(1, OUT))
-        gap = cum_i[None, :] - cumj[:, None]
-        # For i < j the scores are zero; the gap must only not overflow.
-        decays_ij = gl.exp2(gl.minimum(gap, 126.0))
-        weights_tile.store((scores * decays_ij).to(dtype))
+        weights = _next_weights(which, tiles, item, end, OUT, STAGES)
+        tma.store_wait(0)  # before a barrier that the output's tile is written after
+        weights_tile.store(weights)
         fence_async_shared()
-        tma.store_wait(0)
+        x_tile = xs.index(stage * 2 + which)
         x = x_tile.permute((1, 0)).load(LEFT)
-        state, scaled = _carried(state, x, cums, slot, LEFT, STATE)
+        scaled = _weighted(x, rows_rings[3], stage, which, LEFT)
+        state = _decayed(state, rows_rings[2], stage, which, STATE)
+        since_start = _row(rows_rings[2], stage, which).load(gl.SliceLayout(0, OUT))
         y = warpgroup_mma_wait(0, deps=(y,))
-        y = y * cums.index(slot + 2).load(gl.SliceLayout(0, OUT))[None, :]
+        y = y * since_start[None, :]
         if D_DIMS > 0:
             y += gl.convert_layout(x.to(gl.float32), OUT) * skip
         y = warpgroup_mma(x_tile.permute((1, 0)), weights_tile, y, is_async=True)
@@ -439,7 +498,7 @@ def fused_kernel(
     seqlen, dt_min, dt_max, stride_batch, stride_token, stride_head,
     nchunks, segment_chunks, nsegments, nheads, pairs_per_group, heads_per_group,
     P: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    PDL: gl.constexpr, REGISTERS: gl.constexpr, HELPER_REGISTERS: gl.constexpr,
+    REGISTERS: gl.constexpr, HELPER_REGISTERS: gl.constexpr,
     SCORES: gl.constexpr, SCORES_LAYOUT: gl.constexpr,
     SOFTPLUS: gl.constexpr, D_DIMS: gl.constexpr,
 ):  # fmt: skip
@@ -447,10 +506,9 @@ def fused_kernel(
 
     start (B, H, P, N) enters the first segment, or zeros. Of more segments than one, slots
     (B, pairs, 2, segments - 1, 64 * BLOCK_N) take what each contributes, decays (B, pairs, 2,
-    segments - 1) its log2 decay; flags, as many, are 0 when the launch before has ended. kept
+    segments - 1) its log2 decay; flags, as many, are 0 and left 0 (see `kernels.flags`). kept
     (B, H, segments, P, N) fp32 takes what enters each segment. None: not wanted, or not there.
     """
-    let_next_launch(PDL)
     pair = gl.program_id(0)
     b = gl.program_id(1)
     segment = gl.program_id(2)
@@ -462,8 +520,13 @@ def fused_kernel(
     xs = gl.allocate_shared_memory(dtype, [STAGES * 2, _Q, _P], x_desc.layout)
     Bs = gl.allocate_shared_memory(dtype, [STAGES, _Q, BLOCK_N], B_desc.layout)
     Cs = gl.allocate_shared_memory(dtype, [STAGES, _Q, BLOCK_N], B_desc.layout)
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    cums = gl.allocate_shared_memory(gl.float32, [STAGES * 8, _Q], FLAT)
+    ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    rows_rings = (  # cum, cumj, exp2(cum), exp2(total - cumj)
+        gl.allocate_shared_memory(gl.float32, [STAGES, 2, _Q], ROWS),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 2, _Q], ROWS),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 2, _Q], ROWS),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 2, _Q], ROWS),
+    )
     zs = xs
     if HAS_Z:
         zs = gl.allocate_shared_memory(dtype, [STAGES * 2, _Q, _P], x_desc.layout)
@@ -471,7 +534,7 @@ def fused_kernel(
     weights = gl.allocate_shared_memory(dtype, [2, _Q, _Q], x_desc.layout)
     outs = gl.allocate_shared_memory(dtype, [2, _Q, _P], x_desc.layout)
     loaded, made, empty = ring_barriers(STAGES)
-    tiles = (xs, zs, Bs, Cs, scores_ring, cums, weights, outs, loaded, made, empty)
+    tiles = (xs, zs, Bs, Cs, scores_ring, rows_rings, weights, outs, loaded, made, empty)
     steps = (dt_ptr, stride_batch, stride_token, stride_head)
     sources = (
         (out_desc, x_desc, z_desc, B_desc, C_desc),
@@ -482,7 +545,7 @@ def fused_kernel(
         D_ptr, start, slots, decays, flags, kept, final, segment, nsegments, gl.num_programs(0),
     )  # fmt: skip
     work = (ends, (b, pair, first, own, count, sizes))
-    SIZES: gl.constexpr = (P, N, BLOCK_N, STAGES, PDL)
+    SIZES: gl.constexpr = (P, N, BLOCK_N, STAGES)
     FEATURES: gl.constexpr = (bias_ptr is not None, SOFTPLUS, D_DIMS, HAS_Z)
     gl.warp_specialize(
         [

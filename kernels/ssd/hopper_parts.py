@@ -138,12 +138,3 @@ def prefix_kernel(
         tl.store(slots_ptr + k * SIZE, carry.to(slots_ptr.dtype.element_ty), mask=mask)
         own = next_own
         decay = next_decay
-
-
-@triton.jit(do_not_specialize=["count"])
-def reset_kernel(flags_ptr, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Set `count` flags to 0. Grid (ceil(count / BLOCK))."""
-    if PDL:
-        cuda.gdc_launch_dependents()
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(flags_ptr + e, 0, mask=e < count)

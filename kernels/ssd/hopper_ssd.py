@@ -353,7 +353,7 @@ def _run_part(
         return run_fused(
             recording, plan, tensors, results, block_n=shape.block_n, stages=shape.stages,
             scores_dtype=shape.scores_dtype, registers=config.fused_registers,
-            pdl=config.pdl, narrow=narrow, keep=keep,
+            narrow=narrow, keep=keep,
         )  # fmt: skip
     per_group = pairs(plan.heads_per_group, plan.headdim)
     cum, cumj, scores = run_prepare(recording, plan, tensors, shape, config)

@@ -95,21 +95,27 @@ def make_seen():
         _state.written.pop(0)()
 
 
-def atomic_add(pointer, value, sem, scope):
-    if (sem, scope) != ("release", "gpu"):
-        raise ValueError(f"expected release on the GPU, got {sem}, {scope}")
-    make_seen()
-    flat, offset, _ = pointer.at(None)
-    flat[offset] += value
+def atomic_add(pointer, value, mask=None, *, sem, scope):
+    if sem not in ("release", "relaxed") or scope != "gpu":
+        raise ValueError(f"unknown order of an atomic operation: {sem}, {scope}")
+    if sem == "release":
+        make_seen()
+    flat, offsets, mask = pointer.at(mask)
+    flat[offsets[mask]] += torch.broadcast_to(torch.as_tensor(value), mask.shape)[mask]
 
 
 def inline_assembly(text, constraints, arguments, **_):
-    """Stand for an acquiring load, of flags that earlier blocks have set or nobody ever will."""
-    if not text.startswith("ld.acquire.gpu.global.b32"):
-        raise NotImplementedError(text)
+    """Stand for loads that flags are waited for with: an earlier block's, or of this block."""
     values = load(*arguments, other=0)
-    if not bool((values != 0).all()):
-        raise RuntimeError("waits for a later block")
+    if text.startswith("ld.acquire.gpu.global.b32"):
+        if not bool((values != 0).all()):
+            raise RuntimeError("waits for a later block")
+    elif text.startswith("ld.relaxed.gpu.global.b32"):
+        time.sleep(1e-4)  # the other partitions go on
+        if _state.launch.failed or time.monotonic() > _state.launch.began + _PATIENCE_S:
+            raise RuntimeError("waits for ever for readers")
+    else:
+        raise NotImplementedError(text)
     return values
 
 
@@ -273,7 +279,7 @@ class Launch:
 
     def __init__(self, program, blocks):
         self.program, self.blocks = program, blocks
-        self.failed = None
+        self.failed, self.began = None, time.monotonic()
         self.written = []  # not seen by other blocks before the launch ends
 
     def enter(self):
@@ -366,6 +372,7 @@ def _language():
         "minimum": lambda a, b, **_: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
         "maximum": lambda a, b, **_: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
         "min": torch.amin,
+        "max": torch.amax,
         "sum": lambda value, axis: torch.sum(value, axis),
         "where": lambda c, a, b: torch.where(torch.as_tensor(c), a, b),
         "reshape": torch.reshape,
@@ -398,8 +405,8 @@ def installed():
         MBarrierLayout=Barriers,
         init=init,
         expect=lambda barrier, size: barrier.update(arrivals=1, missing_bytes=size),
-        arrive=lambda barrier, count=1: barrier.update(arrivals=count),
-        wait=lambda barrier, parity: barrier.wait(parity),
+        arrive=lambda barrier, count=1, pred=True: barrier.update(arrivals=count if pred else 0),
+        wait=lambda barrier, parity, pred=True: barrier.wait(parity) if pred else None,
     )
     hopper.tma = types.SimpleNamespace(
         async_copy_global_to_shared=async_copy_global_to_shared,
