@@ -25,8 +25,8 @@ def flags(count: int, device: torch.device) -> Tensor:
     the graph itself, at the cost of a node.
     """
     index = device.index
-    if device.type != "cuda" or index is None:
-        return torch.zeros(count, dtype=torch.int32, device=device)
+    if index is None or not torch.cuda.is_initialized():
+        return _zeros(count, device)
     if torch.cuda.is_current_stream_capturing():
         return _for_graph(count, device)
     key = (index, driver.active.get_current_stream(index))
@@ -35,8 +35,7 @@ def flags(count: int, device: torch.device) -> Tensor:
         found = _streams[key] = _zeros(max(count, _OF_A_STREAM), device)
         if index not in _graphs:
             _graphs[index] = (_zeros(_FOR_GRAPHS, device), 0)
-            if torch.cuda.is_initialized():  # a replay on any stream finds them written
-                torch.cuda.synchronize(device)
+            torch.cuda.synchronize(device)  # a replay on any stream finds them written
     return found
 
 
