@@ -11,12 +11,15 @@ do the float64 reference and the independent solution that the gate judges by.
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CAPABILITY = (8, 0)  # what the Triton kernels need
+# A norm's backward: its result again, for the weight after it; dx in the place of a product's dx.
+INTO: dict[str, Any] = {"give_out": True, "overwrite": True}
 
 
 def runs_fused(x: Tensor, fused: bool | None) -> bool:
@@ -55,7 +58,7 @@ class JointGradient:
         if self._memory is None:
             shape = (*like.shape[:-1], sum(self._widths))
             self._memory = torch.empty(shape, dtype=like.dtype, device=like.device)
-        return self._memory.split(self._widths, -1)[index]
+        return self._memory.narrow(-1, sum(self._widths[:index]), self._widths[index])
 
     def joined(self, gradients: Sequence[Tensor | None], like: Tensor) -> Tensor:
         """Return all ranges' gradients side by side, (..., sum of widths); None counts as zero."""

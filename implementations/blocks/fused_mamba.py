@@ -7,23 +7,26 @@ comes from one product over all tokens, (D, B L), and its gradient goes back to 
 u comes from the scan and from the selection, and the convolution's backward adds them as it reads.
 """
 
-from typing import TYPE_CHECKING, Any
+# autograd.Function has no types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportIncompatibleMethodOverride=false
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mambench.implementations.blocks.fused import as_matrix
+from mambench.implementations.blocks.fused import INTO, as_matrix
 from mambench.implementations.blocks.layers import NORM_EPS
 from mambench.kernels.conv.triton_conv import conv_backward, conv_forward
 from mambench.kernels.norm.triton_norm import norm_backward, norm_forward
 
-if TYPE_CHECKING:
-    from mambench.implementations.blocks.mamba import MambaBlock
+_ADDED_UP = 4  # products that are added up one after the other
 
 
-def forward(block: "MambaBlock", x: Tensor) -> Tensor:
-    """Map x (B, L, d_model) to the same shape."""
+def forward(block: Any, x: Tensor) -> Tensor:
+    """Run a `MambaBlock`: map x (B, L, d_model) to the same shape."""
     x, u, z = _Projection.apply(x, block.norm.weight, block.in_proj.weight)
     u, same_u = _Convolution.apply(u, block.conv.weight, block.conv.bias)
     delta, B, C = _Selection.apply(same_u, block.x_proj.weight, block.dt_proj.weight, block.widths)
@@ -38,11 +41,23 @@ def _left(weight: Tensor, columns: Tensor) -> Tensor:
     return torch.bmm(weight.expand(columns.shape[0], *weight.shape), columns)
 
 
-def _summed(first: Tensor, second: Tensor) -> Tensor:
-    """Return the sum over a batch of the products of (B, m, k) and (B, k, n), added up in fp32."""
-    if first.shape[0] == 1:
-        return torch.mm(first[0], second[0])
-    return torch.bmm(first, second).sum(0)
+def _summed(first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the sum over a batch of the products of (B, m, k) and (B, k, n), (m, n).
+
+    Up to four are added up by the products themselves, more in as many sums as leave four to each,
+    which are then added up: every addition rounds, and one in a product costs next to nothing.
+    """
+    batch = first.shape[0]
+    sums = batch if batch % _ADDED_UP else batch // _ADDED_UP
+    if batch <= _ADDED_UP:
+        total = torch.mm(first[0], second[0], out=out)
+        for index in range(1, batch):
+            total.addmm_(first[index], second[index])
+        return total
+    parts = torch.bmm(first[:sums], second[:sums])
+    for begin in range(sums, batch, sums):
+        parts.baddbmm_(first[begin : begin + sums], second[begin : begin + sums])
+    return torch.sum(parts, 0, out=out)
 
 
 class _Projection(torch.autograd.Function):
@@ -74,16 +89,13 @@ class _Projection(torch.autograd.Function):
             dnormed[0].addmm_(dz[0].T, lower)
         else:
             dnormed.baddbmm_(dz.transpose(1, 2), lower.expand(x.shape[0], *lower.shape))
-        found = norm_backward(x, scale, None, rstd, dnormed, residual=residual, give_out=True)
+        found = norm_backward(x, scale, None, rstd, dnormed, residual=residual, **INTO)
         normed = found.out
         assert normed is not None
         dweight = torch.empty_like(weight)
         dupper, dlower = dweight.chunk(2)
         torch.mm(du, as_matrix(normed), out=dupper)
-        if x.shape[0] == 1:
-            torch.mm(dz[0], normed[0], out=dlower)
-        else:
-            torch.sum(torch.bmm(dz, normed), 0, out=dlower)
+        _summed(dz, normed, dlower)
         return found.dx, found.dweight, dweight
 
 

@@ -5,23 +5,24 @@ gated norm and of the convolution write their columns of it. x, B and C lie side
 the convolution's backward reads their gradients from where the mixer left them.
 """
 
-from typing import TYPE_CHECKING, Any
+# autograd.Function has no types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportIncompatibleMethodOverride=false
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mambench.implementations.blocks.fused import JointGradient, as_matrix
+from mambench.implementations.blocks.fused import INTO, JointGradient, as_matrix
 from mambench.implementations.blocks.layers import NORM_EPS
 from mambench.kernels.conv.triton_conv import conv_backward, conv_forward
 from mambench.kernels.norm.triton_norm import norm_backward, norm_forward
 
-if TYPE_CHECKING:
-    from mambench.implementations.blocks.mamba2 import Mamba2Block
 
-
-def forward(block: "Mamba2Block", x: Tensor) -> Tensor:
-    """Map x (B, L, d_model) to the same shape."""
+def forward(block: Any, x: Tensor) -> Tensor:
+    """Run a `Mamba2Block`: map x (B, L, d_model) to the same shape."""
     joint = JointGradient(block.widths)
     weights = (block.norm.weight, block.in_proj.weight)
     x, z, mixed, dt = _Projection.apply(x, *weights, block.widths, joint)
@@ -53,7 +54,7 @@ class _Projection(torch.autograd.Function):
         x, scale, weight, rstd = ctx.saved_tensors
         dout = as_matrix(ctx.joint.joined(given, x))
         dnormed = torch.mm(dout, weight).view(x.shape)
-        found = norm_backward(x, scale, None, rstd, dnormed, residual=residual, give_out=True)
+        found = norm_backward(x, scale, None, rstd, dnormed, residual=residual, **INTO)
         assert found.out is not None
         dweight = torch.mm(dout.T, as_matrix(found.out))
         return found.dx, found.dweight, dweight, None, None
@@ -107,7 +108,7 @@ class _GatedOutput(torch.autograd.Function):
         rows = as_matrix(dout)
         dnormed = torch.mm(rows, weight).view(y.shape)
         place = ctx.joint.columns(0, z)
-        found = norm_backward(y, scale, z, rstd, dnormed, dz=place, give_out=True)
+        found = norm_backward(y, scale, z, rstd, dnormed, dz=place, **INTO)
         assert found.out is not None
         dweight = torch.mm(rows.T, as_matrix(found.out))
         return found.dx, place, found.dweight, dweight, dout, None

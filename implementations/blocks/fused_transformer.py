@@ -4,13 +4,17 @@ q, k and v stay where the projection put them; the rotation's backward puts thei
 side again as it reads them. The MLP keeps its input and the projection's output.
 """
 
-from typing import TYPE_CHECKING, Any
+# autograd.Function has no types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportIncompatibleMethodOverride=false
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mambench.implementations.blocks.fused import as_matrix
+from mambench.implementations.blocks.fused import INTO, as_matrix
 from mambench.implementations.blocks.layers import NORM_EPS
 from mambench.kernels.elementwise.triton_elementwise import (
     gated_product,
@@ -20,12 +24,9 @@ from mambench.kernels.elementwise.triton_elementwise import (
 )
 from mambench.kernels.norm.triton_norm import norm_backward, norm_forward
 
-if TYPE_CHECKING:
-    from mambench.implementations.blocks.transformer import TransformerBlock
 
-
-def forward(block: "TransformerBlock", x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Map x (B, L, d_model) to the same shape."""
+def forward(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Run a `TransformerBlock`: map x (B, L, d_model) to the same shape."""
     weights = (block.attention_norm.weight, block.qkv.weight)
     x, q, k, v = _Projection.apply(x, *weights, cos, sin, block.heads)
     attended = as_matrix(block.mixer(q, k, v).flatten(-2))
@@ -53,7 +54,7 @@ class _Projection(torch.autograd.Function):
         x, scale, weight, rstd, cos, sin = ctx.saved_tensors
         dqkv = rotate_back(dq, dk, dv, cos, sin).view(-1, weight.shape[0])
         dnormed = torch.mm(dqkv, weight).view(x.shape)
-        found = norm_backward(x, scale, None, rstd, dnormed, residual=residual, give_out=True)
+        found = norm_backward(x, scale, None, rstd, dnormed, residual=residual, **INTO)
         assert found.out is not None
         dweight = torch.mm(dqkv.T, as_matrix(found.out))
         return found.dx, found.dweight, dweight, None, None, None
@@ -79,7 +80,7 @@ class _Mlp(torch.autograd.Function):
         ddown = torch.mm(rows.T, product)
         del product
         dnormed = torch.mm(dboth, gate_up).view(x.shape)
-        found = norm_backward(x, scale, None, rstd, dnormed, residual=dout, give_out=True)
+        found = norm_backward(x, scale, None, rstd, dnormed, residual=dout, **INTO)
         assert found.out is not None
         dgate_up = torch.mm(dboth.T, as_matrix(found.out))
         return found.dx, found.dweight, dgate_up, ddown

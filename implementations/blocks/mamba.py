@@ -70,7 +70,8 @@ class MambaBlock(nn.Module):
         selection = u.transpose(1, 2).reshape(batch * seqlen, -1) @ self.x_proj.weight.T
         dt, B, C = selection.split(self.widths, dim=-1)
         delta = _time_last(self.dt_proj.weight @ dt.T, batch)
-        B, C = (_time_last(rows.T, batch).contiguous() for rows in (B, C))
+        B = _time_last(B.T, batch).contiguous()  # pyright: ignore[reportConstantRedefinition]
+        C = _time_last(C.T, batch).contiguous()  # pyright: ignore[reportConstantRedefinition]
         return x + self.out_proj(self.mix(u, delta, B, C, z).transpose(1, 2))
 
     def mix(self, u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor) -> Tensor:

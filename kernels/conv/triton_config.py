@@ -33,8 +33,8 @@ class ChannelConfig:
     warps: int = 4
 
 
-TIME_FORWARD = TimeConfig(block_c=4, block_t=256, warps=4)
-TIME_BACKWARD = TimeConfig(block_c=4, block_t=256, warps=4)
+TIME_FORWARD = TimeConfig(block_c=8, block_t=256, warps=4)
+TIME_BACKWARD = TimeConfig(block_c=8, block_t=256, warps=8)
 
 
 def time_segment(*, batch: int, channels: int, seqlen: int, config: TimeConfig) -> int:
@@ -52,14 +52,17 @@ def time_segment(*, batch: int, channels: int, seqlen: int, config: TimeConfig) 
 def channel_config(*, batch: int, channels: int, seqlen: int, backward: bool) -> ChannelConfig:
     """Return the tile where channels are contiguous; a run's ends are read twice.
 
-    Runs are as long as leaves the GPU busy.
+    Runs are as long as leaves the GPU busy. The backward takes half the channels a thread: with
+    more, its sums take the registers that other warps would have.
     """
     for steps in (64, 32, 16):
         config = ChannelConfig(steps=steps)
+        if backward:
+            config = ChannelConfig(steps=steps, block_c=64, ahead=8)
         runs = _ceil(seqlen, steps * config.rows)
         if batch * _ceil(channels, config.block_c) * runs * config.warps >= _WANTED_WARPS:
-            return config
-    return ChannelConfig(steps=16)
+            break
+    return config
 
 
 def _ceil(a: int, b: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mambench.kernels.activations import assembly
 from mambench.kernels.conv import triton_kernels
 from mambench.kernels.conv.arguments import (
     CONV_OPTIONS,
@@ -165,7 +166,7 @@ def _run_forward(
 ) -> Any:  # fmt: skip
     x, weight, bias = tensors
     batch, channels, seqlen = x.shape
-    flags = {"TAPS": weight.shape[1], "HAS_BIAS": bias is not None, "SILU": options[0]}
+    flags = _flags(weight, bias, options)
     if _time_contiguous(x):
         tile = config or TIME_FORWARD
         assert isinstance(tile, TimeConfig)
@@ -195,6 +196,15 @@ def _run_forward(
     return (out,)
 
 
+def _flags(weight: Tensor, bias: Tensor | None, options: Options) -> dict[str, Any]:
+    return {
+        "TAPS": weight.shape[1],
+        "HAS_BIAS": bias is not None,
+        "SILU": options[0],
+        "ASSEMBLY": assembly(),
+    }
+
+
 def _walk(config: ChannelConfig) -> dict[str, int]:
     return {
         "ROWS": config.rows,
@@ -222,9 +232,8 @@ def _run_time_backward(
         (x, weight, bias, dout, more, dx, partial, channels, seqlen, segment, segments,
          *x.stride()[:2], *dout.stride()[:2], *more_strides, *dx.stride()[:2], *weight.stride()),
         {
-            "TAPS": weight.shape[1], "HAS_BIAS": bias is not None, "SILU": options[0],
             "HAS_MORE": more is not None, "BLOCK_C": tile.block_c, "BLOCK_T": tile.block_t,
-        },
+        } | _flags(weight, bias, options),
         num_warps=tile.warps,
     )  # fmt: skip
     return dx, *_sum_partials(recording, partial, weight, bias)
@@ -253,9 +262,8 @@ def _run_channel_backward(
          segments, x.stride(0), x.stride(2), *strides, *[0] * 2 * missing,
          dx.stride(0), dx.stride(2), *weight.stride()),
         {
-            "TAPS": weight.shape[1], "HAS_BIAS": bias is not None, "SILU": options[0],
-            "PARTS": len(given),
-        } | _walk(runs),
+            "PARTS": len(given)
+        } | _flags(weight, bias, options) | _walk(runs),
         num_warps=runs.warps,
     )  # fmt: skip
     return out, *_sum_partials(recording, partial, weight, bias)

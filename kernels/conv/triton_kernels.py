@@ -17,7 +17,7 @@ cache). Where channels are contiguous a thread walks in time and keeps the last 
 import triton
 import triton.language as tl
 
-from mambench.kernels.s6.triton_parts import sigmoid
+from mambench.kernels.activations import sigmoid
 
 RUN = tl.constexpr(8)  # steps of a thread where time is contiguous
 
@@ -46,9 +46,9 @@ def _join_runs(x, ROWS: tl.constexpr, RUNS: tl.constexpr):
 
 
 @triton.jit
-def _silu_gradient(pre):
+def _silu_gradient(pre, ASSEMBLY: tl.constexpr):
     """Return d silu(pre) / d pre."""
-    gate = sigmoid(pre)
+    gate = sigmoid(pre, ASSEMBLY)
     return gate * (1.0 + pre * (1.0 - gate))
 
 
@@ -64,7 +64,7 @@ def conv_time_forward(
     x_ptr, weight_ptr, bias_ptr, out_ptr,
     channels, seqlen, stride_x_batch, stride_x_channel, stride_out_batch, stride_out_channel,
     stride_weight_channel, stride_weight_tap,
-    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
+    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, ASSEMBLY: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Convolve BLOCK_C channels over BLOCK_T steps; time is contiguous."""
@@ -95,7 +95,7 @@ def conv_time_forward(
             )
             pre += weight[:, None] * x[5 + k + tap]
         if SILU:
-            pre *= sigmoid(pre)
+            pre *= sigmoid(pre, ASSEMBLY)
         results = results + (pre,)  # noqa: RUF005
     out = _join_runs(results, BLOCK_C, RUNS)
     row = batch * stride_out_batch + channel.to(tl.int64) * stride_out_channel
@@ -109,8 +109,8 @@ def conv_time_backward(
     stride_x_batch, stride_x_channel, stride_dout_batch, stride_dout_channel,
     stride_more_batch, stride_more_channel, stride_dx_batch, stride_dx_channel,
     stride_weight_channel, stride_weight_tap,
-    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, HAS_MORE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, ASSEMBLY: tl.constexpr,
+    HAS_MORE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Go back through BLOCK_C channels of a segment of time, which is contiguous.
 
@@ -168,7 +168,7 @@ def conv_time_backward(
             gradient = dpre[k]
             if SILU:
                 pre = w0 * x[5 + k] + w1 * x[6 + k] + w2 * x[7 + k] + w3 * x[8 + k]
-                gradient *= _silu_gradient(pre + bias[:, None])
+                gradient *= _silu_gradient(pre + bias[:, None], ASSEMBLY)
             if k < 8:
                 d0 += gradient * x[5 + k]
                 d1 += gradient * x[6 + k]
@@ -203,7 +203,7 @@ def conv_channels_forward(
     x_ptr, weight_ptr, bias_ptr, out_ptr,
     channels, seqlen, stride_x_batch, stride_x_time, stride_out_batch, stride_out_time,
     stride_weight_channel, stride_weight_tap,
-    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
+    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, ASSEMBLY: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Convolve BLOCK_C channels over ROWS runs of STEPS steps; channels are contiguous.
@@ -242,7 +242,7 @@ def conv_channels_forward(
             x3 = loaded[i].to(tl.float32)
             out = bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
             if SILU:
-                out *= sigmoid(out)
+                out *= sigmoid(out, ASSEMBLY)
             mask = live & (begin + (step + i) < seqlen)
             at = out_at + (step + i) * stride_out_time
             tl.store(at, out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -256,7 +256,8 @@ def conv_channels_backward(
     stride_x_batch, stride_x_time,
     stride0_batch, stride0_time, stride1_batch, stride1_time, stride2_batch, stride2_time,
     stride_dx_batch, stride_dx_time, stride_weight_channel, stride_weight_tap,
-    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, PARTS: tl.constexpr,
+    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, ASSEMBLY: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Go back through BLOCK_C channels over ROWS runs of STEPS steps; channels are contiguous.
@@ -328,7 +329,8 @@ def conv_channels_backward(
         for i in tl.static_range(AHEAD):
             x3, g3 = loaded[i].to(tl.float32), given[i].to(tl.float32)
             if SILU:
-                g3 *= _silu_gradient(bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3)
+                pre = bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+                g3 *= _silu_gradient(pre, ASSEMBLY)
             d0 += g3 * x0
             d1 += g3 * x1
             d2 += g3 * x2
@@ -346,7 +348,8 @@ def conv_channels_backward(
         x3 = tl.load(x_at + (STEPS + i) * stride_x_time, mask=mask, other=0.0).to(tl.float32)
         g3 = tl.load(dout_at + (STEPS + i) * stride_time, mask=mask, other=0.0).to(tl.float32)
         if SILU:
-            g3 *= _silu_gradient(bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3)
+            pre = bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+            g3 *= _silu_gradient(pre, ASSEMBLY)
         dx = w3 * g0 + w2 * g1 + w1 * g2 + w0 * g3
         mask = alive & (begin + (STEPS + i - 3) < seqlen)
         at = dx_at + (STEPS + i - 3) * stride_dx_time

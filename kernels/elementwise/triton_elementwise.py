@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mambench.kernels.activations import assembly
 from mambench.kernels.elementwise import triton_kernels
 from mambench.kernels.prepared import Calls, Recording
 from mambench.kernels.registered import Options, Tensors
@@ -46,7 +47,7 @@ def gated_product(gate_up: Tensor) -> Tensor:
 
 
 def gated_product_backward(gate_up: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradient of gate_up, and the product again; all contiguous."""
+    """Return the gradient of gate_up, and the product again in dout's memory; all contiguous."""
     dgate_up, out = _gated_back((gate_up, dout), ())
     assert dgate_up is not None
     assert out is not None
@@ -91,7 +92,7 @@ def _run_gated(recording: Recording, tensors: Tensors, options: Options) -> Any:
         triton_kernels.gated_forward,
         (rows, -(-width // _BLOCK)),
         (gate_up, out, width),
-        {"BLOCK": _BLOCK},
+        {"ASSEMBLY": assembly(), "BLOCK": _BLOCK},
         num_warps=_WARPS,
     )
     return (out,)
@@ -101,15 +102,14 @@ def _run_gated_back(recording: Recording, tensors: Tensors, options: Options) ->
     gate_up, dout = tensors
     rows, width = dout.shape
     dgate_up = recording.output(gate_up.shape, gate_up.dtype, gate_up.device)
-    out = recording.output((rows, width), gate_up.dtype, gate_up.device)
     recording.launch(
         triton_kernels.gated_backward,
         (rows, -(-width // _BLOCK)),
-        (gate_up, dout, dgate_up, out, width),
-        {"BLOCK": _BLOCK},
+        (gate_up, dout, dgate_up, width),
+        {"ASSEMBLY": assembly(), "BLOCK": _BLOCK},
         num_warps=_WARPS,
     )
-    return dgate_up, out
+    return dgate_up, dout
 
 
 def _as_given(tensors: Tensors, options: Options) -> Tensors:

@@ -11,7 +11,7 @@ opposite one, so that nothing is kept for it; the backward of the product can gi
 import triton
 import triton.language as tl
 
-from mambench.kernels.s6.triton_parts import sigmoid
+from mambench.kernels.activations import sigmoid
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def rotary_backward(
 
 
 @triton.jit
-def gated_forward(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def gated_forward(gate_up_ptr, out_ptr, width, ASSEMBLY: tl.constexpr, BLOCK: tl.constexpr):
     """Multiply one row's silu(gate) and up; gate_up (rows, 2 width), out (rows, width)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -94,13 +94,16 @@ def gated_forward(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
     at = gate_up_ptr + row * 2 * width + column
     gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(at + width, mask=mask, other=0.0).to(tl.float32)
-    out = gate * sigmoid(gate) * up
+    out = gate * sigmoid(gate, ASSEMBLY) * up
     tl.store(out_ptr + row * width + column, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def gated_backward(gate_up_ptr, dout_ptr, dgate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
-    """Go back through one row, and give the product again; all contiguous."""
+def gated_backward(
+    gate_up_ptr, dout_ptr, dgate_up_ptr, width,
+    ASSEMBLY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Go back through one row, and put the product again where dout was; all contiguous."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
@@ -108,10 +111,10 @@ def gated_backward(gate_up_ptr, dout_ptr, dgate_up_ptr, out_ptr, width, BLOCK: t
     gate = tl.load(gate_up_ptr + at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + at + width, mask=mask, other=0.0).to(tl.float32)
     dout = tl.load(dout_ptr + row * width + column, mask=mask, other=0.0).to(tl.float32)
-    share = sigmoid(gate)
+    share = sigmoid(gate, ASSEMBLY)
     silu = gate * share
     element = dgate_up_ptr.dtype.element_ty
     dgate = dout * up * (share + silu * (1.0 - share))
     tl.store(dgate_up_ptr + at, dgate.to(element), mask=mask)
     tl.store(dgate_up_ptr + at + width, (dout * silu).to(element), mask=mask)
-    tl.store(out_ptr + row * width + column, (silu * up).to(element), mask=mask)
+    tl.store(dout_ptr + row * width + column, (silu * up).to(element), mask=mask)

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 _ELEMENTS = 1024  # of a program at least: several rows where they are short
 _PER_THREAD = 16
-_PROGRAMS_PER_SM = 4  # of the backward; each leaves a partial sum of the weight's gradient
+# Programs of the backward on a multiprocessor, each of which leaves a partial sum of the weight's
+# gradient: two, or four where they are small and get this many rows even so.
+_ROWS_OF_FOUR = 8
+_SMALL = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +20,7 @@ class Config:
     rows: int
     block: int
     warps: int
-    programs_per_sm: int = _PROGRAMS_PER_SM
+    programs_per_sm: int | None = None  # of the backward; None: as `programs` says
 
 
 def choose(width: int) -> Config:
@@ -30,4 +33,9 @@ def choose(width: int) -> Config:
 
 def programs(rows: int, config: Config, multiprocessors: int) -> int:
     """Return how many programs share the rows in the backward."""
-    return max(1, min(-(-rows // config.rows), multiprocessors * config.programs_per_sm))
+    groups = -(-rows // config.rows)
+    each = config.programs_per_sm
+    if each is None:
+        many = groups >= 4 * _ROWS_OF_FOUR * multiprocessors
+        each = 4 if many and config.rows * config.block <= _SMALL else 2
+    return max(1, min(groups, each * multiprocessors))

@@ -14,14 +14,14 @@ after the norm needs: both save a pass over memory.
 import triton
 import triton.language as tl
 
-from mambench.kernels.s6.triton_parts import sigmoid
+from mambench.kernels.activations import sigmoid
 
 
 @triton.jit
 def rms_norm_forward(
     x_ptr, z_ptr, weight_ptr, out_ptr, rstd_ptr,
     rows, width, stride_x, stride_z, stride_out, eps,
-    GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    GATED: tl.constexpr, ASSEMBLY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Normalise ROWS rows of `width` values; BLOCK is the width's next power of two."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -32,7 +32,7 @@ def rms_norm_forward(
     if GATED:
         at = row[:, None] * stride_z + column[None, :]
         z = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        g *= z * sigmoid(z)
+        g *= z * sigmoid(z, ASSEMBLY)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(g * g, 1) / width + eps)
     out = g * rstd[:, None] * weight[None, :]
@@ -47,8 +47,8 @@ def rms_norm_backward(
     dx_ptr, dz_ptr, out_ptr, partial_ptr,
     rows, width, stride_x, stride_z, stride_dout, stride_residual, stride_dx, stride_dz,
     stride_out,
-    GATED: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GIVE_OUT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    GATED: tl.constexpr, ASSEMBLY: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    GIVE_OUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Go back through every n-th ROWS rows, n being the number of programs.
 
@@ -70,7 +70,7 @@ def rms_norm_backward(
         if GATED:
             z = tl.load(z_ptr + row * stride_z + column[None, :], mask=mask, other=0.0)
             z = z.to(tl.float32)
-            gate = sigmoid(z)
+            gate = sigmoid(z, ASSEMBLY)
             silu = z * gate
             n *= silu
         dn = dout * weight

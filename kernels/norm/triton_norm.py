@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mambench.kernels.activations import assembly
 from mambench.kernels.norm import triton_kernels
 from mambench.kernels.norm.arguments import NORM_OPTIONS, NORM_TENSORS, check_arguments
 from mambench.kernels.norm.triton_config import Config, choose, programs
@@ -27,7 +28,7 @@ from mambench.kernels.registered import (
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_SUM_PARTS, _SUM_COLUMNS = 64, 32
+_SUM_PARTS, _SUM_COLUMNS, _SUM_WARPS = 256, 16, 8
 
 
 def rms_norm(x: Tensor, weight: Tensor, z: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
@@ -105,6 +106,7 @@ def norm_backward(
     residual: Tensor | None = None,
     dz: Tensor | None = None,
     give_out: bool = False,
+    overwrite: bool = False,
 ) -> Gradients:
     """Return the gradients of x, weight and z.
 
@@ -114,12 +116,13 @@ def norm_backward(
         residual: like x; a gradient that reaches x on another way, and is added to dx.
         dz: where to put the gradient of z, else it is allocated; rows may be strided evenly.
         give_out: whether to return the forward's result, too.
+        overwrite: whether the gradient of x may take dout's memory.
     """
     tensors = (x, weight, z, rstd, dout, residual, dz)
     rows = tuple(
         t if t is None or i in (1, 3) else as_rows(t) for i, t in enumerate(tensors)
     )  # fmt: skip
-    dx, dweight, found, out = _backward(rows, (give_out,))
+    dx, dweight, found, out = _backward(rows, (give_out, overwrite))
     assert dx is not None
     assert dweight is not None
     return Gradients(
@@ -149,7 +152,7 @@ def _run_forward(
         triton_kernels.rms_norm_forward,
         (-(-rows // tile.rows),),
         (x, z, weight, out, rstd, rows, width, *_pitches(x, z, out), *options),
-        {"GATED": z is not None, "ROWS": tile.rows, "BLOCK": tile.block},
+        {"GATED": z is not None, "ASSEMBLY": assembly(), "ROWS": tile.rows, "BLOCK": tile.block},
         num_warps=tile.warps,
     )
     return out, rstd
@@ -162,10 +165,12 @@ def _run_backward(
     rows, width = x.shape
     tile = config or choose(width)
     count = programs(rows, tile, _multiprocessors(x.device))
-    dx = recording.output((rows, width), x.dtype, x.device)
+    give_out, overwrite = options
+    # A program is done with a row of dout when it writes that of dx.
+    dx = dout if overwrite else recording.output((rows, width), x.dtype, x.device)
     if z is not None and dz is None:
         dz = recording.output((rows, width), z.dtype, x.device)
-    out = recording.output((rows, width), x.dtype, x.device) if options[0] else None
+    out = recording.output((rows, width), x.dtype, x.device) if give_out else None
     dweight = recording.output((width,), weight.dtype, x.device)
     partial = recording.scratch((count, width), torch.float32, x.device)
     recording.launch(
@@ -174,7 +179,7 @@ def _run_backward(
         (x, z, weight, rstd, dout, residual, dx, dz, out, partial, rows, width,
          *_pitches(x, z, dout, residual, dx, dz, out)),
         {
-            "GATED": z is not None, "HAS_RESIDUAL": residual is not None,
+            "GATED": z is not None, "ASSEMBLY": assembly(), "HAS_RESIDUAL": residual is not None,
             "GIVE_OUT": out is not None, "ROWS": tile.rows, "BLOCK": tile.block,
         },
         num_warps=tile.warps,
@@ -184,7 +189,7 @@ def _run_backward(
         (-(-width // _SUM_COLUMNS),),
         (partial, dweight, count, width),
         {"BLOCK_P": _SUM_PARTS, "BLOCK": _SUM_COLUMNS},
-        num_warps=4,
+        num_warps=_SUM_WARPS,
     )
     return dx, dweight, dz, out
 
