@@ -7,7 +7,7 @@ Everything heavy is imported inside the command that needs it, so that `--help` 
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +39,7 @@ from mambench.harness.cli import options
 from mambench.harness.errors import DeviceBusyError, MambenchError, UsageError
 
 if TYPE_CHECKING:
-    from mambench.harness.plan import Plan
     from mambench.harness.runner import RunSummary
-    from mambench.harness.store import RunFolder
 
 REPORT_FORMATS = ("text", "markdown", "csv", "json", "pytest-benchmark")
 EPILOG = """\b
@@ -192,9 +190,10 @@ def env(context: click.Context, run_dirs: tuple[Path, ...], as_json: bool) -> No
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(as_json: bool, **asked: Any) -> None:
     """The cases of a run with estimates of time and memory; runs nothing."""
+    from mambench.harness.cli import begin
     from mambench.harness.cli import views as cli_views
 
-    made = _make_plan(asked, time_budget_s=asked["time_budget"])
+    made = begin.plan_of(asked, time_budget_s=asked["time_budget"])
     if as_json:
         import json
 
@@ -229,6 +228,7 @@ def run(
 ) -> None:
     """Run a suite's cases, each guarded and checked before it is timed, and write the report."""
     from mambench.harness import progress, runner
+    from mambench.harness.cli import begin
 
     if resume is None and retry_failed:
         raise UsageError("--retry-failed goes with --resume RUN_DIR.")
@@ -236,7 +236,7 @@ def run(
         where = {name: asked[name] for name in ("device", "threads")}
         context.invoke(ceilings, as_json=False, wait=wait, **where)
         return
-    made, folder = _resumed(resume, output, asked) if resume else _created(output, asked)
+    made, folder = begin.resumed(resume, output, asked) if resume else begin.created(output, asked)
     finished = {case_id for case_id, _, _ in folder.finished()}
     left = {p.case.case_id: p.estimate_s for p in made.runnable if p.case.case_id not in finished}
     kinds = {p.case.case_id: p.case.kind for p in made.runnable}
@@ -257,7 +257,7 @@ def run(
             )
         except DeviceBusyError:
             if resume is None:
-                _remove_empty(folder)
+                begin.remove_empty(folder)
             raise
     _conclude(context, folder.path, summary, report=not no_report)
 
@@ -347,15 +347,16 @@ def show(case: str, run_dir: Path | None) -> None:
     CASE is its number in the run's plan, or the beginning of its case_id.
     """
     from mambench.harness import reproduce
+    from mambench.harness.cli import begin
     from mambench.harness.cli import views as cli_views
     from mambench.harness.plan import Plan
     from mambench.harness.store import RunFolder
 
-    folder = RunFolder.open(run_dir or _newest_run())
+    folder = RunFolder.open(run_dir or begin.newest_run())
     made = Plan.from_dict(folder.manifest)
     number, planned = reproduce.find_case(made, case)
     found = [o for o in folder.observations() if o.case.case_id == planned.case.case_id]
-    command = reproduce.command(planned.case, made, program=_program())
+    command = reproduce.command(planned.case, made, program=begin.program())
     click.echo(cli_views.case(folder.path, number, planned, found, command))
 
 
@@ -401,92 +402,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _make_plan(asked: Mapping[str, Any], *, time_budget_s: float | None = None) -> "Plan":
-    from mambench.harness import axes, machine, plan, reproduce, suite
-
-    overrides: dict[str, tuple[axes.AxisValue, ...]] = {}
-    for text in asked["axes"]:
-        name, values = axes.parse_axis(text)
-        overrides[name] = overrides.get(name, ()) + values
-    for name, value in (("dtype", asked["dtype"]), ("pass", asked["pass_"])):
-        if value is not None:
-            overrides[name] = (value,)
-    own = {name: asked[name] for name in ("target_s", "time_limit_s", "seed", "threads")}
-    settings = {name: value for name, value in own.items() if value is not None}
-    return plan.make_plan(
-        suite.find(asked["suite"] or "quick"),
-        machine.detect(asked["device"]),
-        implementations=asked["implementations"],
-        axes=overrides,
-        filters=asked["filters"],
-        settings={**reproduce.parse_settings(asked["settings"]), **settings},
-        measure=reproduce.parse_names(asked["measure"]),
-        plugins=asked["plugins"],
-        time_budget_s=time_budget_s,
-    )
-
-
-def _created(output: Path | None, asked: Mapping[str, Any]) -> "tuple[Plan, RunFolder]":
-    from mambench.harness import machine, machine_cache
-    from mambench.harness.instruments import ceilings
-    from mambench.harness.workers import limits
-    from mambench.harness.spec import SCHEMA_VERSION
-    from mambench.harness.store import RunFolder, new_run
-
-    # The budget is the runner's: it knows what time is really left, and what it skips, a resumed
-    # run takes up again.
-    made = _make_plan(asked)
-    path, run_id, created_at = new_run(Path("runs"), made.suite)
-    calibrated = ceilings.load(made.device, limits.thread_count(made.settings))
-    manifest = {
-        "schema": SCHEMA_VERSION,
-        "run_id": run_id,
-        "created_at": created_at,
-        "command": [*_program(), *sys.argv[1:]],
-        **made.to_dict(),
-        "environment": machine.environment(made.device),
-        "code": machine.code_version(),
-        # None: nobody has proven the instrument right on this machine.
-        "selftest": machine_cache.kept("selftest", made.device),
-        # None: not calibrated, or before something changed that the ceilings depend on.
-        "ceilings": calibrated and calibrated.to_dict(),
-    }
-    return made, RunFolder.create(output or path, manifest)
-
-
-def _resumed(path: Path, output: Path | None, asked: Mapping[str, Any]) -> "tuple[Plan, RunFolder]":
-    """Return a run's own plan and folder; whatever would change the question is refused."""
-    from mambench.harness import machine
-    from mambench.harness.plan import Plan
-    from mambench.harness.store import RunFolder
-
-    given = [
-        name for name, value in asked.items() if value not in (None, ()) and name != "time_budget"
-    ]
-    if given or output:
-        names = {"pass_": "pass", "axes": "axis", "settings": "set", "target_s": "target-time"}
-        first = "output" if output else names.get(given[0], given[0].removesuffix("s"))
-        raise UsageError(f"--resume goes on with that run's own plan: leave out --{first}.")
-    folder = RunFolder.open(path, for_append=True)
-    made = Plan.from_dict(folder.manifest)
-    here = machine.detect(made.device.torch_name)
-    if here.name != made.device.name:
-        raise UsageError(
-            f"the run was made on {made.device.name}, this machine has {here.name}: start a new "
-            f"run; `report` takes both folders."
-        )
-    now, then = machine.code_version()["id"], folder.manifest["code"].get("id")
-    if now != then:
-        folder.warnings.append(f"the run was begun with code version {then}, this is {now}")
-    gpus = [
-        (environment.get("gpu") or {}).get("uuid")
-        for environment in (machine.environment(here), folder.manifest["environment"])
-    ]
-    if now != then or gpus[0] != gpus[1]:
-        folder.continued(now, gpus[0])
-    return made, folder
-
-
 def _conclude(context: click.Context, path: Path, summary: "RunSummary", *, report: bool) -> None:
     """Say how the run ended, write the report, and set the exit code."""
     from mambench.harness.text import duration
@@ -514,28 +429,6 @@ def _name_path(what: str, path: Path) -> None:
     if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         text = f"\x1b]8;;{path.as_uri()}\x1b\\{text}\x1b]8;;\x1b\\"
     click.echo(f"{what}: {text}")
-
-
-def _remove_empty(folder: "RunFolder") -> None:
-    """Remove the folder of a run that never began, so that it is not taken for the newest."""
-    if not folder.observations():
-        folder.close()
-        for path in folder.path.iterdir():
-            path.unlink()
-        folder.path.rmdir()
-
-
-def _newest_run() -> Path:
-    runs = sorted(path.parent for path in Path("runs").glob("*/manifest.json"))
-    if not runs:
-        raise UsageError("there is no run in runs/: name one with --run RUN_DIR.")
-    return runs[-1]
-
-
-def _program() -> list[str]:
-    """Return the words that start this program, for commands shown to the person."""
-    name = sys.argv[0]
-    return ["python", name] if name.endswith(".py") else [Path(name).name]
 
 
 if __name__ == "__main__":

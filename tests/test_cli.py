@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from mambench.harness import machine, plan, reproduce, runner, suite
+from mambench.harness.cli import begin
 from mambench.harness.cli.options import parse_duration
 from mambench.harness.errors import DeviceBusyError, UsageError
 from mambench.harness.records import Observation, observation_id
@@ -353,7 +354,7 @@ def test_the_printed_command_asks_exactly_that_case(
             for key, value in context.params.items()
             if key not in ("resume", "retry_failed", "output", "no_report", "wait", "quiet")
         }
-        again = program["_make_plan"](asked)
+        again = begin.plan_of(asked)
         assert [p.case for p in again.cases] == [case]
         assert again.settings == made.settings
         assert again.device == made.device

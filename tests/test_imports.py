@@ -43,7 +43,7 @@ TORCH_FREE = (
     *("harness.spec", "harness.records", "harness.errors", "harness.plan", "harness.suite"),
     *("harness.registry", "harness.machine", "harness.store", "harness.analysis"),
     *("harness.runner", "harness.doctor", "harness.progress", "harness.cli.views"),
-    *("harness.cli.options", "harness.reproduce"),
+    *("harness.cli.options", "harness.cli.begin", "harness.reproduce"),
     *("harness.cli.check", "harness.check.commands", "harness.check.report", "harness.verdict"),
     *("harness.check.side_plan", "harness.check.simulate"),
     *("harness.instruments.ceilings", "harness.counters.count", "harness.counters.ncu"),
