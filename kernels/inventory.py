@@ -159,20 +159,44 @@ def _ssd_update(draw: Draw) -> None:
 
 
 def _causal_conv(draw: Draw, *, channels_last: bool) -> None:
-    from mambench.kernels.conv.triton_conv import causal_conv1d
+    """Convolve as a Mamba block does, or a Mamba-2 block: the gradient comes from two places."""
+    from mambench.kernels.conv.triton_conv import conv_backward, conv_forward
 
-    channels, seqlen = 4352 if channels_last else 4096, 2048
-    x = draw(1, seqlen, channels, grad=True) if channels_last else draw(1, channels, seqlen)
-    weight, bias = draw(channels, 4, grad=True), draw(channels, grad=True)
-    draw.backward(causal_conv1d(x.mT if channels_last else x, weight, bias, "silu"))
+    if channels_last:
+        x, widths = draw(1, 2048, 4352).mT, (4096, 128, 128)
+        dout, more = tuple(draw(1, 2048, width).mT for width in widths), None
+    else:
+        x, dout, more = draw(1, 4096, 2048), (draw(1, 4096, 2048),), draw(1, 4096, 2048)
+    weight, bias = draw(x.shape[1], 4), draw(x.shape[1])
+    conv_forward(x, weight, bias, True)
+    conv_backward(x, weight, bias, dout, True, more=more)
 
 
 def _rms_norm(draw: Draw, *, gated: bool) -> None:
-    from mambench.kernels.norm.triton_norm import rms_norm
+    """Normalise as a block does before a product, or a Mamba-2 block after its gate."""
+    from mambench.kernels.norm.triton_norm import norm_backward, norm_forward
 
     rows, width = 2048, 4096 if gated else 2048
-    z = draw(rows, width, grad=True) if gated else None
-    draw.backward(rms_norm(draw(rows, width, grad=True), draw(width, grad=True), z))
+    x, weight, dout = draw(rows, width), draw(width), draw(rows, width)
+    z, residual = (draw(rows, width), None) if gated else (None, draw(rows, width))
+    _, rstd = norm_forward(x, weight, z, 1e-5)
+    norm_backward(x, weight, z, rstd, dout, residual=residual, give_out=True, overwrite=True)
+
+
+def _elementwise(draw: Draw) -> None:
+    from mambench.kernels.elementwise.triton_elementwise import (
+        gated_product,
+        gated_product_backward,
+        rotate_,
+        rotate_back,
+    )
+
+    batch, seqlen, nheads, headdim, width = 1, 2048, 16, 128, 5440
+    tables = draw(seqlen, 1, 1, headdim), draw(seqlen, 1, 1, headdim)
+    rotate_(draw(batch, seqlen, 3, nheads, headdim), *tables)
+    rotate_back(*(draw(batch, seqlen, nheads, headdim) for _ in range(3)), *tables)
+    gated_product(draw(seqlen, 2 * width))
+    gated_product_backward(draw(seqlen, 2 * width), draw(seqlen, width))
 
 
 # The portable kernels on every architecture as pinned for bf16; other sizes where most run.
@@ -186,6 +210,7 @@ ENTRIES = (
     Entry(name="conv bf16 time", call=lambda draw: _causal_conv(draw, channels_last=False)),
     Entry(name="conv bf16 channels", call=lambda draw: _causal_conv(draw, channels_last=True)),
     Entry(name="norm bf16", call=lambda draw: _rms_norm(draw, gated=False)),
+    Entry(name="rotation and gated product bf16", call=_elementwise),
     Entry(name="norm bf16 gated", call=lambda draw: _rms_norm(draw, gated=True)),
     Entry(
         name="s6 triton fp32 N=16",

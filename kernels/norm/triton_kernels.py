@@ -66,13 +66,14 @@ def rms_norm_backward(
         x = tl.load(x_ptr + row * stride_x + column[None, :], mask=mask, other=0.0)
         dout = tl.load(dout_ptr + row * stride_dout + column[None, :], mask=mask, other=0.0)
         x, dout = x.to(tl.float32), dout.to(tl.float32)
-        n = x * rstd
+        n = x
         if GATED:
             z = tl.load(z_ptr + row * stride_z + column[None, :], mask=mask, other=0.0)
             z = z.to(tl.float32)
             gate = sigmoid(z, ASSEMBLY)
             silu = z * gate
             n *= silu
+        n *= rstd  # in the order of the forward: `out` has its bits
         dn = dout * weight
         dweight += dout * n
         dg = rstd * (dn - n * (tl.sum(dn * n, 1) / width)[:, None])

@@ -24,14 +24,35 @@ DTYPES = tuple(TOLERANCE)
 
 # In the kernels' source: what is right, and what is wrong.
 FAULTS = {
-    "a tap too early": ("pre += weight[:, None] * x[5 + k + tap]", "pre += weight[:, None] * x[4 + k + tap]"),
-    "a tap dropped in the backward": ("dx += w1 * gradients[k + 2] + w0 * gradients[k + 3]", "dx += w1 * gradients[k + 2]"),
-    "no second gradient after a run": ("            dout_after += tl.load(", "            tl.load("),
-    "a run's first steps from zero": ("x2 = _step_before(x_at, 1,", "x2 = _step_before(x_at, 1 + 99999,"),
-    "the next run's gradients missing": ("+ (STEPS + i) * stride_time, mask=mask", "+ (STEPS + i) * stride_time, mask=mask & (i < 0)"),
-    "a range's channels shifted": ("offset = tl.where(third, width0 + width1, offset)", "offset = tl.where(third, width0, offset)"),
-    "a partial sum left out": ("mask = (first + part < parts)", "mask = (first + part < parts - 1)"),
-}  # fmt: skip
+    "a tap too early": (
+        "pre += weight[:, None] * x[5 + k + tap]",
+        "pre += weight[:, None] * x[4 + k + tap]",
+    ),
+    "a tap dropped in the backward": (
+        "dx += w1 * gradients[k + 2] + w0 * gradients[k + 3]",
+        "dx += w1 * gradients[k + 2]",
+    ),
+    "no second gradient after a run": (
+        "            dout_after += tl.load(",
+        "            tl.load(",
+    ),
+    "a run's first steps from zero": (
+        "x2 = _step_before(x_at, 1,",
+        "x2 = _step_before(x_at, 1 + 99999,",
+    ),
+    "the next run's gradients missing": (
+        "+ (STEPS + i) * stride_time, mask=mask",
+        "+ (STEPS + i) * stride_time, mask=mask & (i < 0)",
+    ),
+    "a range's channels shifted": (
+        "offset = tl.where(third, width0 + width1, offset)",
+        "offset = tl.where(third, width0, offset)",
+    ),
+    "a partial sum left out": (
+        "mask = (first + part < parts)",
+        "mask = (first + part < parts - 1)",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
