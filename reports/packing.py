@@ -131,9 +131,10 @@ def repeated(values: list[Any]) -> list[Any] | dict[str, list[Any]]:
     kinds = set(map(type, values)) - {type(None)}
     alike = len(kinds) <= 1 and not kinds & {list, dict}
     keys = values if alike else list(map(repr, values))
-    places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-    if 4 * len(places) > len(values):
+    told = dict.fromkeys(keys)
+    if 4 * len(told) > len(values):
         return values
+    places = {key: place for place, key in enumerate(told)}
     at = [places[key] for key in keys]
     distinct = dict(zip(at, values, strict=True))
     return {"distinct": [distinct[place] for place in range(len(places))], "at": at}

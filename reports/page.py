@@ -116,7 +116,7 @@ def _page(
             environment=rows.environment(report.analysis.runs),
             metrics=METRICS,
             looks=styles(report.implementations),
-            css=stylesheet(),
+            css=stylesheet("report.css", "plotly.css"),
             script=script,
             early=EARLY,
             still=_still(report),
@@ -367,9 +367,9 @@ def _minified(css: str) -> str:
     return re.sub(r"\s*\n\s*", "\n", re.sub(r"/\*.*?\*/", "", css, flags=re.DOTALL)).strip()
 
 
-def stylesheet() -> str:
-    """Return the pages' style."""
-    return _minified((HERE / "assets" / "report.css").read_text(encoding="utf-8"))
+def stylesheet(*names: str) -> str:
+    """Return the style that assets hold."""
+    return "\n".join(_minified((HERE / "assets" / name).read_text("utf-8")) for name in names)
 
 
 def environment() -> jinja2.Environment:

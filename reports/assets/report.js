@@ -229,23 +229,26 @@
     }
     return look ? made : trace;
   };
-  const axisLook = (axis) => ({
-    ...axis, title: axis.title ? { ...axis.title, standoff: 12 } : undefined, gridcolor: css("grid"), zeroline: false, linecolor: css("line"),
-    // To measure labels is dear, and how long the written ones are is known.
-    automargin: !axis.ticktext, ticklabeloverflow: "allow", tickfont: { color: css("soft") }, showline: true, ticks: "", minor: { showgrid: false },
+  // To measure labels is dear, and how long the written ones are is known: they never turn, the
+  // margin fits them, and the title has its usual place, which spaces before the labels keep free.
+  const written = { automargin: false, tickangle: 0 };
+  const axisLook = (axis, pad = "") => ({
+    ...axis, ...(axis.ticktext ? { ...written, ticktext: axis.ticktext.map((text) => pad + text) } : { automargin: true }),
+    title: axis.title ? { ...axis.title, font: { size: 12.5 } } : undefined, gridcolor: css("grid"), zeroline: false, linecolor: css("line"), ticklabeloverflow: "allow", tickfont: { color: css("soft") }, showline: true, ticks: "", minor: { showgrid: false },
   });
   const layoutOf = (figure) => {
     const layout = { ...figure.layout };
-    for (const name of ["xaxis", "yaxis"]) layout[name] = axisLook(layout[name]);
+    layout.xaxis = axisLook(layout.xaxis);
+    layout.yaxis = axisLook(layout.yaxis, "\u00a0\u00a0");
     if (innerWidth < 480 && layout.xaxis.tickvals) {
       layout.xaxis.title = { ...layout.xaxis.title, text: layout.xaxis.title.text.replace(/ \(.*/, "") };
       const every = Math.ceil(layout.xaxis.tickvals.length / 5);
       for (const key of ["tickvals", "ticktext"]) layout.xaxis[key] = layout.xaxis[key].filter((_, i) => i % every === 0);
     }
-    const longest = Math.max(0, ...(layout.yaxis.ticktext || []).map((text) => text.length));
+    const longest = Math.max(0, ...(figure.layout.yaxis.ticktext || []).map((text) => text.length));
     return {
       ...layout, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest", dragmode: "zoom",
-      margin: { l: Math.max(64, 44 + 7 * longest), r: 28, t: 22, b: 52 }, font: { family: font, size: 12.5, color: css("ink") },
+      margin: { l: Math.max(64, 50 + 7 * longest), r: 28, t: 22, b: 56 }, font: { family: font, size: 12.5, color: css("ink") },
     };
   };
 
