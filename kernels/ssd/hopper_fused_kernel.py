@@ -284,6 +284,14 @@ def _producer(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr)
 
 
 @gluon.jit
+def _anew(value):
+    """Return the value so that what follows from it is computed again, not kept in registers."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def _row(ring, stage, which: gl.constexpr):
     """View one consumer's row of a stage as a vector."""
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -369,22 +377,28 @@ def _look_back(state, slots, decays, flags, segment, BLOCK_N: gl.constexpr, STAT
     count_readers(flags, segment)
     slots += gl.arange(0, SIZE, layout=FLAT)
     decays += gl.arange(0, 1, layout=gl.SliceLayout(1, STATE))
-    # Two segments' loads are in flight while one's are used.
+    WIDE: gl.constexpr = slots.dtype.element_ty.primitive_bitwidth == 32
+    # While one segment's are used, the loads of the next are in flight: of two, if in bf16.
     last = segment - 1
     own = gl.load(slots)
     log_decay = gl.load(decays)
-    next_own = gl.load(slots + gl.minimum(1, last) * SIZE)
-    next_decay = gl.load(decays + gl.minimum(1, last))
+    if not WIDE:
+        next_own = gl.load(slots + gl.minimum(1, last) * SIZE)
+        next_decay = gl.load(decays + gl.minimum(1, last))
     for k in range(0, segment):
-        following = gl.minimum(k + 2, last)
-        then_own = gl.load(slots + following * SIZE)
-        then_decay = gl.load(decays + following)
+        if WIDE:
+            next_own = gl.load(slots + gl.minimum(k + 1, last) * SIZE)
+            next_decay = gl.load(decays + gl.minimum(k + 1, last))
+        else:
+            then_own = gl.load(slots + gl.minimum(k + 2, last) * SIZE)
+            then_decay = gl.load(decays + gl.minimum(k + 2, last))
         own = state_from_flat(own, BLOCK_N, STATE)
         state = state * gl.exp2(log_decay)[:, None] + own.to(gl.float32)
         own = next_own
         log_decay = next_decay
-        next_own = then_own
-        next_decay = then_decay
+        if not WIDE:
+            next_own = then_own
+            next_decay = then_decay
     return state
 
 
@@ -433,7 +447,9 @@ def _consumer(
         if segment > 0:
             state = _look_back(state, slots, decays, flags, segment, BLOCK_N, STATE)
     if kept is not None:
-        offsets, mask = state_tile(head * nsegments + segment, channel, P, N, BLOCK_N, STATE)
+        offsets, mask = state_tile(
+            head * nsegments + segment, _anew(channel), P, N, BLOCK_N, STATE
+        )  # fmt: skip
         gl.store(kept + offsets, state, mask=mask)
     p = channel + gl.arange(0, _P, layout=gl.SliceLayout(1, OUT))
     if D_DIMS == 1:
@@ -477,7 +493,7 @@ def _consumer(
     tma.store_wait(0)
     if final is not None:  # noqa: SIM102 of compile time, the other is not
         if segment == nsegments - 1:
-            offsets, mask = state_tile(head, channel, P, N, BLOCK_N, STATE)
+            offsets, mask = state_tile(head, _anew(channel), P, N, BLOCK_N, STATE)
             gl.store(final + offsets, state, mask=mask)
 
 

@@ -1,6 +1,8 @@
 """Make the shared scripts available to the tests of this folder."""
 
 import importlib.util
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +22,20 @@ def beside(name):
 @pytest.fixture(scope="session")
 def cases():
     return beside("ssd_cases")
+
+
+@pytest.fixture(scope="session")
+def hopper_judged():
+    """Judge cases of the Hopper SSD on the CPU in a process of its own: each one's errors."""
+
+    def judged(cases, *fault):
+        script = Path(__file__).with_name("hopper_cases.py")
+        command = [sys.executable, script, json.dumps(cases), *fault]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout)
+
+    return judged
 
 
 @pytest.fixture(scope="session")

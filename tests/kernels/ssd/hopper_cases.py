@@ -1,8 +1,8 @@
 """Judge the Hopper SSD on the CPU: its Triton kernels interpreted, its Gluon kernels run by torch.
 
 A process of its own, because TRITON_INTERPRET is read when a kernel is defined:
-`hopper_cases.py '[{...}, ...]' [old new]` prints the errors of every case as JSON; with old and
-new, the Gluon kernels' source is changed first, to plant a fault.
+`hopper_cases.py '[{...}, ...]' [old new [fused]]` prints the errors of every case as JSON; with old
+and new, the source of the Gluon kernels, or of the fused one, is changed first, to plant a fault.
 """
 
 import importlib.util
@@ -59,6 +59,7 @@ def load(old=None, new=None, fused=None):
     hopper_fused.fused_kernel = machine.Launcher(hopper_fused_kernel.fused_kernel)
     hopper_ssd.scan_kernel = machine.Launcher(hopper_kernel.scan_kernel)
     hopper_ssd.state_kernel = machine.Launcher(hopper_kernel.state_kernel)
+    hopper_ssd.fused_kernel = hopper_fused.fused_kernel
     return hopper_ssd
 
 
@@ -75,7 +76,7 @@ def errors(op, case):
     out, state = cases.loop(**exact, **shared)
     inputs = {k: v.detach() for k, v in cases.cast(exact, dtype_of(case), "cpu").items()}
     got = op.ssd_forward(**inputs, **shared, return_final_states=True, config=config)
-    launches = [op.state_kernel.launches, op.scan_kernel.launches]
+    launches = [op.state_kernel.launches, op.scan_kernel.launches, op.fused_kernel.launches]
     found = {"out": cases.relative_error(got[0], out)}
     found["final_states"] = cases.relative_error(got[1], state)
     nchunks = -(-case["seqlen"] // 64)
@@ -91,6 +92,8 @@ def errors(op, case):
         "combined": {"combined": 16}, "by a launch": {"combined": 0},
         "in parts": {"walk": 1},
     }  # fmt: skip
+    if config.fused:
+        ways = {"alone": {}, "in parts": {"walk": 1}}
     for way, changed in ways.items() if nchunks > 1 and config.segments > 1 else ():
         again = op.ssd_forward(
             **inputs, **shared, return_final_states=True, keep=False,
