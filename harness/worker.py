@@ -191,6 +191,7 @@ class _CaseWork:
         self._replace = False
         self._first = False
         self._gate: dict[str, Any] | None = None
+        self._around: dict[str, str] = {}
         self._proven: GateReport | None = None
 
     def run(self) -> Done:
@@ -223,6 +224,10 @@ class _CaseWork:
                 self._workload = build(
                     self.case, implementation, self.device, seed=self.settings.seed
                 )
+            # What a check compares with may be older code, which does not know of it.
+            ask = getattr(self._workload.family, "surroundings", _ignore)
+            if (around := ask(self._workload.inputs)) is not None:
+                self._around = {"surroundings": around}
         return self._workload
 
     def execute(self) -> Callable[[], object]:
@@ -364,7 +369,7 @@ class _CaseWork:
                 method=measured.method,
                 values=values if outcome is Outcome.OK else {},
                 samples_s=measured.samples_s,
-                details={**gate, **measured.details},
+                details={**gate, **self._around, **measured.details},
                 outcome=outcome,
                 reason=reason,
             )
@@ -415,7 +420,7 @@ def _trace(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))[-TRACEBACK_LENGTH:]
 
 
-def _ignore(case: Case) -> None:
+def _ignore(given: Any) -> None:
     """Do nothing."""
 
 

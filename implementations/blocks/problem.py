@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from mambench.harness.spec import Family, Level, Problem
+from mambench.implementations.blocks.fused import runs_fused
 from mambench.implementations.blocks.mamba import MambaBlock
 from mambench.implementations.blocks.mamba2 import Mamba2Block
 from mambench.implementations.blocks.sizes import d_model_of, nblocks_of
@@ -147,6 +148,10 @@ class BlockProblem(ProblemFamily):
             self._latest = latest
         with latest[2].bound(inputs) as stack:
             return (stack(inputs["x"], *_tables(inputs)),)
+
+    def surroundings(self, inputs: Inputs) -> str:
+        """Say which form of the blocks `call` runs: `fused` or `plain`."""
+        return "fused" if runs_fused(inputs["x"], None) else "plain"
 
     def sample(self, problem: Problem, *, seed: int) -> Sample:
         """Judge everything, except of a long transformer layer: some positions."""

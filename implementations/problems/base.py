@@ -72,6 +72,10 @@ class ProblemFamily(ABC):
     def call(self, op: Callable[..., Any], problem: Problem, inputs: Inputs) -> Outputs:
         """Call an operation in the family's signature; returns y first, then final states."""
 
+    def surroundings(self, inputs: Inputs) -> str | None:
+        """Name what is executed around the operation on these inputs; None: nothing is."""
+        return None
+
     @abstractmethod
     def sample(self, problem: Problem, *, seed: int) -> Sample:
         """Choose what is judged: everything up to 16,384 tokens, a sample above."""

@@ -1,5 +1,6 @@
 """The whole chain on what is built in: plan, workers, gate, timing, memory, store."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from mambench.harness import machine, registry, runner
 from mambench.harness.lock import device_lock
 from mambench.harness.plan import Plan, PlannedCase
-from mambench.harness.spec import Case, DType, Family, Outcome, Pass, Problem, Settings
+from mambench.harness.spec import Case, DType, Family, Level, Outcome, Pass, Problem, Settings
 from mambench.harness.store import RunFolder, new_run
 
 SETTINGS = Settings(target_s=0.01, min_samples=3, max_samples=10, relative_error=0.5, threads=1)
@@ -51,6 +52,8 @@ def test_every_built_in_implementation_is_proven_right_and_measured(
             for family in implementation.families
         ]
     assert len({case.implementation for case in cases}) >= 5
+    whole = replace(problem(Family.SSD), level=Level.BLOCK, d_model=16)
+    cases.append(replace(next(c for c in cases if c.implementation == "ssd"), problem=whole))
     planned = tuple(PlannedCase(case=case) for case in cases)
     plan = Plan(suite="all", device=device, settings=SETTINGS, cases=planned)
     path, run_id, created_at = new_run(tmp_path, plan.suite)
@@ -74,3 +77,5 @@ def test_every_built_in_implementation_is_proven_right_and_measured(
         assert all(v is None or v >= 0 for v in observation.values.values())
         expected = {"time": "time_s", "memory": "peak_memory_bytes"}[observation.measurement]
         assert observation.values[expected] is not None
+        around = "plain" if observation.case.problem.level is Level.BLOCK else None
+        assert observation.details.get("surroundings") == around

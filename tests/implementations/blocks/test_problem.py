@@ -205,6 +205,13 @@ def test_every_input_is_a_weight_of_the_module_in_its_precision(
     assert all(torch.isfinite(value).all() for value in inputs.values())
 
 
+def test_what_runs_around_the_mixer_is_named() -> None:
+    problem = make_problem(Family.S6)
+    judge, inputs = draw(problem, torch.bfloat16)
+    assert judge.surroundings(inputs) == "plain"
+    assert blocks._solver(Family.S6).surroundings(inputs) is None
+
+
 def test_a_call_leaves_no_weight_behind_in_the_stack() -> None:
     problem = make_problem(Family.SSD)
     judge, inputs = draw(problem)
