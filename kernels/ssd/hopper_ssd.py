@@ -163,7 +163,8 @@ class Ring:
 @lru_cache(maxsize=64)
 def ring(d_state: int, dtype: torch.dtype, gated: bool, config: Config) -> Ring:
     """Return as many stages as shared memory holds, at most the config's."""
-    block_n = max(16, 1 << (d_state - 1).bit_length())
+    # With 16 states the compiler waits for each of the one launch's products at once.
+    block_n = max(32 if config.fused else 16, 1 << (d_state - 1).bit_length())
     itemsize = dtype.itemsize
     scores_dtype = None
     if config.scores:
