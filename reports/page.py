@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jinja2
+import markupsafe
 
 from mambench.harness import analysis, beside, reproduce
 from mambench.harness.spec import METRICS, DeviceKind, Outcome, Settings
@@ -372,6 +373,13 @@ def stylesheet(*names: str) -> str:
     return "\n".join(_minified((HERE / "assets" / name).read_text("utf-8")) for name in names)
 
 
+def powers(text: str) -> markupsafe.Markup:
+    """Return a text as markup in which `L^1.97` has a raised exponent."""
+    return markupsafe.Markup(
+        re.sub(r"\bL\^(\d[\d.]*\d)", r"L<sup>\1</sup>", str(markupsafe.escape(text)))
+    )
+
+
 def environment() -> jinja2.Environment:
     """Return where templates are found; whatever they insert is escaped."""
     made = jinja2.Environment(
@@ -393,6 +401,7 @@ def environment() -> jinja2.Environment:
         "factor": summary.factor_text,
         "saving": summary.saving_text,
         "explain": names.explain,
+        "powers": powers,
     }
     made.filters.update(filters)
     return made

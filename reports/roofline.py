@@ -123,7 +123,9 @@ def _short(value: float) -> float:
 
 
 def _plain(value: float | None) -> str:
-    return units.MISSING if value is None else units.digits(value)
+    if value is None:
+        return units.MISSING
+    return units.count(value) if value >= 1000 else units.digits(value)
 
 
 def _flops(value: float | None) -> str:

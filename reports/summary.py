@@ -257,9 +257,10 @@ def _further(best: SeriesSummary, attention: str) -> str:
     """Say where the same one needs less of what else was measured."""
     name = best.series.label
     parts = [
-        f"{CROSSED[tag]} {_less(name, attention, found)}" for tag, found in best.others.items()
+        f" {CROSSED[tag][0].upper()}{CROSSED[tag][1:]}: {_less(name, attention, found)}."
+        for tag, found in best.others.items()
     ]
-    return f" In {'; in '.join(parts)}." if parts else ""
+    return "".join(parts)
 
 
 def _less(name: str, attention: str, found: Crossover) -> str:
@@ -268,11 +269,11 @@ def _less(name: str, attention: str, found: Crossover) -> str:
         return f"{name} takes less from {_length(found.seqlen)} on{note}"
     if found.kind is CrossoverKind.SEVERAL:
         lengths = " and ".join(_length(length) for length in found.crossings)
-        return f"neither takes less throughout, they cross at {lengths}"
+        return f"neither takes less throughout; they cross at {lengths}"
     if found.kind is CrossoverKind.NO_OVERLAP or found.range is None:
         return "too few lengths in common"
     less = name if found.kind is CrossoverKind.CHALLENGER_FASTER else attention
-    return f"{less} takes less throughout, L = {contest.span(*found.range)}"
+    return f"{less} takes less at every length from {contest.span(*found.range)}"
 
 
 def _why(best: SeriesSummary, reference: SeriesSummary | None) -> str:

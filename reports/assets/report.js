@@ -464,7 +464,7 @@
     if ($("wins").hidden) return;
     $("wins-baseline").replaceChildren(choice("Speed-up over", labels.map((name) => [name, name]), state.baseline, (name) => { state.baseline = name; update(); }));
     const head = make("tr", {}, make("th", { scope: "col", className: "text", textContent: "Implementation" }), make("th", { scope: "col", textContent: "N" }),
-      ...lengths.map((length) => make("th", { scope: "col", textContent: count(length) })));
+      ...lengths.map((length, i) => make("th", { scope: "col", textContent: `${i ? "" : "L = "}${count(length)}` })));
     const body = [], sparse = [];
     for (const label of labels) {
       if (label === state.baseline || state.hidden.has(label)) continue;
@@ -541,10 +541,13 @@
       };
     }).filter((trace) => trace.rows.length);
     const drawn = traces.flatMap((trace) => trace.y), far = Math.min(...drawn) < 0.2 || Math.max(...drawn) > 5;
-    const scaled = far ? { type: "log", dtick: 1, exponentformat: "power" } : { type: "linear", rangemode: "tozero" };
+    const ends = [Math.min(1, ...drawn), Math.max(1, ...drawn)].map(Math.log10), pad = 0.06 * (ends[1] - ends[0]);
+    const marks = [-6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5].flatMap((power) => (ends[1] - ends[0] > 3 ? [1] : [1, 2, 5]).map((m) => Number(`${m}e${power}`)))
+      .filter((mark) => Math.log10(mark) >= ends[0] - pad && Math.log10(mark) <= ends[1] + pad);
+    const scaled = far ? { type: "log", range: [ends[0] - pad, ends[1] + pad], tickmode: "array", tickvals: marks, ticktext: marks.map((mark) => `${mark < 1 ? mark : count(mark)}×`) } : { type: "linear", rangemode: "tozero" };
     card.spec = { data: traces, layout: { xaxis: time.layout.xaxis || {}, yaxis: { ...scaled, title: { text: norm ? `speed-up / ${norm} ratio` : "speed-up" } },
       shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 1, y1: 1, line: { dash: "dot", width: 1, color: css("soft") } }] } };
-    card.note.textContent = `${there.device} over ${state.slice.device}${norm ? `, divided by the ratio of their ${norm} (${factor(scale)}; ${remote.origin}${remote.origin === here.origin ? "" : ` over ${here.origin}`})` : ""}`;
+    card.note.textContent = `speed-up of ${there.device} over ${state.slice.device}${norm ? `, divided by the ratio of their ${norm} (${factor(scale)}; ${remote.origin}${remote.origin === here.origin ? "" : ` over ${here.origin}`})` : ""}`;
     describe(card, `Speed-up of ${there.device} over ${state.slice.device}`);
     card.caption.querySelectorAll(".field").forEach((field) => field.remove());
     const fields = [];

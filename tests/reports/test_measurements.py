@@ -53,7 +53,7 @@ def test_crossovers_in_energy_and_traffic_are_found_and_said(full):
     assert ssd.others["energy_j"].kind is CrossoverKind.AT
     assert ssd.others["energy_j"].seqlen == pytest.approx(4000, rel=0.01)
     assert ssd.others["energy_j"].bracket == (2048, 4096)
-    assert "energy" in said.evidence
+    assert "Energy: ssd takes less from" in said.evidence
     assert set(ssd.others) == set(summary.CROSSED) - {"dram_bytes"}, "equal traffic never crosses"
 
 

@@ -305,6 +305,10 @@ def test_numbers_that_json_cannot_hold_become_null():
     assert packing.numbers(values) == [None, 1.234568e-5, None, 3, None, "x", True, [0.5]]
 
 
+def test_exponents_are_raised_and_nothing_else_is_markup():
+    assert page.powers("as L^1.97, <b> L^2") == "as L<sup>1.97</sup>, &lt;b&gt; L^2"
+
+
 @given(st.binary(max_size=99), st.binary(max_size=99))
 def test_two_parts_are_compressed_as_one(first, second):
     packed = base64.b64decode(packing.ended(packing.begun(first), second))
