@@ -231,9 +231,10 @@ def assembled(
         planned: list[Mapping[str, Any]] = []
         for _, _, manifest in entries:
             planned += manifest.get("plan") or []
-        known = {result.case for result in folded[key]}
         results += folded[key]
-        results += _unmeasured(planned, known, key, entries[-1][0].run_id)
+        if planned:
+            known = {result.case for result in folded[key]}
+            results += _unmeasured(planned, known, key, entries[-1][0].run_id)
     sources = [
         _make_source(key, [run for run, _, _ in entries]) for key, entries in by_source.items()
     ]
