@@ -1,9 +1,9 @@
 """Selective scan backward on Hopper: the launcher of its kernel, and what it supports.
 
-Time is divided into segments, so that few channels fill the GPU too. What later segments pass back
-to each is made first (which needs no states), then the segments run at once, and a third launch
-adds up their partial sums in a fixed order. A long scan goes through this window by window, and the
-states that the forward kept go into du's memory: `hopper_memory` says why.
+Time is divided into segments, so that few channels fill the GPU too. What each segment passes back
+is made first (which needs no states), a small launch makes of that what each gets, and then the
+segments run at once. Their blocks add up their partial sums among themselves, in a fixed order. The
+states that the forward kept and what else is needed go into the gradients' memory: `hopper_memory`.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ from mambench.kernels.s6.hopper_backward_kernel import (
 from mambench.kernels.s6.hopper_memory import (
     STATES,
     Division,
-    Window,
     divide,
+    resident,
     scratch_elements,
     states_fit,
 )
@@ -50,6 +50,7 @@ class BackwardConfig:
     chunk: int = 64
     resident: int = 2
     registers: int | None = None
+    late: bool = False
 
     @property
     def block(self) -> int:
@@ -57,14 +58,11 @@ class BackwardConfig:
         return 8 * self.channels * self.warps
 
 
-# Measured configurations, by the padded number of states and whether channels alone fill the GPU;
-# where there is none, the portable backward runs. Blocks of 64 channels are within 3 % of those of
-# 32, and have half the partial sums.
-CHOSEN: dict[tuple[int, bool], BackwardConfig] = {
-    (16, False): BackwardConfig(channels=2, tile=8, warps=4, chunk=64, resident=2),
-    (16, True): BackwardConfig(channels=2, tile=8, warps=4, chunk=64, resident=2),
-    (128, False): BackwardConfig(channels=2, tile=8, warps=4, chunk=32, resident=2),
-}
+# Measured configurations, by the padded number of states; blocks of 64 channels up to 16 states,
+# whose sums then have room in the gradients (`hopper_memory`).
+_FEW = BackwardConfig(channels=2, tile=8, warps=4, chunk=64, resident=2)
+_MORE = BackwardConfig(channels=2, tile=8, warps=2, chunk=32, resident=4)
+CHOSEN: dict[int, BackwardConfig] = {16: _FEW, 32: _MORE, 64: _MORE, 128: _MORE, 256: _MORE}
 
 
 def supported(*, d_state: int, dtype: torch.dtype) -> str | None:
@@ -80,19 +78,27 @@ def supported(*, d_state: int, dtype: torch.dtype) -> str | None:
 
 
 def choose(
-    *, batch: int, d_inner: int, d_state: int, multiprocessors: int
+    *, d_inner: int, d_state: int, multiprocessors: int, ngroups: int = 1
 ) -> BackwardConfig | None:
-    """Return the configuration for a problem, or None where the portable backward is to run."""
-    many = batch * d_inner >= 64 * multiprocessors
-    return CHOSEN.get((max(16, 1 << (d_state - 1).bit_length()), many))
+    """Return the configuration for a problem, or None where the portable backward is to run.
+
+    That is where the GPU cannot hold a block for every channel at once.
+    """
+    config = CHOSEN.get(max(16, 1 << (d_state - 1).bit_length()))
+    if config is None or not resident(
+        d_inner=d_inner, ngroups=ngroups, block=config.block,
+        slots=multiprocessors * config.resident,
+    ):  # fmt: skip
+        return None
+    return config
 
 
-def configuration(u: Tensor, d_state: int) -> BackwardConfig | None:
+def configuration(u: Tensor, d_state: int, ngroups: int) -> BackwardConfig | None:
     """Return what `choose` gives for u (B, D, L) on its device; None while nothing is chosen."""
     if not CHOSEN:
         return None
     return choose(
-        batch=u.shape[0], d_inner=u.shape[1], d_state=d_state,
+        d_inner=u.shape[1], d_state=d_state, ngroups=ngroups,
         multiprocessors=multiprocessors(u.device),
     )  # fmt: skip
 
@@ -107,7 +113,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def specialisation(
     *, d_state: int, unit: int, has_D: bool, has_z: bool, has_bias: bool, softplus: bool,
-    has_last: bool, pass_on: bool, config: BackwardConfig,
+    has_r: bool, division: Division, kept_unit: int, config: BackwardConfig,
 ) -> dict[str, int | bool]:  # fmt: skip
     """Return the kernel's compile-time arguments for a problem."""
     return {
@@ -117,20 +123,38 @@ def specialisation(
         "HAS_Z": has_z,
         "HAS_BIAS": has_bias,
         "SOFTPLUS": softplus,
-        "HAS_LAST": has_last,
-        "PASS_ON": pass_on,
+        "HAS_R": has_r,
+        "IN_PLACE": division.in_place,
+        "KEPT_UNIT": kept_unit,
         "CHUNK": config.chunk,
         "UNIT": unit,
         "CHANNELS": config.channels,
         "TILE": config.tile,
         "WARPS": config.warps,
+        "STEP_SHARE": _share(config.chunk, division.blocks),
+        "CHANNEL_SHARE": _share(config.block, division.rows),
+        "LATE": config.late,
     }
 
 
-def adjoint_specialisation(constants: dict[str, int | bool]) -> dict[str, int | bool]:
-    """Return those of the compile-time arguments that `segment_adjoint_kernel` takes."""
-    other = ("HAS_D", "HAS_LAST", "PASS_ON", "TILE")
-    return {name: value for name, value in constants.items() if name not in other}
+def _share(size: int, among: int) -> int:
+    """Return how many each takes, as a power of two."""
+    return triton.next_power_of_2(triton.cdiv(size, among))
+
+
+def adjoint_specialisation(constants: dict[str, int | bool], *, move: int) -> dict[str, int | bool]:
+    """Return those of the compile-time arguments that `segment_adjoint_kernel` takes, and MOVE."""
+    other = (
+        "HAS_D",
+        "HAS_R",
+        "IN_PLACE",
+        "KEPT_UNIT",
+        "TILE",
+        "STEP_SHARE",
+        "CHANNEL_SHARE",
+        "LATE",
+    )
+    return {name: value for name, value in constants.items() if name not in other} | {"MOVE": move}
 
 
 def scan_backward(
@@ -141,70 +165,36 @@ def scan_backward(
     *,
     config: BackwardConfig,
     segments: int | None = None,
-    windows: int | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of u, delta, A, B, C, D, z and delta_bias; dB and dC without atomics.
 
     kept (B, ceil(L / config.chunk), D, N) fp32 are the states that the forward kept: in a list,
     which is emptied, if they are to be freed once they are in du's memory. dout (B, D, L); dlast
-    (B, D, N) or None. The same bits from run to run. `segments` and `windows` override how time is
-    divided.
+    (B, D, N) or None. The same bits from run to run. `segments` overrides how time is divided.
+    Raises RuntimeError from the driver if the GPU cannot hold a block for all channels at once.
     """
-    batch, seqlen, d_inner, _, ngroups = _sizes(inputs)
+    batch, seqlen, d_inner, d_state, ngroups = _sizes(inputs)
     u, delta, B, C, dout = (
         t.contiguous() for t in (inputs.u, inputs.delta, inputs.B, inputs.C, dout)
     )
     z = None if inputs.z is None else inputs.z.contiguous()
     dlast = None if dlast is None else dlast.float().contiguous()
     division = divide(
-        batch=batch, seqlen=seqlen, d_inner=d_inner, ngroups=ngroups, chunk=config.chunk,
-        block=config.block, slots=multiprocessors(u.device) * config.resident,
-        segments=segments, windows=windows,
+        batch=batch, seqlen=seqlen, d_inner=d_inner, d_state=d_state, ngroups=ngroups,
+        itemsize=u.element_size(), chunk=config.chunk, block=config.block,
+        slots=multiprocessors(u.device) * config.resident, gated=z is not None, segments=segments,
     )  # fmt: skip
     with torch.cuda.device_of(u):
-        du = torch.empty_like(u)
-        states = _States.of(kept, du, config.chunk)
-        del kept
-        tokens = _Tokens(u, delta, B, C, z, dout, du, torch.empty_like(u), None)
-        if z is not None:
-            tokens = tokens._replace(dz=torch.empty_like(u))
-        dA, dD, dbias, dBC = _run(inputs, tokens, states, dlast, division, config)
-    gradients = (du, tokens.ddelta, dA, dBC[0], dBC[1], dD, tokens.dz, dbias)
+        run = _Run(inputs, _Tokens(u, delta, B, C, z, dout), division, config)
+        gradients = run(kept, dlast)
     return tuple(
         None if gradient is None or tensor is None else gradient.to(tensor.dtype)
         for gradient, tensor in zip(gradients, inputs.original, strict=True)
     )
 
 
-class _States(NamedTuple):
-    """The kept states in memory: where they begin, and strides of batch, chunk and channel."""
-
-    memory: Tensor
-    strides: tuple[int, int, int]
-
-    @classmethod
-    def of(cls, kept: Tensor | list[Tensor], du: Tensor, chunk: int) -> "_States":
-        """Take them as they are, or move them into du's memory if they may be freed and fit."""
-        found = kept if isinstance(kept, Tensor) else kept.pop()
-        states = cls(found.view(-1), found.stride()[:3])
-        d_inner, d_state = found.shape[2:]
-        seqlen, itemsize = du.shape[2], du.element_size()
-        fit = states_fit(seqlen=seqlen, chunk=chunk, d_state=d_state, itemsize=itemsize)
-        if isinstance(kept, Tensor) or not fit:
-            return states
-        pitch = seqlen * itemsize // 4
-        words = du.view(torch.float32).view(-1)
-        strides = (d_inner * pitch, chunk * itemsize // 4, pitch)
-        words.as_strided(found.shape, (*strides, 1)).copy_(found)
-        return cls(words, strides)
-
-    def since(self, chunk: int) -> Tensor:
-        """Return the memory from a chunk of the first channel on."""
-        return self.memory[chunk * self.strides[1] :]
-
-
 class _Tokens(NamedTuple):
-    """The tensors over time; of a window, where a window's are meant."""
+    """The inputs over time, contiguous."""
 
     u: Tensor
     delta: Tensor
@@ -212,95 +202,164 @@ class _Tokens(NamedTuple):
     C: Tensor
     z: Tensor | None
     dout: Tensor
-    du: Tensor
-    ddelta: Tensor
-    dz: Tensor | None
-
-    def given(self) -> tuple[Tensor, ...]:
-        """Return those that are there."""
-        return tuple(t for t in self if t is not None)
-
-    def window(self, window: Window) -> "_Tokens":
-        """Return their memory from the window's first step of the first row on."""
-        return _Tokens(*(None if t is None else t.view(-1)[window.first :] for t in self))
 
 
-def _run(
-    inputs: Inputs,
-    tokens: _Tokens,
-    states: _States,
-    dlast: Tensor | None,
-    division: Division,
-    config: BackwardConfig,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Go through the windows; returns dA (D, N), dD (D,), dbias (D,) and dBC (2, B, G, N, L)."""
-    u = tokens.u
-    batch, seqlen, d_inner, d_state, ngroups = _sizes(inputs)
-    sums = torch.empty(d_inner * (d_state + 2), dtype=torch.float32, device=u.device)
-    dBC = torch.empty((2, batch, ngroups, d_state, seqlen), dtype=u.dtype, device=u.device)
-    sizes = scratch_elements(
-        division, batch=batch, d_inner=d_inner, d_state=d_state, ngroups=ngroups
-    )
-    whole = torch.empty(sum(sizes.values()), dtype=torch.float32, device=u.device)
-    scratch = dict(zip(sizes, whole.split(list(sizes.values())), strict=True), whole=whole)
-    coming, going = scratch["first"].chunk(2) if sizes["first"] else (None, None)
-    passed = dlast
-    unit = row_unit(seqlen, tokens.given())
-    for number, window in enumerate(division.windows):
-        part = tokens.window(window)
-        first = window.first == 0
-        _launch(
-            inputs, part, states, passed,
-            None if first else going, scratch, division, window, config, unit,
+class _Strided(NamedTuple):
+    """fp32 values of every (batch, chunk or segment, channel, state): memory and strides."""
+
+    memory: Tensor
+    strides: tuple[int, int, int]
+
+
+class _Run:
+    """One backward: its buffers and launches, in the order in which memory becomes free."""
+
+    def __init__(
+        self, inputs: Inputs, tokens: _Tokens, division: Division, config: BackwardConfig
+    ) -> None:
+        self.inputs, self.tokens, self.division, self.config = inputs, tokens, division, config
+        self.sizes = _sizes(inputs)
+        batch, _, d_inner, d_state, ngroups = self.sizes
+        self.du = torch.empty_like(tokens.u)
+        elements = scratch_elements(
+            division, batch=batch, d_inner=d_inner, d_state=d_state, ngroups=ngroups,
+            chunk=config.chunk, ring=3 if config.late else 2,
         )  # fmt: skip
-        _add_up(inputs, scratch, sums, dBC, division, window, again=number > 0)
-        passed, coming, going = going, going, coming
-    dA, dD, dbias = sums.split([d_inner * d_state, d_inner, d_inner])
-    return dA.view(d_inner, d_state), dD, dbias, dBC
+        memory = torch.empty(
+            sum(elements.values()), dtype=torch.float32, device=tokens.u.device
+        ).split(list(elements.values()))
+        self.scratch = dict(zip(elements, memory, strict=True))
 
+    def __call__(
+        self, kept: Tensor | list[Tensor], dlast: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients, in fp32 where they are of parameters."""
+        batch, seqlen, d_inner, d_state, ngroups = self.sizes
+        tokens, scratch = self.tokens, self.scratch
+        passed = self._passed()
+        states = self._prepare(kept, dlast, passed)
+        del kept
+        ddelta = torch.empty_like(tokens.u)
+        dz = None if tokens.z is None else torch.empty_like(tokens.u)
+        dA, dD, dbias = torch.empty(
+            d_inner * (d_state + 2), dtype=torch.float32, device=ddelta.device
+        ).split([d_inner * d_state, d_inner, d_inner])
+        shape = (2, batch, ngroups, d_state, seqlen)
+        dBC = torch.empty(shape, dtype=ddelta.dtype, device=ddelta.device)
+        division, inputs = self.division, self.inputs
+        several = division.segments > 1 or d_state > STATES
+        if not several and dlast is not None:
+            passed = _Strided(dlast, (d_inner * d_state, 0, d_state))
+        unit = self._unit(ddelta)
+        in_place = division.in_place
+        strides = (*states.strides, *passed.strides)
+        kept_unit = min(_unit_of(states.memory, strides), _unit_of(passed.memory, strides))
+        scan_backward_kernel[(division.rows * ngroups * division.blocks,)](
+            *(tokens.u, tokens.delta, inputs.A, tokens.B, tokens.C, inputs.D, tokens.z),
+            *(inputs.bias, tokens.dout, states.memory, passed.memory, self.du, ddelta, dz),
+            _words(ddelta) if in_place else scratch["parts"],
+            _words(self.du) if in_place else scratch["records"],
+            scratch["counters"].view(torch.int32),
+            *(dA, dD, dbias, dBC, batch, seqlen // unit, d_inner, ngroups, division.blocks),
+            *(triton.cdiv(seqlen, self.config.chunk), division.segment_chunks, division.segments),
+            *(division.rows, *(n // kept_unit for n in strides)),
+            **self._constants(unit, has_r=several or dlast is not None, kept_unit=kept_unit),
+            num_warps=self.config.warps,
+            maxnreg=self.config.registers,
+            launch_cooperative_grid=True,
+        )
+        return self.du, ddelta, dA.view(d_inner, d_state), dBC[0], dBC[1], dD, dz, dbias
 
-def _launch(
-    inputs: Inputs,
-    tokens: _Tokens,
-    states: _States,
-    passed: Tensor | None,
-    first: Tensor | None,
-    scratch: dict[str, Tensor],
-    division: Division,
-    window: Window,
-    config: BackwardConfig,
-    unit: int,
-) -> None:
-    """Launch the two kernels that go through a window; `first` gets what it passes back."""
-    batch, seqlen, d_inner, d_state, ngroups = _sizes(inputs)
-    u, delta, B, C, z, dout, du, ddelta, dz = tokens
-    constants = specialisation(
-        d_state=d_state, unit=unit, has_D=inputs.D is not None, has_z=z is not None,
-        has_bias=inputs.bias is not None, softplus=inputs.softplus, has_last=passed is not None,
-        pass_on=first is not None, config=config,
-    )  # fmt: skip
-    sizes = (window.steps // unit, seqlen // unit, d_inner, ngroups, division.blocks)
-    each, count = window.segment_chunks, window.segments
-    chunks = triton.cdiv(window.steps, config.chunk)
-    programs = batch * ngroups * division.blocks
-    end, total = scratch["end"], scratch["total"]
-    if count > 1:
-        segment_adjoint_kernel[(programs * (count - 1) * triton.cdiv(d_state, STATES),)](
-            *(delta, inputs.A, C, z, inputs.bias, dout, end, total),
-            *(*sizes, each, count),
-            **adjoint_specialisation(constants),
+    def _unit(self, *more: Tensor) -> int:
+        """Return what every row's start is a multiple of."""
+        given = (t for t in (*self.tokens, self.du, *more) if t is not None)
+        return row_unit(self.sizes[1], tuple(given))
+
+    def _constants(self, unit: int, *, has_r: bool, kept_unit: int = 1) -> dict[str, int | bool]:
+        inputs = self.inputs
+        return specialisation(
+            d_state=self.sizes[3], unit=unit, has_D=inputs.D is not None,
+            has_z=inputs.z is not None, has_bias=inputs.bias is not None,
+            softplus=inputs.softplus, has_r=has_r, division=self.division,
+            kept_unit=kept_unit, config=self.config,
+        )  # fmt: skip
+
+    def _passed(self) -> _Strided:
+        """Return where what is passed back to each segment goes."""
+        _, seqlen, d_inner, d_state, _ = self.sizes
+        segments, each = self.division.segments, self.division.segment_chunks
+        if not self.division.in_place:
+            strides = (segments * d_inner * d_state, d_inner * d_state, d_state)
+            return _Strided(self.scratch["r"], strides)
+        pitch, chunk = (
+            n * self.du.element_size() // 4 for n in (seqlen, self.config.chunk)
+        )  # behind the 16 states that a chunk may begin with
+        return _Strided(_words(self.du)[STATES:], (d_inner * pitch, each * chunk, pitch))
+
+    def _prepare(
+        self, kept: Tensor | list[Tensor], dlast: Tensor | None, passed: _Strided
+    ) -> _Strided:
+        """Make what is passed back, clear the counters, move the states; return where these are."""
+        batch, seqlen, d_inner, d_state, _ = self.sizes
+        found = kept if isinstance(kept, Tensor) else kept.pop()
+        states = _Strided(found, found.stride()[:3])
+        itemsize, chunk = self.du.element_size(), self.config.chunk
+        move = not isinstance(kept, Tensor) and states_fit(
+            seqlen=seqlen, chunk=chunk, d_state=d_state, itemsize=itemsize
+        )
+        if move:
+            pitch = seqlen * itemsize // 4
+            strides = (d_inner * pitch, chunk * itemsize // 4, pitch)
+            states = _Strided(_words(self.du), strides)
+        segments = self.division.segments
+        if segments > 1:
+            self._make_adjoints(found, states if move else None, passed)
+        elif move:
+            states.memory.as_strided(found.shape, (*states.strides, 1)).copy_(found)
+        several = segments > 1 or d_state > STATES
+        counters = self.scratch["counters"].view(torch.int32)
+        size = batch * d_inner * d_state if several else 0
+        block = 256
+        pass_back_kernel[(max(1, triton.cdiv(size, block)),)](
+            *(self.inputs.A, self.scratch["total"], dlast, passed.memory, counters),
+            *(size, segments, d_inner, *passed.strides, counters.numel()),
+            *(d_state, dlast is not None, block, min(8, triton.next_power_of_2(segments))),
+            num_warps=4,
+        )
+        return states
+
+    def _make_adjoints(self, kept: Tensor, moved: _Strided | None, passed: _Strided) -> None:
+        """Launch the kernel that makes what each segment passes back, and may move the states."""
+        batch, seqlen, d_inner, d_state, ngroups = self.sizes
+        tokens, division, config = self.tokens, self.division, self.config
+        unit = self._unit()
+        segments = division.segments
+        items = batch * (segments if moved is not None else segments - 1)
+        programs = items * ngroups * division.blocks * triton.cdiv(d_state, STATES)
+        to, strides = (None, (0, 0, 0)) if moved is None else moved
+        move = 0 if to is None else _unit_of(to, strides)
+        constants = adjoint_specialisation(self._constants(unit, has_r=True), move=move)
+        segment_adjoint_kernel[(programs,)](
+            *(tokens.delta, self.inputs.A, tokens.C, tokens.z, self.inputs.bias, tokens.dout),
+            *(passed.memory, self.scratch["total"], None if moved is None else kept, to),
+            *(seqlen // unit, d_inner, ngroups, division.blocks, division.segment_chunks),
+            *(segments, *passed.strides, triton.cdiv(seqlen, config.chunk)),
+            *(n // max(1, move) for n in strides),
+            **constants,
             num_warps=config.warps,
         )
-    scan_backward_kernel[(programs * count,)](
-        *(u, delta, inputs.A, B, C, inputs.D, z, inputs.bias, dout),
-        states.since(window.first // config.chunk),
-        *(end, total, passed, scratch["r"], first, du, ddelta, dz),
-        *(scratch["dA"], scratch["dD"], scratch["dbias"], scratch["dBC"]),
-        *(batch, *sizes, chunks, each, count, *states.strides),
-        **constants,
-        num_warps=config.warps,
-        maxnreg=config.registers,
-    )
+
+
+def _unit_of(memory: Tensor, strides: tuple[int, ...]) -> int:
+    """Return 4 where every stride is of so many fp32 elements, from an aligned beginning; or 1."""
+    return 1 if memory.data_ptr() % 16 or any(n % 4 for n in strides) else 4
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """Return a tensor's memory as fp32; what is past the last whole word is left out."""
+    flat = tensor.view(-1)
+    words = flat.numel() * flat.element_size() // 4
+    return flat[: words * 4 // flat.element_size()].view(torch.float32)
 
 
 def _sizes(inputs: Inputs) -> tuple[int, int, int, int, int]:
@@ -311,79 +370,43 @@ def _sizes(inputs: Inputs) -> tuple[int, int, int, int, int]:
     return batch, seqlen, d_inner, d_state, ngroups
 
 
-_SUM_STEPS, _SUM_COLUMNS, _SUM_BLOCK = 16, 8, 256
-
-
-def _add_up(
-    inputs: Inputs,
-    scratch: dict[str, Tensor],
-    sums: Tensor,
-    dBC: Tensor,
-    division: Division,
-    window: Window,
-    *,
-    again: bool,
-) -> None:
-    """Add up a window's partial sums; `again`: those of dA, dD and dbias to what is there."""
-    batch, seqlen, d_inner, d_state, ngroups = _sizes(inputs)
-    steps = triton.cdiv(window.steps, _SUM_STEPS)
-    sum_programs = triton.cdiv(sums.numel(), _SUM_BLOCK)
-    state_blocks = triton.cdiv(d_state, STATES)
-    add_partial_sums[(sum_programs + batch * ngroups * state_blocks * steps,)](
-        *(scratch["whole"], sums, dBC.view(-1)[window.first :]),
-        *(scratch[name].storage_offset() for name in ("dD", "dbias", "dBC")),
-        *(batch * window.segments, d_inner * d_state, d_inner),
-        *(batch * ngroups, window.steps, seqlen, division.blocks, sum_programs, steps),
-        *(d_state, state_blocks, again, _SUM_BLOCK, _SUM_STEPS, _SUM_COLUMNS),
-        num_warps=4,
-    )
-
-
-@triton.jit
-def add_partial_sums(
-    scratch_ptr, sums_ptr, dBC_ptr, dD_at, dbias_at, dBC_at,
-    rows, matrix, d_inner, batch_groups, seqlen, pitch, columns, sum_programs, step_blocks,
-    D_STATE: tl.constexpr, STATE_BLOCKS: tl.constexpr, AGAIN: tl.constexpr,
-    BLOCK: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr,
+@triton.jit(
+    do_not_specialize=[
+        "size", "segments", "d_inner", "r_batch", "r_segment", "r_channel", "counters",
+    ]
+)  # fmt: skip
+def pass_back_kernel(
+    A_ptr, total_ptr, dlast_ptr, r_ptr, counter_ptr,
+    size, segments, d_inner, r_batch, r_segment, r_channel, counters,
+    D_STATE: tl.constexpr, HAS_LAST: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Add up the kernel's partial sums in a fixed order: of dA, dD and dbias, or of dB and dC.
+    """Make what each segment gets passed back of what each passes back of its own, in its place.
 
-    scratch: (rows, matrix) of dA; (rows, d_inner) of dD and dbias and (columns, batch_groups,
-    STATE_BLOCKS, seqlen, 2, 16) of dB and dC at the offsets given. sums: (matrix + 2 d_inner), of
-    which AGAIN says that they have begun; dBC (2, batch_groups, D_STATE, pitch), from the window's
-    first step on.
+    r (B, segments, D, D_STATE), by strides; total (B, segments, D); dlast (B, D, D_STATE); size is
+    dlast's. Segments are loaded AHEAD at a time. Counters are set to zero.
     """
-    pid = tl.program_id(0)
-    size = matrix + 2 * d_inner
-    if pid < sum_programs:
-        i = pid * BLOCK + tl.arange(0, BLOCK)
-        width = tl.where(i < matrix, matrix, d_inner)
-        begin = tl.where(i < matrix + d_inner, dD_at - matrix, dbias_at - matrix - d_inner)
-        at = scratch_ptr + tl.where(i < matrix, 0, begin) + i
-        total = tl.zeros([BLOCK], tl.float32)
-        if AGAIN:
-            total = tl.load(sums_ptr + i, mask=i < size, other=0.0)
-        for _ in range(0, rows):
-            total += tl.load(at, mask=i < size, other=0.0)
-            at += width
-        tl.store(sums_ptr + i, total, mask=i < size)
-    else:
-        index = pid - sum_programs
-        t = index % step_blocks * STEPS + tl.arange(0, STEPS)
-        block = (index // step_blocks).to(tl.int64)  # (batch, group, block of states)
-        place = tl.arange(0, 32)
-        column = tl.arange(0, COLUMNS)
-        stride = tl.cast(batch_groups, tl.int64) * STATE_BLOCKS * seqlen * 32
-        from_ptr = scratch_ptr + dBC_at + block * seqlen * 32
-        from_ptr = from_ptr + column.to(tl.int64)[:, None, None] * stride
-        from_ptr = from_ptr + (t[:, None] * 32 + place[None, :])[None, :, :]
-        summed = tl.zeros([STEPS, 32], tl.float32)
-        for first in range(0, columns, COLUMNS):
-            mask = (first + column < columns)[:, None, None] & (t < seqlen)[None, :, None]
-            summed += tl.sum(tl.load(from_ptr, mask=mask, other=0.0), 0)
-            from_ptr += COLUMNS * stride
-        state = block % STATE_BLOCKS * 16 + place % 16
-        row = (place // 16) * tl.cast(batch_groups, tl.int64) + block // STATE_BLOCKS
-        out = dBC_ptr + ((row * D_STATE + state) * pitch)[None, :] + t[:, None]
-        mask = (t < seqlen)[:, None] & (state < D_STATE)[None, :]
-        tl.store(out, summed.to(dBC_ptr.dtype.element_ty), mask=mask)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    for begin in range(0, counters, tl.num_programs(0) * BLOCK):
+        tl.store(counter_ptr + begin + i, tl.zeros([BLOCK], tl.int32), mask=begin + i < counters)
+    live = i < size
+    channel = i // D_STATE % d_inner
+    batch = (i // D_STATE // d_inner).to(tl.int64)
+    A2 = tl.load(A_ptr + i % (d_inner * D_STATE), mask=live, other=0.0) * 1.4426950408889634
+    at = r_ptr + batch * r_batch + channel.to(tl.int64) * r_channel + i % D_STATE
+    total_at = total_ptr + batch * segments * d_inner + channel
+    r = tl.zeros([BLOCK], tl.float32)
+    if HAS_LAST:
+        r = tl.load(dlast_ptr + i, mask=live, other=0.0)
+    for last in range(segments - 1, -1, -AHEAD):
+        own, total = (), ()
+        for j in tl.static_range(AHEAD):
+            segment = (last - j).to(tl.int64)
+            mask = live & (segment > 0)
+            own = own + (tl.load(at + segment * r_segment, mask=mask, other=0.0),)  # noqa: RUF005
+            total = total + (  # noqa: RUF005
+                tl.load(total_at + segment * d_inner, mask=mask, other=0.0),
+            )
+        for j in tl.static_range(AHEAD):
+            segment = (last - j).to(tl.int64)
+            tl.store(at + segment * r_segment, r, mask=live & (segment >= 0))
+            r = tl.exp2(total[j] * A2) * r + own[j]

@@ -150,40 +150,210 @@ def over_channels(row):
 
 
 @gluon.jit
-def passed_back(
-    end_ptr, total_ptr, dlast_ptr, A2, at_state, channel, live, live_channel,
-    batch, segment, segments, d_inner, state_size, zero, HAS_LAST: gl.constexpr,
+def load_states(ptr, mask, layout: gl.constexpr):
+    """Load states, with zeros where they are none, to a layout of the same elements in a thread."""
+    return gl.convert_layout(gl.load(ptr, mask=mask, other=0.0), layout)
+
+
+@gluon.jit
+def acquired(counter_ptr):
+    """Return a counter's value; what was written before it reached that is visible from here on."""
+    return gl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.u32 $0, [$1];",
+        "=r,l",
+        [counter_ptr.to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def wait_for(counter_ptr, count):
+    """Wait until a counter has reached a count, every warp for itself."""
+    seen = acquired(counter_ptr)
+    while seen < count:
+        seen = acquired(counter_ptr)
+
+
+@gluon.jit
+def count_in(counter_ptr):
+    """Add 1 to a counter once all the block's threads are here, and their writes visible."""
+    gl.thread_barrier()
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p; .reg .b32 t;
+        mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+        @p red.release.gpu.global.add.u32 [$1], 1;
+        mov.u32 $0, t;
+        }""",
+        "=r,l",
+        [counter_ptr.to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def count_in_twice(counter_ptr, other_ptr):
+    """`count_in` for two counters at once."""
+    gl.thread_barrier()
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p; .reg .b32 t;
+        mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+        @p fence.acq_rel.gpu;
+        @p red.relaxed.gpu.global.add.u32 [$1], 1;
+        @p red.relaxed.gpu.global.add.u32 [$2], 1;
+        mov.u32 $0, t;
+        }""",
+        "=r,l,l",
+        [counter_ptr.to(gl.int64), other_ptr.to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.constexpr_function
+def tile_layout(share, warps):
+    """(source, share, 32) tiles of 2048 elements: a warp has 32 columns, a thread its sources."""
+    along = min(share, warps)
+    return gl.BlockedLayout(
+        [64 // share * along // warps, 1, 1], [1, 1, 32], [warps // along, along, 1], [2, 1, 0]
+    )
+
+
+@gluon.jit
+def add_up_steps(
+    part_ptr, block_stride, step_stride, block, blocks,
+    dBC_ptr, row, batch_groups, seqlen, start, k,
+    D_STATE: gl.constexpr, CHUNK: gl.constexpr, SHARE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Return what all later segments pass back to one, from what each gives of its own."""
-    r = zero
-    if HAS_LAST:
-        r = gl.load(dlast_ptr + batch * state_size + at_state, mask=live, other=0.0)
-    for back in range(0, segments - 1 - segment):
-        row = batch * segments + (segments - 1 - back)
-        end = gl.load(end_ptr + row * state_size + at_state, mask=live, other=0.0)
-        total = gl.load(total_ptr + row * d_inner + channel, mask=live_channel, other=0.0)
-        r = gl.exp2(over_states(total) * A2) * r + end
-    return r
+    """Add up the blocks' partial sums of dB and dC, in a fixed order, of this block's SHARE steps.
+
+    part_ptr: of the first block's first step in the chunk; start: the chunk's first step; k: the
+    block of states.
+    """
+    SOURCES: gl.constexpr = 64 // SHARE
+    TILE: gl.constexpr = tile_layout(SHARE, WARPS)
+    source = gl.arange(0, SOURCES, layout=gl.SliceLayout(1, gl.SliceLayout(2, TILE)))
+    source = gl.expand_dims(gl.expand_dims(anew(source), 1), 2)
+    step = gl.arange(0, SHARE, layout=gl.SliceLayout(0, gl.SliceLayout(2, TILE)))
+    step = gl.expand_dims(gl.expand_dims(block * SHARE + step, 0), 2)
+    place = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, TILE)))
+    place = gl.expand_dims(gl.expand_dims(place, 0), 1)
+    at = part_ptr + (source * block_stride + step * step_stride + place)
+    total = gl.full([SHARE, 32], 0.0, gl.float32, layout=gl.SliceLayout(0, TILE))
+    for begin in range(0, blocks, SOURCES):
+        mask = (begin + source < blocks) & (step < CHUNK)
+        tile = gl.load(at + begin * block_stride, mask=mask, other=0.0, cache_modifier=".cg")
+        total += gl.sum(tile, 0)
+    t = gl.arange(0, SHARE, layout=gl.SliceLayout(1, gl.SliceLayout(0, TILE)))
+    t = (block * SHARE + t)[:, None]
+    place = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(0, TILE)))[None, :]
+    state = k * 16 + place % 16
+    out = ((place // 16 * batch_groups + row) * D_STATE + state) * seqlen + start + t
+    mask = (t < CHUNK) & (start + t < seqlen) & (state < D_STATE)
+    gl.store(dBC_ptr + out, total.to(dBC_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
+def add_up_records(
+    record_ptr, record_row, record_chunk, record_channel, row, rows, items, segments,
+    segment_chunks, first_channel, group_channels, group,
+    dA_ptr, dD_ptr, dbias_ptr,
+    HAS_D: gl.constexpr, HAS_BIAS: gl.constexpr, D_STATE: gl.constexpr, BLOCK: gl.constexpr,
+    BY_ITEM: gl.constexpr, SHARE: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Add up the rows' sums of dA, dD and dbias, in a fixed order, of this block's SHARE channels.
+
+    A channel's record is D_STATE sums of dA, one of dD and one of dbias; a row's is where its last
+    item ended if BY_ITEM.
+    """
+    SOURCES: gl.constexpr = 64 // SHARE
+    TILE: gl.constexpr = tile_layout(SHARE, WARPS)
+    source = gl.arange(0, SOURCES, layout=gl.SliceLayout(1, gl.SliceLayout(2, TILE)))
+    source = gl.expand_dims(gl.expand_dims(source, 1), 2)
+    in_block = gl.arange(0, SHARE, layout=gl.SliceLayout(0, gl.SliceLayout(2, TILE)))
+    in_block = gl.expand_dims(gl.expand_dims(row * SHARE + in_block, 0), 2)
+    column = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, TILE)))
+    column = gl.expand_dims(gl.expand_dims(column, 0), 1)
+    channel = (group * group_channels + first_channel + in_block).to(gl.int64)
+    live = (in_block < BLOCK) & (first_channel + in_block < group_channels)
+    own = gl.arange(0, SHARE, layout=gl.SliceLayout(1, gl.SliceLayout(0, TILE)))
+    own = (row * SHARE + own)[:, None]
+    own_live = (own < BLOCK) & (first_channel + own < group_channels)
+    own = (group * group_channels + first_channel + own).to(gl.int64)
+    for first_column in range(0, D_STATE + 2, 32):
+        total = gl.full([SHARE, 32], 0.0, gl.float32, layout=gl.SliceLayout(0, TILE))
+        for begin in range(0, rows, SOURCES):
+            which = begin + source
+            if BY_ITEM:
+                item = which + (items - 1 - which) // rows * rows
+                at = (item // segments).to(gl.int64) * record_row
+                at += (item % segments * segment_chunks).to(gl.int64) * record_chunk
+            else:
+                at = which.to(gl.int64) * record_row
+            at = at + channel * record_channel + first_column + column
+            mask = (which < rows) & live & (first_column + column < D_STATE + 2)
+            tile = gl.load(record_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
+            total += gl.sum(tile, 0)
+        place = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(0, TILE)))[None, :]
+        place = first_column + place
+        gl.store(dA_ptr + own * D_STATE + place, total, mask=own_live & (place < D_STATE))
+        if HAS_D:
+            gl.store(dD_ptr + own + 0 * place, total, mask=own_live & (place == D_STATE))
+        if HAS_BIAS:
+            gl.store(dbias_ptr + own + 0 * place, total, mask=own_live & (place == D_STATE + 1))
+
+
+@gluon.jit
+def load_rows(ptr, step, seqlen, live, PIECES: gl.constexpr, STEPS: gl.constexpr):
+    """Load the pieces of a chunk of rows, all under way at once; ptr and step of the first."""
+    rows = ()
+    for piece in gl.static_range(PIECES):
+        mask = (step + piece * STEPS < seqlen) & live
+        rows = rows + (gl.load(ptr + piece * STEPS, mask=mask, other=0.0),)  # noqa: RUF005
+    return rows
+
+
+@gluon.jit
+def write_rows(
+    ptr, smem, first, step, seqlen, live,
+    PIECES: gl.constexpr, STEPS: gl.constexpr, BLOCK: gl.constexpr, IO: gl.constexpr,
+):  # fmt: skip
+    """Write a chunk of rows from shared memory, from `first` on; each thread what it put there."""
+    for piece in gl.static_range(PIECES):
+        mask = (step + piece * STEPS < seqlen) & live
+        value = smem.index(piece).slice(first, BLOCK, 2).load(IO)
+        gl.store(ptr + piece * STEPS, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit(
     do_not_specialize=[
-        "seqlen_units", "pitch_units", "d_inner", "ngroups", "blocks_per_group", "segment_chunks",
-        "segments",
+        "seqlen_units", "d_inner", "ngroups", "blocks_per_group", "segment_chunks", "segments",
+        "r_batch", "r_segment", "r_channel", "n_chunks",
+        "moved_batch", "moved_chunk", "moved_channel",
     ]
 )  # fmt: skip
 def segment_adjoint_kernel(
     delta_ptr, A_ptr, C_ptr, z_ptr, bias_ptr, dout_ptr,
-    end_ptr,  # (B, segments, D, D_STATE) fp32
+    r_ptr,  # (B, segments, D, D_STATE) fp32, by strides
     total_ptr,  # (B, segments, D) fp32
-    seqlen_units, pitch_units, d_inner, ngroups, blocks_per_group, segment_chunks, segments,
+    kept_ptr,  # (B, chunks, D, D_STATE) fp32
+    moved_ptr,  # the same by strides
+    seqlen_units, d_inner, ngroups, blocks_per_group, segment_chunks, segments,
+    r_batch, r_segment, r_channel, n_chunks, moved_batch, moved_chunk, moved_channel,
     D_STATE: gl.constexpr, STATE_BLOCKS: gl.constexpr,
-    HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr,
+    HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr, MOVE: gl.constexpr,
     CHUNK: gl.constexpr, UNIT: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Compute r at a segment's beginning from zero at its end, and the segment's sum of dt.
 
-    For all segments but the first; one block of 16 states in each thread block.
+    For all segments but the first; one block of 16 states in each thread block. MOVE: copy the
+    kept states on the way, those of the first segment too, to strides in MOVE elements.
     """
     LANES: gl.constexpr = 4
     STATES: gl.constexpr = 4
@@ -194,8 +364,14 @@ def segment_adjoint_kernel(
     )
     CHAN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, FULL))
     STATE: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, FULL))
+    WIDE: gl.constexpr = gl.BlockedLayout(  # see scan_backward_kernel
+        [1, STATES, 1, CHANNELS], [LANES, 1, 8, 1], [1, 1, WARPS, 1], [1, 3, 0, 2]
+    )
+    WIDE_CHAN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, WIDE))
+    WIDE_STATE: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, WIDE))
     RUN: gl.constexpr = 16
     RUNS: gl.constexpr = 4 // CHANNELS
+    STEPS: gl.constexpr = RUN * RUNS
     PIECES: gl.constexpr = CHUNK // (RUN * RUNS)
     RUN_WARPS: gl.constexpr = RUNS if RUNS < WARPS else WARPS
     IO: gl.constexpr = gl.BlockedLayout(
@@ -207,7 +383,6 @@ def segment_adjoint_kernel(
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     PLAIN3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     seqlen = seqlen_units * UNIT
-    pitch = pitch_units * UNIT
 
     pid = gl.program_id(0)
     block = pid % blocks_per_group
@@ -216,16 +391,20 @@ def segment_adjoint_kernel(
     pid = pid // STATE_BLOCKS
     group = pid % ngroups
     pid = pid // ngroups
-    segment = 1 + pid % (segments - 1)
-    batch = (pid // (segments - 1)).to(gl.int64)
+    if MOVE:
+        segment = pid % segments
+        batch = (pid // segments).to(gl.int64)
+    else:
+        segment = 1 + pid % (segments - 1)
+        batch = (pid // (segments - 1)).to(gl.int64)
     group_channels = d_inner // ngroups
     first_channel = block * BLOCK
-    places = gl.arange(0, PLACES, layout=gl.SliceLayout(1, CHAN))
-    inner = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, CHAN))
+    places = gl.arange(0, PLACES, layout=gl.SliceLayout(1, WIDE_CHAN))
+    inner = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, WIDE_CHAN))
     in_group = first_channel + places[:, None] * CHANNELS + inner[None, :]
     channel = (group * group_channels + in_group).to(gl.int64)
-    state_lanes = gl.arange(0, LANES, layout=gl.SliceLayout(1, STATE))
-    states = gl.arange(0, STATES, layout=gl.SliceLayout(0, STATE))
+    state_lanes = gl.arange(0, LANES, layout=gl.SliceLayout(1, WIDE_STATE))
+    states = gl.arange(0, STATES, layout=gl.SliceLayout(0, WIDE_STATE))
     state = k * 16 + state_lanes[:, None] * STATES + states[None, :]
     at_state = over_states(channel * D_STATE) + over_channels(state)
     live = over_states(in_group < group_channels) & (over_channels(state) < D_STATE)
@@ -237,98 +416,134 @@ def segment_adjoint_kernel(
     steps = gl.arange(0, RUN, layout=gl.SliceLayout(0, STEP_IO))
     io_step = gl.expand_dims(runs[:, None] * RUN + steps[None, :], 2)
     io_step = io_step + gl.full([RUNS, RUN, BLOCK], 0, gl.int32, layout=IO)
-    io_offset = over_states((batch * d_inner + io_channel) * pitch) + io_step
+    io_offset = over_states((batch * d_inner + io_channel) * seqlen) + io_step
     bias = over_states(gl.load(bias_ptr + io_channel)) if HAS_BIAS else 0.0
     row = gl.arange(0, 16, layout=gl.SliceLayout(0, ROWS)) + k * 16
     row_step = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, ROWS))[:, None]
     row_step = row_step + gl.full([CHUNK, 16], 0, gl.int32, layout=ROWS)
-    row_offset = (((batch * ngroups + group) * D_STATE + row) * pitch)[None, :] + row_step
+    row_offset = (((batch * ngroups + group) * D_STATE + row) * seqlen)[None, :] + row_step
 
     rows = gl.allocate_shared_memory(gl.float32, [CHUNK * 2, PLACES, CHANNELS], PLAIN)
     rows_io = rows._reinterpret(gl.float32, [PIECES, RUNS, RUN, 2 * BLOCK], PLAIN3)
     C_smem = gl.allocate_shared_memory(gl.float32, [CHUNK, LANES, STATES], PLAIN)
     C_flat = C_smem._reinterpret(gl.float32, [CHUNK, 16], PLAIN)
 
-    A2 = gl.load(A_ptr + at_state, mask=live, other=0.0) * 1.4426950408889634
+    A2 = load_states(A_ptr + at_state, live, FULL) * 1.4426950408889634
     r = gl.full([LANES, STATES, PLACES, CHANNELS], 0.0, gl.float32, layout=FULL)
     total = gl.full([RUNS, BLOCK], 0.0, gl.float32, layout=gl.SliceLayout(1, IO))
     begin = segment * segment_chunks * CHUNK
     end = gl.minimum(begin + segment_chunks * CHUNK, seqlen)
-    for back in range(0, (end - begin + CHUNK - 1) // CHUNK):
-        start = begin + ((end - begin - 1) // CHUNK - back) * CHUNK
-        for piece in range(PIECES):
-            now = start + piece * (RUN * RUNS)
-            io_mask = (now + io_step < seqlen) & io_live
-            dt = to_fp32(gl.load(delta_ptr + now + io_offset, mask=io_mask, other=0.0))
-            dy = to_fp32(gl.load(dout_ptr + now + io_offset, mask=io_mask, other=0.0))
+    count = (end - begin + CHUNK - 1) // CHUNK
+    alive = io_live & (segment > 0)
+    moved = over_states(channel * (moved_channel.to(gl.int64) * MOVE)) + over_channels(state)
+    start = begin + (count - 1) * CHUNK
+    dts = load_rows(delta_ptr + start + io_offset, start + io_step, seqlen, alive, PIECES, STEPS)
+    dys = load_rows(dout_ptr + start + io_offset, start + io_step, seqlen, alive, PIECES, STEPS)
+    if HAS_Z:
+        zs = load_rows(z_ptr + start + io_offset, start + io_step, seqlen, alive, PIECES, STEPS)
+    row_mask = (start + row_step < seqlen) & (row < D_STATE)[None, :]
+    C_rows = gl.load(C_ptr + start + row_offset, mask=row_mask, other=0.0)
+    for back in range(0, count):
+        start = begin + (count - 1 - back) * CHUNK
+        chunk = (segment * segment_chunks + count - 1 - back).to(gl.int64)
+        if MOVE:
+            row_at = (batch * n_chunks + chunk) * d_inner * D_STATE
+            h = gl.load(kept_ptr + row_at + at_state, mask=live, other=0.0)
+        if segment > 0:
+            for piece in gl.static_range(PIECES):
+                dt = to_fp32(dts[piece])
+                dy = to_fp32(dys[piece])
+                if HAS_Z:
+                    z = to_fp32(zs[piece])
+                    dy *= z * sigmoid(z)
+                if HAS_BIAS:
+                    dt += bias
+                if SOFTPLUS:
+                    dt = softplus(dt)
+                dt = gl.where((start + piece * STEPS + io_step < seqlen) & io_live, dt, 0.0)
+                total += gl.sum(dt, 1)
+                rows_io.index(piece).slice(0, BLOCK, 2).store(dt)
+                rows_io.index(piece).slice(BLOCK, BLOCK, 2).store(dy)
+            C_flat.store(to_fp32(C_rows))
+            now = start - CHUNK  # of the next chunk, whose loads begin
+            more = alive & (back < count - 1)
+            dts = load_rows(delta_ptr + now + io_offset, now + io_step, seqlen, more, PIECES, STEPS)
+            dys = load_rows(dout_ptr + now + io_offset, now + io_step, seqlen, more, PIECES, STEPS)
             if HAS_Z:
-                z = to_fp32(gl.load(z_ptr + now + io_offset, mask=io_mask, other=0.0))
-                dy *= z * sigmoid(z)
-            if HAS_BIAS:
-                dt += bias
-            if SOFTPLUS:
-                dt = softplus(dt)
-            dt = gl.where(io_mask, dt, 0.0)
-            total += gl.sum(dt, 1)
-            rows_io.index(piece).slice(0, BLOCK, 2).store(dt)
-            rows_io.index(piece).slice(BLOCK, BLOCK, 2).store(dy)
-        row_mask = (start + row_step < seqlen) & (row < D_STATE)[None, :]
-        C_flat.store(to_fp32(gl.load(C_ptr + start + row_offset, mask=row_mask, other=0.0)))
-        for step_back in range(0, CHUNK // 8):
-            for s in gl.static_range(8):
-                step = CHUNK - 1 - s - step_back * 8
-                decay = gl.exp2(over_states(rows.index(2 * step).load(CHAN)) * A2)
-                dy_step = over_states(rows.index(2 * step + 1).load(CHAN))
-                r = decay * (over_channels(C_smem.index(step).load(STATE)) * dy_step + r)
-    gl.store(end_ptr + segment_row * d_inner.to(gl.int64) * D_STATE + at_state, r, mask=live)
+                zs = load_rows(z_ptr + now + io_offset, now + io_step, seqlen, more, PIECES, STEPS)
+            row_mask = (row_step >= 0) & (row < D_STATE)[None, :] & (back < count - 1)
+            C_rows = gl.load(C_ptr + now + row_offset, mask=row_mask, other=0.0)
+            for step_back in range(0, CHUNK // 8):
+                for s in gl.static_range(8):
+                    step = CHUNK - 1 - s - step_back * 8
+                    decay = gl.exp2(over_states(rows.index(2 * step).load(CHAN)) * A2)
+                    dy_step = over_states(rows.index(2 * step + 1).load(CHAN))
+                    r = decay * (over_channels(C_smem.index(step).load(STATE)) * dy_step + r)
+        if MOVE:
+            place = (batch * moved_batch + chunk * moved_chunk) * MOVE
+            gl.store(moved_ptr + place + moved, h, mask=live)
+    place = batch * r_batch + segment.to(gl.int64) * r_segment
+    place = place + over_states(channel) * r_channel.to(gl.int64) + over_channels(state)
+    gl.store(r_ptr + place, gl.convert_layout(r, WIDE), mask=live & (segment > 0))
     per_channel = segment_row * d_inner + group * group_channels + io_in_group
-    keep = (io_in_group < group_channels) & (k == 0)
+    keep = (io_in_group < group_channels) & (k == 0) & (segment > 0)
     gl.store(total_ptr + per_channel, gl.sum(total, 0), mask=keep)
 
 
 @gluon.jit(
     do_not_specialize=[
-        "batches",
-        "seqlen_units", "pitch_units", "d_inner", "ngroups", "blocks_per_group",
-        "n_chunks", "segment_chunks", "segments", "kept_batch", "kept_chunk", "kept_channel",
+        "batches", "seqlen_units", "d_inner", "ngroups", "blocks_per_group", "n_chunks",
+        "segment_chunks", "segments", "rows", "kept_batch", "kept_chunk", "kept_channel",
+        "r_batch", "r_segment", "r_channel",
     ]
 )  # fmt: skip
 def scan_backward_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, dout_ptr,
     kept_ptr,  # (B, chunks, D, D_STATE) fp32, by strides: the state before each chunk
-    end_ptr, total_ptr,  # of `segment_adjoint_kernel`
-    dlast_ptr,  # (B, D, D_STATE) fp32
-    r_ptr,  # (B, segments, D, D_STATE) fp32, for more than 16 states: scratch
-    first_ptr,  # (B, D, D_STATE) fp32: r at the beginning, for what comes before
+    r_ptr,  # (B, segments, D, D_STATE) fp32, by strides: passed back to each segment; used up
     du_ptr, ddelta_ptr, dz_ptr,
-    dA_ptr,  # (B, segments, D, D_STATE) fp32
-    dD_ptr, dbias_ptr,  # (B, segments, D) fp32
-    dBC_ptr,  # (blocks_per_group, B, G, STATE_BLOCKS, L, 2, 16) fp32
-    batches, seqlen_units, pitch_units, d_inner, ngroups, blocks_per_group,
-    n_chunks, segment_chunks, segments, kept_batch, kept_chunk, kept_channel,
+    part_ptr,  # fp32, partial sums of dB and dC: scratch, or ddelta itself
+    record_ptr,  # fp32, a row's sums of dA, dD and dbias: scratch, or du itself
+    counter_ptr,  # int32, zero: 64 for each (row, group), then 64 for each block of channels
+    dA_ptr, dD_ptr, dbias_ptr,  # (D, D_STATE), (D,), (D,) fp32
+    dBC_ptr,  # (2, B, G, D_STATE, L)
+    batches, seqlen_units, d_inner, ngroups, blocks_per_group, n_chunks, segment_chunks, segments,
+    rows, kept_batch, kept_chunk, kept_channel, r_batch, r_segment, r_channel,
     D_STATE: gl.constexpr, STATE_BLOCKS: gl.constexpr,
     HAS_D: gl.constexpr, HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr,
-    HAS_LAST: gl.constexpr, PASS_ON: gl.constexpr, CHUNK: gl.constexpr, UNIT: gl.constexpr,
+    HAS_R: gl.constexpr, IN_PLACE: gl.constexpr, KEPT_UNIT: gl.constexpr, CHUNK: gl.constexpr,
+    UNIT: gl.constexpr,
     CHANNELS: gl.constexpr, TILE: gl.constexpr, WARPS: gl.constexpr,
+    STEP_SHARE: gl.constexpr, CHANNEL_SHARE: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
-    """Write all gradients: the parameters' per batch and segment, those of B and C per block.
+    """Write all gradients. All blocks must be on the GPU at once: they wait for each other.
 
-    seqlen is seqlen_units * UNIT, so that the compiler knows how far rows are aligned. It may be
-    that of a window of longer rows, pitch_units * UNIT apart: tensors over time then begin at the
-    window's first step, kept_ptr at its first state, and dBC is the window's alone. kept_ptr may
-    be memory of du, a chunk's state in the chunk's place: it is read before du is written.
+    rows x G x blocks_per_group blocks; those of a row go through the same items (batch, segment)
+    together and add up their partial sums as they go.
+
+    seqlen is seqlen_units * UNIT, so that the compiler knows how far rows are aligned. kept_ptr
+    may be memory of du, a chunk's state in the chunk's place: it is read before du is written.
+    Strides of kept and r are in KEPT_UNIT elements.
     """
     LANES: gl.constexpr = 4  # of states
     STATES: gl.constexpr = 4  # of a thread
     PLACES: gl.constexpr = 8 * WARPS  # lanes of channels, over all warps
     BLOCK: gl.constexpr = PLACES * CHANNELS
     TILES: gl.constexpr = CHUNK // TILE
+    element: gl.constexpr = u_ptr.dtype.element_ty
+    WORD: gl.constexpr = element.primitive_bitwidth // 8
     # (state lane, state, channel lane, channel); then what is left of it
     FULL: gl.constexpr = gl.BlockedLayout(
         [1, STATES, 1, CHANNELS], [LANES, 1, 8, 1], [1, 1, WARPS, 1], [3, 1, 0, 2]
     )
     CHAN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, FULL))
     STATE: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, FULL))
+    # the same elements in a thread, but states first: for accesses to global memory of 4 states
+    WIDE: gl.constexpr = gl.BlockedLayout(
+        [1, STATES, 1, CHANNELS], [LANES, 1, 8, 1], [1, 1, WARPS, 1], [1, 3, 0, 2]
+    )
+    WIDE_CHAN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, WIDE))
+    WIDE_STATE: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, WIDE))
     # rows of u, delta and so on: (run of steps, step, channel), a thread's steps being contiguous
     RUN: gl.constexpr = 16
     RUNS: gl.constexpr = 4 // CHANNELS  # a piece gives every thread one run
@@ -344,30 +559,36 @@ def scan_backward_kernel(
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     PLAIN3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     PRIVATE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 0, 2, 1])
-    element: gl.constexpr = u_ptr.dtype.element_ty
     LOG2E: gl.constexpr = 1.4426950408889634
     seqlen = seqlen_units * UNIT
-    pitch = pitch_units * UNIT
 
-    # which channels, which time
     pid = gl.program_id(0)
     block = pid % blocks_per_group
     group = pid // blocks_per_group % ngroups
-    segment = pid // (blocks_per_group * ngroups) % segments
-    batch = (pid // (blocks_per_group * ngroups * segments)).to(gl.int64)
+    team = pid // (blocks_per_group * ngroups)
+    items = batches * segments
+    written_ptr = counter_ptr + (team * ngroups + group) * 64  # partial sums of this many blocks
+    read_ptr = written_ptr + 32
+    column_ptr = counter_ptr + (rows * ngroups + group * blocks_per_group + block) * 64
     group_channels = d_inner // ngroups
     first_channel = block * BLOCK
-    places = gl.arange(0, PLACES, layout=gl.SliceLayout(1, CHAN))
-    inner = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, CHAN))
+    places = gl.arange(0, PLACES, layout=gl.SliceLayout(1, WIDE_CHAN))
+    inner = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, WIDE_CHAN))
     in_group = first_channel + places[:, None] * CHANNELS + inner[None, :]
     channel = (group * group_channels + in_group).to(gl.int64)
-    state_lanes = gl.arange(0, LANES, layout=gl.SliceLayout(1, STATE))
-    states = gl.arange(0, STATES, layout=gl.SliceLayout(0, STATE))
+    state_lanes = gl.arange(0, LANES, layout=gl.SliceLayout(1, WIDE_STATE))
+    states = gl.arange(0, STATES, layout=gl.SliceLayout(0, WIDE_STATE))
     state = state_lanes[:, None] * STATES + states[None, :]
     at_state = over_states(channel * D_STATE) + over_channels(state)
     live = over_states(in_group < group_channels) & (over_channels(state) < D_STATE)
-    segment_row = batch * segments + segment
-    state_size = d_inner.to(gl.int64) * D_STATE
+    WORDS: gl.constexpr = CHUNK * WORD // 4  # of a chunk of a row of du, in fp32
+    words = (seqlen * WORD // 4).to(gl.int64)
+    if IN_PLACE:
+        block_stride = words * BLOCK
+        step_stride = words
+    else:
+        block_stride = words * 0 + CHUNK * 32
+        step_stride = words * 0 + 32
 
     io_in_group = first_channel + gl.arange(0, BLOCK, layout=CHAN_IO)
     io_live = over_states(io_in_group < group_channels)
@@ -376,17 +597,14 @@ def scan_backward_kernel(
     steps = gl.arange(0, RUN, layout=gl.SliceLayout(0, STEP_IO))
     io_step = gl.expand_dims(runs[:, None] * RUN + steps[None, :], 2)
     io_step = io_step + gl.full([RUNS, RUN, BLOCK], 0, gl.int32, layout=IO)
-    io_offset = over_states((batch * d_inner + io_channel) * pitch) + io_step
     bias = over_states(gl.load(bias_ptr + io_channel)) if HAS_BIAS else 0.0
     skip = over_states(gl.load(D_ptr + io_channel)) if HAS_D else 0.0
 
     row = gl.arange(0, 16, layout=gl.SliceLayout(0, ROWS))
     row_step = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, ROWS))[:, None]
     row_step = row_step + gl.full([CHUNK, 16], 0, gl.int32, layout=ROWS)
-    row_offset = (((batch * ngroups + group) * D_STATE + row) * pitch)[None, :] + row_step
     part_step = gl.arange(0, TILE, layout=gl.SliceLayout(1, gl.SliceLayout(1, PARTIAL)))[:, None]
     part_place = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, PARTIAL)))[None, :]
-    part_row = (block.to(gl.int64) * batches + batch) * ngroups + group
 
     dt_rows = gl.allocate_shared_memory(gl.float32, [CHUNK, PLACES, CHANNELS], PLAIN)
     dt_io = dt_rows._reinterpret(gl.float32, [PIECES, RUNS, RUN, BLOCK], PLAIN3)
@@ -410,215 +628,372 @@ def scan_backward_kernel(
         y_smem = gl.allocate_shared_memory(gl.float32, [TILES, TILE, BLOCK], PLAIN)
         y_io = y_smem._reinterpret(gl.float32, [PIECES, RUNS, RUN, BLOCK], PLAIN3)
 
+    if IN_PLACE:  # ddelta of the chunk before, whose memory holds partial sums
+        held_rows = gl.allocate_shared_memory(element, [PIECES * RUNS, RUN, BLOCK], PLAIN3)
+        held = held_rows._reinterpret(element, [PIECES, RUNS, RUN, BLOCK], PLAIN3)
+
     zero = gl.full([LANES, STATES, PLACES, CHANNELS], 0.0, gl.float32, layout=FULL)
     dA = zero
     r = zero
     if STATE_BLOCKS == 1:
-        A2 = gl.load(A_ptr + at_state, mask=live, other=0.0) * LOG2E
-        r = passed_back(
-            end_ptr, total_ptr, dlast_ptr, A2, at_state, channel, live, in_group < group_channels,
-            batch, segment, segments, d_inner, state_size, zero, HAS_LAST,
-        )  # fmt: skip
-    else:  # r and dA wait in global memory for their block's turn; a thread reads what it wrote
-        for k in range(STATE_BLOCKS):
-            keep = live & (over_channels(state) + k * 16 < D_STATE)
-            A2 = gl.load(A_ptr + at_state + k * 16, mask=keep, other=0.0) * LOG2E
-            r = passed_back(
-                end_ptr, total_ptr, dlast_ptr, A2, at_state + k * 16, channel, keep,
-                in_group < group_channels, batch, segment, segments, d_inner, state_size, zero,
-                HAS_LAST,
-            )  # fmt: skip
-            gl.store(r_ptr + segment_row * state_size + at_state + k * 16, r, mask=keep)
+        A2 = load_states(A_ptr + at_state, live, FULL) * LOG2E
+    # for more states r and dA wait in global memory for their block's turn; a thread reads its own
     dD = gl.full([RUNS, BLOCK], 0.0, gl.float32, layout=gl.SliceLayout(1, IO))
     dbias = gl.full([RUNS, BLOCK], 0.0, gl.float32, layout=gl.SliceLayout(1, IO))
 
-    first_chunk = segment * segment_chunks
-    end_chunk = gl.minimum(first_chunk + segment_chunks, n_chunks)
-    for back in range(0, end_chunk - first_chunk):
-        chunk = end_chunk - 1 - back
-        start = chunk * CHUNK
-        for piece in range(PIECES):
-            now = start + piece * (RUN * RUNS)
-            io_mask = (now + io_step < seqlen) & io_live
-            u = to_fp32(gl.load(u_ptr + now + io_offset, mask=io_mask, other=0.0))
-            dt = to_fp32(gl.load(delta_ptr + now + io_offset, mask=io_mask, other=0.0))
-            dy = to_fp32(gl.load(dout_ptr + now + io_offset, mask=io_mask, other=0.0))
-            if HAS_Z:
-                z = to_fp32(gl.load(z_ptr + now + io_offset, mask=io_mask, other=0.0))
-                dy *= z * sigmoid(z)
-            if HAS_BIAS:
-                dt += bias
-            if SOFTPLUS:
-                dt = softplus(dt)
-            dt = gl.where(io_mask, dt, 0.0)  # steps past the end keep the state
-            dt_io.index(piece).store(dt)
-            xy_io.index(piece).slice(0, BLOCK, 2).store(dt * u)
-            xy_io.index(piece).slice(BLOCK, BLOCK, 2).store(dy)
-
-        for k in range(STATE_BLOCKS):
-            row_mask = (start + row_step < seqlen) & (k * 16 + row < D_STATE)[None, :]
-            at_row = row_offset + k.to(gl.int64) * 16 * pitch + start
-            B_flat.store(to_fp32(gl.load(B_ptr + at_row, mask=row_mask, other=0.0)))
-            C_flat.store(to_fp32(gl.load(C_ptr + at_row, mask=row_mask, other=0.0)))
-            keep = live & (over_channels(state) + k * 16 < D_STATE)
+    iteration = pid * 0  # of (item, chunk, block of states)
+    # the partial sums that are not added up yet: where they are, and of what
+    old_at = words * 0
+    old_row = words * 0
+    old_start = pid * 0
+    old_k = pid * 0
+    batch = (team // segments).to(gl.int64)
+    start = pid * 0
+    held_row = words * 0
+    held_start = pid * 0
+    # a chunk's loads begin while the one before is being finished
+    first_chunk = team % segments * segment_chunks
+    chunk = first_chunk + gl.minimum(segment_chunks, n_chunks - first_chunk) - 1
+    io_row = over_states((batch * d_inner + io_channel) * seqlen)
+    io_at = io_row + io_step + chunk * CHUNK
+    io_now = chunk * CHUNK + io_step
+    us = load_rows(u_ptr + io_at, io_now, seqlen, io_live, PIECES, RUN * RUNS)
+    dts = load_rows(delta_ptr + io_at, io_now, seqlen, io_live, PIECES, RUN * RUNS)
+    dys = load_rows(dout_ptr + io_at, io_now, seqlen, io_live, PIECES, RUN * RUNS)
+    if HAS_Z:
+        zs = load_rows(z_ptr + io_at, io_now, seqlen, io_live, PIECES, RUN * RUNS)
+    for item in range(team, items, rows):
+        batch = (item // segments).to(gl.int64)
+        segment = item % segments
+        io_offset = over_states((batch * d_inner + io_channel) * seqlen) + io_step
+        shared_row = batch * ngroups + group
+        row_offset = ((shared_row * D_STATE + row) * seqlen)[None, :] + row_step
+        r_at = over_states(channel * (r_channel.to(gl.int64) * KEPT_UNIT)) + over_channels(state)
+        r_at += (batch * r_batch + segment.to(gl.int64) * r_segment) * KEPT_UNIT
+        if STATE_BLOCKS == 1:
+            r = zero
+            if HAS_R:
+                r = load_states(r_ptr + r_at, live, FULL)
+        first_chunk = segment * segment_chunks
+        count = gl.minimum(segment_chunks, n_chunks - first_chunk)
+        for back in range(0, count):
+            chunk = first_chunk + count - 1 - back
+            start = chunk * CHUNK
+            # the chunk that comes next
+            final = (back == count - 1) & (item + rows >= items)
+            later = gl.where((back == count - 1) & (item + rows < items), item + rows, item)
+            later_first = later % segments * segment_chunks
+            later_chunk = later_first + gl.minimum(segment_chunks, n_chunks - later_first) - 1
+            later_chunk = gl.where(later == item, chunk - 1, later_chunk)
+            later_chunk = gl.where(final, chunk, later_chunk)
+            later_row = (later // segments).to(gl.int64) * d_inner
+            if IN_PLACE:
+                # the partial sums' place: ddelta of the chunk that comes next or, for the last
+                # ones, of the chunk before, which is held back until they are added up
+                before_final = final & (iteration > 0)
+                part_row = gl.where(before_final, held_row, later_row) + group * group_channels
+                part_chunk = gl.where(before_final, held_start // CHUNK, later_chunk)
+                part_at = part_row * words + part_chunk.to(gl.int64) * WORDS
             kept_row = first_channel + anew(places)[:, None] * CHANNELS + inner[None, :]
-            kept_row = (group * group_channels + kept_row) * kept_channel.to(gl.int64)
-            kept_row += batch * kept_batch + chunk.to(gl.int64) * kept_chunk
-            kept = over_states(kept_row) + over_channels(state) + k * 16
-            h = gl.load(kept_ptr + kept, mask=keep, other=0.0)
-            if STATE_BLOCKS > 1:
-                A2 = gl.load(A_ptr + at_state + k * 16, mask=keep, other=0.0) * LOG2E
-                own = segment_row * state_size + at_state + k * 16
-                r = gl.load(r_ptr + own, mask=keep, other=0.0)
-                dA = gl.load(dA_ptr + own, mask=keep & (back > 0), other=0.0)
-
-            # the state before each tile
-            for tile in range(TILES - 1):
-                opening.index(tile).store(h)
-                for s in gl.static_range(TILE):
-                    step = tile * TILE + s
-                    decay = gl.exp2(over_states(dt_rows.index(step).load(CHAN)) * A2)
-                    x = over_states(xy_rows.index(2 * step).load(CHAN))
-                    h = decay * h + x * over_channels(B_smem.index(step).load(STATE))
-            opening.index(TILES - 1).store(h)
-
-            for tile_back in range(TILES):
-                tile = TILES - 1 - tile_back
-                h = opening.index(tile).load(FULL)
-                decays = ()
-                before = ()
-                for s in gl.static_range(TILE):
-                    step = tile * TILE + s
-                    decay = gl.exp2(over_states(dt_rows.index(step).load(CHAN)) * A2)
-                    x = over_states(xy_rows.index(2 * step).load(CHAN))
-                    before = before + (h,)  # noqa: RUF005
-                    decays = decays + (decay,)  # noqa: RUF005
-                    h = decay * h + x * over_channels(B_smem.index(step).load(STATE))
-                sums_BC = ()
-                sums_x = ()
-                sums_log = ()
-                sums_y = ()
-                for s in gl.static_range(TILE - 1, -1, -1):
-                    step = tile * TILE + s
-                    dt_step = over_states(dt_rows.index(step).load(CHAN))
-                    x = over_states(xy_rows.index(2 * step).load(CHAN))
-                    dy_step = over_states(xy_rows.index(2 * step + 1).load(CHAN))
-                    B = over_channels(B_smem.index(step).load(STATE))
-                    C = over_channels(C_smem.index(step).load(STATE))
-                    dh = C * dy_step + r
-                    r = decays[s] * dh
-                    q = r * before[s]
-                    dA += q * dt_step
-                    after = h if s == TILE - 1 else before[(s + 1) % TILE]
-                    of_B = gl.sum(dh * x, 3)
-                    of_C = gl.sum(after * dy_step, 3)
-                    of_BC = gl.reduce(sum_channels_over_lanes(of_B, of_C), 1, first)
-                    sums_BC = (of_BC,) + sums_BC  # noqa: RUF005
-                    of_x = gl.sum(dh * B, 1)
-                    of_log = gl.sum(q * A2, 1)
-                    if HAS_Z:
-                        of_y = gl.sum(after * C, 1)
-                    if CHANNELS == 2:
-                        of_x = gl.reduce(sum_states_over_lanes(of_x, of_log), 2, first)
-                        if HAS_Z:  # of two steps at once
-                            if s % 2 == 1:
-                                later_y = of_y
-                            else:
-                                of_y = gl.reduce(sum_states_over_lanes(of_y, later_y), 2, first)
-                                sums_y = (of_y,) + sums_y  # noqa: RUF005
-                    else:
-                        of_x = gl.reduce(sum_steps_over_lanes(of_x, 4), 2, first)
-                        of_log = gl.reduce(sum_steps_over_lanes(of_log, 4), 2, first)
-                        sums_log = (of_log,) + sums_log  # noqa: RUF005
-                        if HAS_Z:
-                            of_y = gl.reduce(sum_steps_over_lanes(of_y, 4), 2, first)
-                            sums_y = (of_y,) + sums_y  # noqa: RUF005
-                    sums_x = (of_x,) + sums_x  # noqa: RUF005
-
-                of_BC = gl.reshape(stack_steps(sums_BC), [LANES, WARPS, 2, STATES, TILE])
-                of_BC = gl.permute(of_BC, [4, 1, 2, 0, 3])
-                part_smem.store(gl.reshape(of_BC, [TILE, WARPS, 32]))
-                if CHANNELS == 2:
-                    of_x = gl.reshape(stack_steps(sums_x), [2, 2, PLACES, TILE])
-                    of_x = gl.reshape(gl.permute(of_x, [3, 0, 2, 1]), [TILE, 2 * BLOCK])
-                else:
-                    of_x = gl.join(stack_steps(sums_x), stack_steps(sums_log))
-                    of_x = gl.reshape(gl.permute(of_x, [2, 3, 1, 0]), [TILE, 2 * BLOCK])
-                if STATE_BLOCKS > 1:
-                    SUMS: gl.constexpr = of_x.type.layout
-                    so_far = sums.index(tile).load(SUMS)
-                    of_x += gl.where(k > 0, so_far, 0.0)
-                sums.index(tile).store(of_x)
+            kept_row = (group * group_channels + kept_row) * (kept_channel.to(gl.int64) * KEPT_UNIT)
+            kept_row += (batch * kept_batch + chunk.to(gl.int64) * kept_chunk) * KEPT_UNIT
+            kept_at = over_states(kept_row) + over_channels(state)
+            if STATE_BLOCKS == 1:
+                row_mask = (start + row_step < seqlen) & (row < D_STATE)[None, :]
+                B_rows = gl.load(B_ptr + row_offset + start, mask=row_mask, other=0.0)
+                C_rows = gl.load(C_ptr + row_offset + start, mask=row_mask, other=0.0)
+                h = load_states(kept_ptr + kept_at, live, FULL)
+            for piece in gl.static_range(PIECES):
+                now = start + piece * (RUN * RUNS)
+                io_mask = (now + io_step < seqlen) & io_live
+                dt = to_fp32(dts[piece])
+                dy = to_fp32(dys[piece])
                 if HAS_Z:
-                    of_y = stack_steps(sums_y)
-                    if CHANNELS == 2:
-                        of_y = gl.reshape(of_y, [2, 2, PLACES, TILE // 2])
-                        of_y = gl.permute(of_y, [3, 0, 2, 1])
-                    else:
-                        of_y = gl.permute(of_y, [2, 1, 0])
-                    of_y = gl.reshape(of_y, [TILE, BLOCK])
-                    if STATE_BLOCKS > 1:
-                        SUMS_Y: gl.constexpr = of_y.type.layout
-                        so_far = y_smem.index(tile).load(SUMS_Y)
-                        of_y += gl.where(k > 0, so_far, 0.0)
-                    y_smem.index(tile).store(of_y)
-                part = gl.sum(part_smem.load(PARTIAL), 1)
-                at = (
-                    (part_row * STATE_BLOCKS + k) * seqlen + (start + tile * TILE + part_step)
-                ) * 32
-                gl.store(
-                    dBC_ptr + at + part_place, part, mask=start + tile * TILE + part_step < seqlen
-                )
-            if STATE_BLOCKS > 1:
-                gl.store(r_ptr + own, r, mask=keep)
-                gl.store(dA_ptr + own, dA, mask=keep)
-                if PASS_ON:  # the last time it is the segment's
-                    before_first = first_ptr + batch * state_size + at_state + k * 16
-                    gl.store(before_first, r, mask=keep & (segment == 0))
-
-        # du, ddelta and dz, from the inputs again
-        for piece in range(PIECES):
-            now = start + piece * (RUN * RUNS)
-            io_mask = (now + io_step < seqlen) & io_live
-            u = to_fp32(gl.load(u_ptr + now + io_offset, mask=io_mask, other=0.0))
-            dy = to_fp32(gl.load(dout_ptr + now + io_offset, mask=io_mask, other=0.0))
-            if HAS_Z:
-                z = to_fp32(gl.load(z_ptr + now + io_offset, mask=io_mask, other=0.0))
-                gate = sigmoid(z)
-                y = y_io.index(piece).load(IO)
-                if HAS_D:
-                    y += skip * u
-                dz = dy * y * (gate * (1.0 + z * (1.0 - gate)))
-                gl.store(dz_ptr + now + io_offset, dz.to(element), mask=io_mask)
-                dy *= z * gate
-            dx = sums_io.index(piece).slice(0, BLOCK, 2).load(IO)
-            ddelta = (
-                sums_io.index(piece).slice(BLOCK, BLOCK, 2).load(IO) * 0.6931471805599453 + u * dx
-            )
-            if SOFTPLUS:
-                raw = to_fp32(gl.load(delta_ptr + now + io_offset, mask=io_mask, other=0.0))
+                    z = to_fp32(zs[piece])
+                    dy *= z * sigmoid(z)
                 if HAS_BIAS:
-                    raw += bias
-                ddelta *= sigmoid(raw)
-            du = dt_io.index(piece).load(IO) * dx
-            if HAS_D:
-                du += skip * dy
-                dD += gl.sum(dy * u, 1)
-            if HAS_BIAS:
-                dbias += gl.sum(gl.where(io_mask, ddelta, 0.0), 1)
-            gl.store(du_ptr + now + io_offset, du.to(element), mask=io_mask)
-            gl.store(ddelta_ptr + now + io_offset, ddelta.to(element), mask=io_mask)
+                    dt += bias
+                if SOFTPLUS:
+                    dt = softplus(dt)
+                dt = gl.where(io_mask, dt, 0.0)  # steps past the end keep the state
+                dt_io.index(piece).store(dt)
+                xy_io.index(piece).slice(0, BLOCK, 2).store(dt * to_fp32(us[piece]))
+                xy_io.index(piece).slice(BLOCK, BLOCK, 2).store(dy)
 
+            for k in range(STATE_BLOCKS):
+                keep = live & (over_channels(state) + k * 16 < D_STATE)
+                if STATE_BLOCKS > 1:
+                    row_mask = (start + row_step < seqlen) & (k * 16 + row < D_STATE)[None, :]
+                    at_row = row_offset + k.to(gl.int64) * 16 * seqlen + start
+                    B_rows = gl.load(B_ptr + at_row, mask=row_mask, other=0.0)
+                    C_rows = gl.load(C_ptr + at_row, mask=row_mask, other=0.0)
+                    h = load_states(kept_ptr + kept_at + k * 16, keep, FULL)
+                    A2 = load_states(A_ptr + at_state + k * 16, keep, FULL) * LOG2E
+                    r = load_states(r_ptr + r_at + k * 16, keep, FULL)
+                    own = over_states((team * d_inner + channel) * (D_STATE + 4))
+                    own += over_channels(state) + k * 16
+                    begun = iteration >= STATE_BLOCKS
+                    dA = load_states(record_ptr + own, keep & begun, FULL)
+                B_flat.store(to_fp32(B_rows))
+                C_flat.store(to_fp32(C_rows))
+
+                # the state before each tile
+                for tile in range(TILES - 1):
+                    opening.index(tile).store(h)
+                    for s in gl.static_range(TILE):
+                        step = tile * TILE + s
+                        decay = gl.exp2(over_states(dt_rows.index(step).load(CHAN)) * A2)
+                        x = over_states(xy_rows.index(2 * step).load(CHAN))
+                        h = decay * h + x * over_channels(B_smem.index(step).load(STATE))
+                opening.index(TILES - 1).store(h)
+
+                if not IN_PLACE:
+                    slot = iteration % (3 if LATE else 2) * rows + team
+                    part_at = (slot * ngroups + group).to(gl.int64) * blocks_per_group
+                    part_at = part_at * (CHUNK * 32)
+                due = iteration > 0
+                if LATE:
+                    due = due & final if IN_PLACE else iteration < 0
+                if due:
+                    wait_for(written_ptr, iteration * blocks_per_group)
+                    add_up_steps(
+                        part_ptr + old_at, block_stride, step_stride, anew(block), blocks_per_group,
+                        dBC_ptr, old_row, batches * ngroups, seqlen, old_start, old_k,
+                        D_STATE, CHUNK, STEP_SHARE, WARPS,
+                    )  # fmt: skip
+                    if IN_PLACE and not LATE:  # noqa: SIM102 (known when compiling)
+                        if not final:  # all have read what lay in the place of what is held
+                            held_at = over_states((held_row + io_channel) * seqlen) + io_step
+                            write_rows(
+                                ddelta_ptr + held_at + held_start, held, 0, held_start + io_step,
+                                seqlen, io_live, PIECES, RUN * RUNS, BLOCK, IO,
+                            )  # fmt: skip
+
+                for tile_back in range(TILES):
+                    tile = TILES - 1 - tile_back
+                    h = opening.index(tile).load(FULL)
+                    decays = ()
+                    before = ()
+                    for s in gl.static_range(TILE):
+                        step = tile * TILE + s
+                        decay = gl.exp2(over_states(dt_rows.index(step).load(CHAN)) * A2)
+                        x = over_states(xy_rows.index(2 * step).load(CHAN))
+                        before = before + (h,)  # noqa: RUF005
+                        decays = decays + (decay,)  # noqa: RUF005
+                        h = decay * h + x * over_channels(B_smem.index(step).load(STATE))
+                    sums_BC = ()
+                    sums_x = ()
+                    sums_log = ()
+                    sums_y = ()
+                    for s in gl.static_range(TILE - 1, -1, -1):
+                        step = tile * TILE + s
+                        dt_step = over_states(dt_rows.index(step).load(CHAN))
+                        x = over_states(xy_rows.index(2 * step).load(CHAN))
+                        dy_step = over_states(xy_rows.index(2 * step + 1).load(CHAN))
+                        B = over_channels(B_smem.index(step).load(STATE))
+                        C = over_channels(C_smem.index(step).load(STATE))
+                        dh = C * dy_step + r
+                        r = decays[s] * dh
+                        q = r * before[s]
+                        dA += q * dt_step
+                        after = h if s == TILE - 1 else before[(s + 1) % TILE]
+                        of_B = gl.sum(dh * x, 3)
+                        of_C = gl.sum(after * dy_step, 3)
+                        of_BC = gl.reduce(sum_channels_over_lanes(of_B, of_C), 1, first)
+                        sums_BC = (of_BC,) + sums_BC  # noqa: RUF005
+                        of_x = gl.sum(dh * B, 1)
+                        of_log = gl.sum(q * A2, 1)
+                        if HAS_Z:
+                            of_y = gl.sum(after * C, 1)
+                        if CHANNELS == 2:
+                            of_x = gl.reduce(sum_states_over_lanes(of_x, of_log), 2, first)
+                            if HAS_Z:  # of two steps at once
+                                if s % 2 == 1:
+                                    later_y = of_y
+                                else:
+                                    of_y = gl.reduce(sum_states_over_lanes(of_y, later_y), 2, first)
+                                    sums_y = (of_y,) + sums_y  # noqa: RUF005
+                        else:
+                            of_x = gl.reduce(sum_steps_over_lanes(of_x, 4), 2, first)
+                            of_log = gl.reduce(sum_steps_over_lanes(of_log, 4), 2, first)
+                            sums_log = (of_log,) + sums_log  # noqa: RUF005
+                            if HAS_Z:
+                                of_y = gl.reduce(sum_steps_over_lanes(of_y, 4), 2, first)
+                                sums_y = (of_y,) + sums_y  # noqa: RUF005
+                        sums_x = (of_x,) + sums_x  # noqa: RUF005
+
+                    of_BC = gl.reshape(stack_steps(sums_BC), [LANES, WARPS, 2, STATES, TILE])
+                    of_BC = gl.permute(of_BC, [4, 1, 2, 0, 3])
+                    part_smem.store(gl.reshape(of_BC, [TILE, WARPS, 32]))
+                    if CHANNELS == 2:
+                        of_x = gl.reshape(stack_steps(sums_x), [2, 2, PLACES, TILE])
+                        of_x = gl.reshape(gl.permute(of_x, [3, 0, 2, 1]), [TILE, 2 * BLOCK])
+                    else:
+                        of_x = gl.join(stack_steps(sums_x), stack_steps(sums_log))
+                        of_x = gl.reshape(gl.permute(of_x, [2, 3, 1, 0]), [TILE, 2 * BLOCK])
+                    if STATE_BLOCKS > 1:
+                        SUMS: gl.constexpr = of_x.type.layout
+                        so_far = sums.index(tile).load(SUMS)
+                        of_x += gl.where(k > 0, so_far, 0.0)
+                    sums.index(tile).store(of_x)
+                    if HAS_Z:
+                        of_y = stack_steps(sums_y)
+                        if CHANNELS == 2:
+                            of_y = gl.reshape(of_y, [2, 2, PLACES, TILE // 2])
+                            of_y = gl.permute(of_y, [3, 0, 2, 1])
+                        else:
+                            of_y = gl.permute(of_y, [2, 1, 0])
+                        of_y = gl.reshape(of_y, [TILE, BLOCK])
+                        if STATE_BLOCKS > 1:
+                            SUMS_Y: gl.constexpr = of_y.type.layout
+                            so_far = y_smem.index(tile).load(SUMS_Y)
+                            of_y += gl.where(k > 0, so_far, 0.0)
+                        y_smem.index(tile).store(of_y)
+                    part = gl.sum(part_smem.load(PARTIAL), 1)
+                    own_part = block * block_stride + (tile * TILE + part_step) * step_stride
+                    gl.store(part_ptr + part_at + own_part + part_place, part)
+                if STATE_BLOCKS > 1:
+                    gl.store(r_ptr + r_at + k * 16, gl.convert_layout(r, WIDE), mask=keep)
+                    gl.store(record_ptr + own, gl.convert_layout(dA, WIDE), mask=keep)
+                if LATE:
+                    due = iteration > 0
+                    if IN_PLACE:
+                        due = due & (not final)
+                    if due:
+                        wait_for(written_ptr, iteration * blocks_per_group)
+                        add_up_steps(
+                            part_ptr + old_at, block_stride, step_stride, anew(block),
+                            blocks_per_group, dBC_ptr, old_row, batches * ngroups, seqlen,
+                            old_start, old_k, D_STATE, CHUNK, STEP_SHARE, WARPS,
+                        )  # fmt: skip
+                        if IN_PLACE:  # all have read what lay in the place of what is held
+                            held_at = over_states((held_row + io_channel) * seqlen) + io_step
+                            write_rows(
+                                ddelta_ptr + held_at + held_start, held, 0, held_start + io_step,
+                                seqlen, io_live, PIECES, RUN * RUNS, BLOCK, IO,
+                            )  # fmt: skip
+                iteration += 1
+                old_at = part_at
+                old_row = shared_row
+                old_start = start
+                old_k = k
+                if k < STATE_BLOCKS - 1:
+                    count_in(written_ptr)
+
+            # du, ddelta and dz, from the inputs again
+            io_at = io_offset + start
+            io_now = start + io_step
+            us = load_rows(u_ptr + io_at, io_now, seqlen, io_live, PIECES, RUN * RUNS)
+            dys = load_rows(dout_ptr + io_at, io_now, seqlen, io_live, PIECES, RUN * RUNS)
+            raws = us
+            if SOFTPLUS:
+                raws = load_rows(delta_ptr + io_at, io_now, seqlen, io_live, PIECES, RUN * RUNS)
+            if HAS_Z:
+                zs = load_rows(z_ptr + io_at, io_now, seqlen, io_live, PIECES, RUN * RUNS)
+            io_now = later_chunk * CHUNK + io_step
+            io_at = over_states((later_row + io_channel) * seqlen) + io_now
+            more = io_live & (not final)
+            next_us = load_rows(u_ptr + io_at, io_now, seqlen, more, PIECES, RUN * RUNS)
+            next_dts = load_rows(delta_ptr + io_at, io_now, seqlen, more, PIECES, RUN * RUNS)
+            next_dys = load_rows(dout_ptr + io_at, io_now, seqlen, more, PIECES, RUN * RUNS)
+            if HAS_Z:
+                next_zs = load_rows(z_ptr + io_at, io_now, seqlen, more, PIECES, RUN * RUNS)
+            if not final:
+                count_in(written_ptr)
+            for piece in gl.static_range(PIECES):
+                now = start + piece * (RUN * RUNS)
+                io_mask = (now + io_step < seqlen) & io_live
+                u = to_fp32(us[piece])
+                dy = to_fp32(dys[piece])
+                if HAS_Z:
+                    z = to_fp32(zs[piece])
+                    gate = sigmoid(z)
+                    y = y_io.index(piece).load(IO)
+                    if HAS_D:
+                        y += skip * u
+                    dz = dy * y * (gate * (1.0 + z * (1.0 - gate)))
+                    gl.store(dz_ptr + now + io_offset, dz.to(element), mask=io_mask)
+                    dy *= z * gate
+                dx = sums_io.index(piece).slice(0, BLOCK, 2).load(IO)
+                dlog = sums_io.index(piece).slice(BLOCK, BLOCK, 2).load(IO)
+                ddelta = dlog * 0.6931471805599453 + u * dx
+                if SOFTPLUS:
+                    raw = to_fp32(raws[piece])
+                    if HAS_BIAS:
+                        raw += bias
+                    ddelta *= sigmoid(raw)
+                du = dt_io.index(piece).load(IO) * dx
+                if HAS_D:
+                    du += skip * dy
+                    dD += gl.sum(dy * u, 1)
+                if HAS_BIAS:
+                    dbias += gl.sum(gl.where(io_mask, ddelta, 0.0), 1)
+                if IN_PLACE:  # the last stay in shared memory; a thread reads its own
+                    dt_io.index(piece).store(du)
+                    sums_io.index(piece).slice(BLOCK, BLOCK, 2).store(ddelta)
+                    gl.store(du_ptr + now + io_offset, du.to(element), mask=io_mask & (not final))
+                    if not final:
+                        held.index(piece).store(ddelta.to(element))
+                else:
+                    gl.store(du_ptr + now + io_offset, du.to(element), mask=io_mask)
+                    gl.store(ddelta_ptr + now + io_offset, ddelta.to(element), mask=io_mask)
+            if not final:
+                held_row = batch * d_inner
+                held_start = start
+            us = next_us
+            dts = next_dts
+            dys = next_dys
+            if HAS_Z:
+                zs = next_zs
+
+    # what a row has summed up goes through memory that is free, to the sum of all rows
+    if IN_PLACE:
+        record_row = words * d_inner
+        record_chunk = words * 0 + WORDS
+        record_channel = words
+        own_record = batch * record_row + start // CHUNK * record_chunk
+    else:
+        record_channel = words * 0 + (D_STATE + 4)
+        record_row = record_channel * d_inner
+        record_chunk = words * 0
+        own_record = team * record_row
     if STATE_BLOCKS == 1:
         in_group = first_channel + anew(places)[:, None] * CHANNELS + inner[None, :]
         channel = (group * group_channels + in_group).to(gl.int64)
-        at_state = over_states(channel * D_STATE) + over_channels(state)
+        at = own_record + over_states(channel * record_channel) + over_channels(state)
         live = over_states(in_group < group_channels) & (over_channels(state) < D_STATE)
-        gl.store(dA_ptr + segment_row * state_size + at_state, dA, mask=live)
-        if PASS_ON:
-            gl.store(first_ptr + batch * state_size + at_state, r, mask=live & (segment == 0))
-    per_channel = segment_row * d_inner + group * group_channels + io_in_group
-    if HAS_D:
-        gl.store(dD_ptr + per_channel, gl.sum(dD, 0), mask=io_in_group < group_channels)
-    if HAS_BIAS:
-        gl.store(dbias_ptr + per_channel, gl.sum(dbias, 0), mask=io_in_group < group_channels)
+        gl.store(record_ptr + at, gl.convert_layout(dA, WIDE), mask=live)
+    at = own_record + (group * group_channels + io_in_group) * record_channel + D_STATE
+    gl.store(record_ptr + at, gl.sum(dD, 0), mask=io_in_group < group_channels)
+    gl.store(record_ptr + at + 1, gl.sum(dbias, 0), mask=io_in_group < group_channels)
+    count_in_twice(written_ptr, column_ptr)
+    wait_for(written_ptr, iteration * blocks_per_group)
+    add_up_steps(
+        part_ptr + old_at, block_stride, step_stride, block, blocks_per_group, dBC_ptr, old_row,
+        batches * ngroups, seqlen, old_start, old_k, D_STATE, CHUNK, STEP_SHARE, WARPS,
+    )  # fmt: skip
+    wait_for(column_ptr, rows)
+    add_up_records(
+        record_ptr, record_row, record_chunk, record_channel, team, rows, items, segments,
+        segment_chunks, first_channel, group_channels, group, dA_ptr, dD_ptr, dbias_ptr,
+        HAS_D, HAS_BIAS, D_STATE, BLOCK, IN_PLACE, CHANNEL_SHARE, WARPS,
+    )  # fmt: skip
+    if IN_PLACE:
+        count_in_twice(read_ptr, column_ptr + 32)
+        wait_for(read_ptr, blocks_per_group)
+        if iteration > 1:
+            io_at = over_states((held_row + io_channel) * seqlen) + io_step + held_start
+            write_rows(
+                ddelta_ptr + io_at, held, 0, held_start + io_step, seqlen, io_live, PIECES,
+                RUN * RUNS, BLOCK, IO,
+            )  # fmt: skip
+        io_at = over_states((batch * d_inner + io_channel) * seqlen) + io_step + start
+        write_rows(
+            ddelta_ptr + io_at, sums_io, BLOCK, start + io_step, seqlen, io_live, PIECES,
+            RUN * RUNS, BLOCK, IO,
+        )  # fmt: skip
+        wait_for(column_ptr + 32, rows)
+        write_rows(
+            du_ptr + io_at, dt_io, 0, start + io_step, seqlen, io_live, PIECES, RUN * RUNS,
+            BLOCK, IO,
+        )  # fmt: skip

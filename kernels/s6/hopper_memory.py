@@ -1,83 +1,99 @@
-"""What the Hopper scan's backward allocates, and how it divides time for that. Torch-free.
+"""What the Hopper scan's backward allocates, and how it divides its work for that. Torch-free.
 
 The gradients of u, delta and z are as large as their inputs: nothing can be done about that. What
-comes on top is kept small in two ways:
+comes on top goes, for up to 16 states, into their memory, before they are written:
 
-- The states that the forward kept go into du: a chunk's states of a channel take the place of the
-  chunk's first steps, where the kernel reads them before it writes du. So the memory that the
-  forward kept is free again before anything else is allocated.
-- Time is divided into windows, from the last to the first. The partial sums of dB and dC, one for
-  every block of channels, are those of one window; what is passed back in time goes from window to
-  window. A window costs three launches, which only a long scan does not feel.
+- The states that the forward kept take the place of the first steps of their chunk in du, where
+  the kernel reads them before it writes du. So the memory that the forward kept is free again
+  before anything else is allocated.
+- What a segment gets passed back lies behind the states of its first chunk.
+- The blocks' partial sums of dB and dC of a chunk, 32 sums a step, are exactly as long as ddelta
+  of as many channels as a chunk has steps. They lie in ddelta of the chunk that is next to be
+  gone through, and are added up before that is written.
+- A row's sums of dA, dD and dbias take the place of its last chunk of du.
+
+With more states, or where rows do not divide into these places, all but the kept states is scratch
+memory: two sets of the partial sums of a chunk and 16 states, whatever the length.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
 
 STATES = 16  # states that a block holds at a time
-_MOST_WINDOWS = 3  # of three launches each: a training step is to launch at most 13 kernels
-_WINDOW = 1 << 23  # elements of u to a window: its launches take time (docs/experiments.md)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Window:
-    """Steps that one set of launches goes through: whole chunks, but for the sequence's end."""
-
-    first: int
-    steps: int
-    segments: int
-    segment_chunks: int
+_ADJOINT = 1 / 3  # what making a chunk's adjoint takes of the time of its backward
+COUNTERS = 64  # int32 of a set of counters: two, on cache lines of their own
 
 
 @dataclass(frozen=True, kw_only=True)
 class Division:
-    """A backward's windows, from the last to the first, and blocks of channels of a group."""
+    """How blocks go through a backward's items, each a segment of time of a batch element.
 
-    windows: tuple[Window, ...]
+    Of `segments` a batch element, of `segment_chunks` each; `rows` of blocks at once, of `blocks`
+    in a group. in_place: sums and states lie in du and ddelta, not in scratch memory.
+    """
+
+    segments: int
+    segment_chunks: int
     blocks: int
-
-    @property
-    def steps(self) -> int:
-        """The steps of the longest window."""
-        return max(window.steps for window in self.windows)
-
-    @property
-    def segments(self) -> int:
-        """The most segments of a window."""
-        return max(window.segments for window in self.windows)
+    rows: int
+    in_place: bool
 
 
 def divide(
-    *, batch: int, seqlen: int, d_inner: int, ngroups: int, chunk: int, block: int, slots: int,
-    segments: int | None = None, windows: int | None = None,
+    *, batch: int, seqlen: int, d_inner: int, d_state: int, ngroups: int, itemsize: int,
+    chunk: int, block: int, slots: int, gated: bool = False, segments: int | None = None,
 ) -> Division:  # fmt: skip
-    """Divide time into windows, and these into segments that run at once.
+    """Divide time into segments, and the items that this makes among rows of blocks.
 
     Args:
-        batch, seqlen, d_inner, ngroups: of the problem.
+        batch, seqlen, d_inner, d_state, ngroups: of the problem.
+        itemsize: bytes of an element of u.
         chunk: steps between kept states.
         block: channels of a thread block.
         slots: thread blocks that the GPU holds at once.
-        segments: how many in a window; None: as fill the GPU.
-        windows: how many; None: up to three, by the size of the scan.
+        gated: whether there is z, for which shared memory has no room to hold ddelta back.
+        segments: how many; None: as fill the GPU.
     """
-    blocks = _ceil(d_inner // ngroups, block)
+    channels = d_inner // ngroups
+    blocks = _ceil(channels, block)
+    most = max(1, slots // (ngroups * blocks))
     chunks = _ceil(seqlen, chunk)
     if segments is None:
-        segments = max(1, slots // (batch * ngroups * blocks))
-    if windows is None:
-        windows = min(_MOST_WINDOWS, max(1, round(batch * d_inner * seqlen / _WINDOW)))
-    rounds = _ceil(chunks, segments)  # a window of whole rounds gives every segment the same work
-    windows = min(windows, rounds)
-    starts = [i * rounds // windows * segments * chunk for i in range(windows)] + [seqlen]
-    found = [_window(first, end - first, segments, chunk) for first, end in pairwise(starts)]
-    return Division(windows=tuple(reversed(found)), blocks=blocks)
-
-
-def _window(first: int, steps: int, segments: int, chunk: int) -> Window:
-    chunks = _ceil(steps, chunk)
+        segments = _segments(batch, chunks, most, seqlen % chunk == 0)
     each = _ceil(chunks, min(segments, chunks))
-    return Window(first=first, steps=steps, segments=_ceil(chunks, each), segment_chunks=each)
+    segments = _ceil(chunks, each)
+    rows = min(most, batch * segments)
+    # a chunk that is cut short has no room for another's sums; it is the first of its segment
+    last = chunks - each * (segments - 1)
+    whole = seqlen % chunk == 0 or (rows == batch * segments and last > 2)
+    fits = not gated and d_state <= STATES and channels % block == 0 and block >= chunk
+    wide = chunk * itemsize >= 128 and seqlen * itemsize % 4 == 0
+    return Division(
+        segments=segments, segment_chunks=each, blocks=blocks, rows=rows,
+        in_place=whole and fits and wide,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _segments(batch: int, chunks: int, rows: int, whole: bool) -> int:
+    """Return the segments with which the rows are done soonest, the fewest of those.
+
+    Where a chunk is cut short, no more than rows go through at once: sums then stay in place.
+    """
+
+    def cost(segments: int) -> float:
+        each = _ceil(chunks, segments)
+        rounds = _ceil(batch * segments, rows)
+        adjoints = batch * (segments - 1) * each / rows if segments > 1 else 0
+        return rounds * each + _ADJOINT * adjoints
+
+    most = rows if whole else max(1, rows // batch)
+    return min(range(1, min(most, chunks) + 1), key=cost)
+
+
+def resident(*, d_inner: int, ngroups: int, block: int, slots: int) -> bool:
+    """Whether a GPU holds a block for all channels at once, as the kernel needs it."""
+    return ngroups * _ceil(d_inner // ngroups, block) <= slots
 
 
 def states_fit(*, seqlen: int, chunk: int, d_state: int, itemsize: int) -> bool:
@@ -87,27 +103,32 @@ def states_fit(*, seqlen: int, chunk: int, d_state: int, itemsize: int) -> bool:
 
 
 def scratch_elements(
-    division: Division, *, batch: int, d_inner: int, d_state: int, ngroups: int
+    division: Division,
+    *,
+    batch: int,
+    d_inner: int,
+    d_state: int,
+    ngroups: int,
+    chunk: int,
+    ring: int = 2,
 ) -> dict[str, int]:
-    """Return the fp32 elements of each buffer that the kernels share, by name.
+    """Return the 4-byte elements of each buffer that the kernels share, by name.
 
-    dA, dD and dbias by segment; dBC, of dB and dC by block of channels; end and total, what a
-    segment passes back; r, for more than 16 states; first, what a window passes back (twice: it
-    is read while the next is written).
+    counters; total, the sums of dt by segment; and, if not in place: r, what is passed back to each
+    segment; parts, partial sums of dB and dC; records, rows' sums of dA, dD and dbias.
     """
-    rows = batch * division.segments
-    channels, states = rows * d_inner, rows * d_inner * d_state
-    blocks_of_states = _ceil(d_state, STATES)
-    passed = 2 * batch * d_inner * d_state if len(division.windows) > 1 else 0
-    return {
-        "dA": states,
-        "dD": channels,
-        "dbias": channels,
-        "dBC": division.blocks * batch * ngroups * blocks_of_states * division.steps * 2 * STATES,
-        "end": states if division.segments > 1 else 0,
-        "total": channels if division.segments > 1 else 0,
-        "r": states if d_state > STATES else 0,
-        "first": passed,
+    items, columns = batch * division.segments, ngroups * division.blocks
+    scratch = {
+        "counters": COUNTERS * (division.rows * ngroups + columns),
+        "total": items * d_inner if division.segments > 1 else 0,
+    }
+    if division.in_place:
+        return scratch | {"r": 0, "parts": 0, "records": 0}
+    several = division.segments > 1 or d_state > STATES
+    return scratch | {
+        "r": items * d_inner * d_state if several else 0,
+        "parts": ring * division.rows * columns * chunk * 2 * STATES,
+        "records": division.rows * d_inner * (d_state + 4),  # whose states are aligned
     }
 
 
@@ -120,19 +141,21 @@ def training_bytes(
     The output and all gradients included, with D and bias; of torch's allocator, rounding excepted.
     """
     division = divide(
-        batch=batch, seqlen=seqlen, d_inner=d_inner, ngroups=ngroups, chunk=chunk, block=block,
-        slots=slots,
+        batch=batch, seqlen=seqlen, d_inner=d_inner, d_state=d_state, ngroups=ngroups,
+        itemsize=itemsize, chunk=chunk, block=block, slots=slots, gated=gated,
     )  # fmt: skip
     tokens = itemsize * batch * seqlen * d_inner
     kept = 4 * batch * _ceil(seqlen, chunk) * d_inner * d_state
-    scratch = scratch_elements(
-        division, batch=batch, d_inner=d_inner, d_state=d_state, ngroups=ngroups
+    scratch = 4 * sum(
+        scratch_elements(
+            division, batch=batch, d_inner=d_inner, d_state=d_state, ngroups=ngroups, chunk=chunk
+        ).values()
     )
     shared = itemsize * 2 * batch * ngroups * d_state * seqlen
     parameters = 4 * d_inner * (d_state + 2)
-    last = tokens * (3 + gated) + 4 * sum(scratch.values()) + shared + parameters
+    last = tokens * (3 + gated) + scratch + shared + parameters
     moved = states_fit(seqlen=seqlen, chunk=chunk, d_state=d_state, itemsize=itemsize)
-    return max(2 * tokens + kept, last) if moved else last + kept
+    return max(2 * tokens + kept + scratch, last) if moved else last + kept
 
 
 def _ceil(a: int, b: int) -> int:

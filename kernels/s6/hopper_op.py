@@ -107,14 +107,18 @@ def _split(saved: Tensors) -> tuple[Tensor, Tensors]:
 
 def _forward(tensors: Tensors, options: Options, keep: bool) -> Results:
     """Return out, the last state and, if `keep`, the states that the backward starts from."""
-    u, A = tensors[0], tensors[2]
-    every = _checkpoint_every(u, A) if keep else None
+    every = _checkpoint_every(*_sized(tensors)) if keep else None
     out, last, kept = scan_forward(*tensors, *options, checkpoint_every=every)
     return out, last, last.new_empty(0) if kept is None else kept
 
 
-def _checkpoint_every(u: Tensor, A: Tensor) -> int:
-    config = hopper_backward.configuration(u, A.shape[1])
+def _sized(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tensors whose sizes decide how the backward runs: u, A and B."""
+    return tensors[0], tensors[2], tensors[3]
+
+
+def _checkpoint_every(u: Tensor, A: Tensor, B: Tensor) -> int:
+    config = hopper_backward.configuration(u, A.shape[1], B.shape[1])
     return chunk_size(A.shape[1]) if config is None else config.chunk
 
 
@@ -134,7 +138,8 @@ def _gradients(
         dout = torch.zeros_like(inputs.u)
     elif dout.stride(-1) != 1:
         dout = dout.contiguous()
-    config = hopper_backward.configuration(tensors[0], tensors[2].shape[1])
+    u, A, B = _sized(tensors)
+    config = hopper_backward.configuration(u, A.shape[1], B.shape[1])
     if config is None:
         states = kept if isinstance(kept, Tensor) else kept[0]
         return scan_backward(inputs, states, dout, dlast)[:8]
@@ -146,7 +151,7 @@ def _traced_shapes(tensors: Tensors, options: Options, keep: bool) -> Results:
     batch, d_inner, seqlen = u.shape
     states = (d_inner, A.shape[1])
     # A compiler may not know the sizes yet: what is kept how often is decided for these alone.
-    sized = (t.new_empty(tuple(map(int, t.shape))) for t in (u, A))
+    sized = (t.new_empty(tuple(map(int, t.shape))) for t in _sized(tensors))
     every = _checkpoint_every(*sized)
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": u.device}
     kept = (batch, (seqlen + every - 1) // every, *states) if keep else (0,)

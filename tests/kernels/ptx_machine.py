@@ -1,5 +1,9 @@
 """Runs one PTX kernel on the CPU, a block at a time: a check of GPU kernels where there is no GPU.
 
+A block that waits for a counter hands over to the next, so that all blocks are on the machine at
+once, and as far apart as the kernel allows; where none of them gets on, they wait for each other
+for ever: `Deadlock`.
+
 All threads of a block advance together, one numpy array of thread values per register, so branches
 must go one way for the whole block. Global accesses must fall inside an argument's tensor, shared
 ones inside the block's allocation. A `Hazard` is raised when two warps touch the same shared word
@@ -8,12 +12,13 @@ test are known; any other raises `NotImplementedError`.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 import torch
 
 WARP = 32
+_PATIENCE = 5000  # rounds in which no block ends
 _TYPES = {
     "f32": np.float32, "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f16": np.float16,
     "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "b16": np.uint16, "u16": np.uint16,
@@ -36,6 +41,10 @@ _UNARY = {
 
 class Hazard(Exception):
     """Two warps used a shared word without a barrier between them, and one wrote it."""
+
+
+class Deadlock(Exception):
+    """Every block that has not ended waits for another."""
 
 
 def _split(text: str) -> list[str]:
@@ -79,6 +88,7 @@ class Block:
         threads: int,
         shared_bytes: int,
         block: int,
+        blocks: int = 1,
     ) -> None:
         self.code, self.labels = parse(ptx)
         self.threads, self.warp = threads, np.arange(threads) // WARP
@@ -100,6 +110,7 @@ class Block:
             "%tid.x": np.arange(threads, dtype=np.uint32),
             "%laneid": (np.arange(threads) % WARP).astype(np.uint32),
             "%ctaid.x": np.full(threads, block, np.uint32),
+            "%nctaid.x": np.full(threads, blocks, np.uint32),
             "global_smem": np.zeros(threads, np.uint32),
         }
         self.parameters = [
@@ -203,24 +214,27 @@ class Block:
 
     # -- execution
 
-    def run(self) -> int:
-        """Run to the end; returns the number of instructions executed."""
-        position, executed = 0, 0
-        with np.errstate(all="ignore"):
-            while True:
-                predicate, opcode, operands = self.code[position]
-                active = self.get(predicate, "pred") if predicate else None
-                executed += 1
-                position += 1
-                if opcode == "ret":
-                    return executed
-                if opcode.startswith("bra"):
-                    if active is not None and active.any() != active.all():
-                        raise NotImplementedError("a branch that diverges")
-                    if active is None or active.all():
-                        position = self.labels[operands[0]]
-                else:
-                    self.step(opcode, operands, active)
+    def run(self) -> Generator[None, None, int]:
+        """Run to the end, with a stop where a counter is read again; returns the instructions."""
+        position, executed, polled = 0, 0, -1
+        while True:
+            predicate, opcode, operands = self.code[position]
+            active = self.get(predicate, "pred") if predicate else None
+            executed += 1
+            position += 1
+            if opcode == "ret":
+                return executed
+            if opcode.startswith("ld.acquire"):
+                if position == polled:
+                    yield
+                polled = position
+            if opcode.startswith("bra"):
+                if active is not None and active.any() != active.all():
+                    raise NotImplementedError("a branch that diverges")
+                if active is None or active.all():
+                    position = self.labels[operands[0]]
+            else:
+                self.step(opcode, operands, active)
 
     def step(self, opcode: str, operands: list[str], active: np.ndarray | None) -> None:
         """Execute one instruction that is no branch."""
@@ -229,7 +243,12 @@ class Block:
         threads = np.ones(self.threads, np.bool_) if active is None else active
         if name == "bar":
             self.epoch += 1
-        elif name in ("ld", "st") and parts[0] in ("global", "shared", "param"):
+        elif name == "fence":
+            pass  # what a block writes, the others see at once
+        elif name == "red":
+            self.count(operands, threads)
+        elif name in ("ld", "st"):
+            parts = [p for p in parts if p not in ("acquire", "gpu", "cg")]
             self.access(name, parts, operands, threads, active)
         elif name == "cp":
             self.copy(parts, operands, threads)
@@ -312,6 +331,14 @@ class Block:
         else:
             columns = np.stack([self.get(r, parts[-1]) for r in names], 1)
             self.store(memory, np.ascontiguousarray(columns).view(np.uint8), parts[0], threads)
+
+    def count(self, operands: list[str], threads: np.ndarray) -> None:
+        """red.add of a constant to one counter, by some of the threads."""
+        address = self.address(operands[0], "global")[threads]
+        buffer, at = self.where(address, 4, "global")
+        added = np.uint32(int(operands[1], 0))
+        for place in at:
+            buffer[place] = (buffer[place].view(np.uint32) + added).view(np.uint8)
 
     def copy(self, parts: list[str], operands: list[str], threads: np.ndarray) -> None:
         """cp.async with a source size (zero fill); done at once, its commit and wait do nothing."""
@@ -415,7 +442,24 @@ def launch(
     shared_bytes: int,
 ) -> int:
     """Run every block of a one-dimensional grid in turn; returns the instructions executed."""
-    return sum(
-        Block(ptx, arguments, threads=threads, shared_bytes=shared_bytes, block=b).run()
+    waiting = {
+        b: Block(
+            ptx, arguments, threads=threads, shared_bytes=shared_bytes, block=b, blocks=blocks
+        ).run()
         for b in range(blocks)
-    )
+    }
+    executed, idle, order = 0, 0, 1
+    with np.errstate(all="ignore"):
+        while waiting:
+            idle += 1
+            order = -order  # every other round the last first
+            for b, block in list(waiting.items())[::order]:
+                try:
+                    next(block)
+                except StopIteration as end:
+                    executed += end.value
+                    del waiting[b]
+                    idle = 0
+            if idle > _PATIENCE:
+                raise Deadlock(f"blocks {sorted(waiting)} wait for each other")
+    return executed

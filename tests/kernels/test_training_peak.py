@@ -70,7 +70,7 @@ def unlaunched(monkeypatch):
     assert hopper_op
     monkeypatch.setattr(prepared.Recording, "launch", lambda *_, **__: None)
     for module, names in (
-        (hopper_backward, ("segment_adjoint_kernel", "scan_backward_kernel", "add_partial_sums")),
+        (hopper_backward, ("segment_adjoint_kernel", "pass_back_kernel", "scan_backward_kernel")),
         (triton_ssd_backward, ("grad_c_kernel", "grad_b_kernel", "sum_kernel")),
         (triton_parts, ("state_kernel", "dt_kernel", "prefix_kernel")),
     ):
@@ -231,11 +231,10 @@ def test_the_ssd_takes_no_more_than_mamba_ssm(shape):
 
 @pytest.mark.usefixtures("unlaunched")
 @pytest.mark.parametrize("shape", shapes("s6"), ids=named)
-def test_the_scan_takes_what_it_says(shape):
-    """The peer's 2 % over outputs and gradients is out of reach; what it is, is known."""
+def test_the_scan_takes_no_more_than_mamba_ssm(shape):
+    """Its 2 % over outputs and gradients are more than ours, which is what we say."""
     config = hopper_backward.choose(
-        batch=shape["batch"], d_inner=shape["d_inner"], d_state=shape["d_state"],
-        multiprocessors=PROCESSORS,
+        d_inner=shape["d_inner"], d_state=shape["d_state"], multiprocessors=PROCESSORS
     )  # fmt: skip
     held, between, _ = s6_step(**shape)
     said = hopper_memory.training_bytes(
@@ -243,8 +242,7 @@ def test_the_scan_takes_what_it_says(shape):
         slots=config.resident * PROCESSORS,
     )  # fmt: skip
     assert held == pytest.approx(said, rel=0.002)
-    limit = 1.2 if shape["batch"] * shape["seqlen"] > 6000 else 1.4
-    assert held <= limit * mamba_ssm_scan_bytes(**shape)
+    assert held <= mamba_ssm_scan_bytes(**shape)
     states = 4 * shape["batch"] * shape["d_inner"] * shape["d_state"]
     rows = 2 * shape["batch"] * shape["seqlen"] * shape["d_inner"]
     assert between == rows + states * -(-shape["seqlen"] // config.chunk)
@@ -269,5 +267,5 @@ def test_torch_on_a_gpu_counts_the_same(shape, monkeypatch):
     torch.cuda.synchronize()
     counted, _, measured = step(**shape)
     assert counted <= measured <= counted + 8 * (1 << 20)  # a large block is split from 1 MiB on
-    if "headdim" in shape:
-        assert measured <= mamba_ssm_ssd_bytes(**shape)
+    formula = mamba_ssm_ssd_bytes if "headdim" in shape else mamba_ssm_scan_bytes
+    assert measured <= formula(**shape)
