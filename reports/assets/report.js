@@ -252,7 +252,8 @@
     };
   };
 
-  const CONFIG = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "pan2d", "zoom2d"] };
+  // Plotly would offer to upload the chart to its makers' server.
+  const CONFIG = { displaylogo: false, showSendToCloud: false, plotlyServerURL: "", responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "pan2d", "zoom2d"] };
   const cards = new Map();
   let ready = false;
   const addCard = (name, title, wide) => {

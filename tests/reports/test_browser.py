@@ -64,7 +64,10 @@ def holds_the_records_numbers(tab, gpu_report):
 def test_draws_every_chart_and_asks_the_network_for_nothing(open_page, page_file, gpu_report):
     tab = open_page(page_file)
     assert len(rendered(tab)) == 6
-    assert tab.locator(".card").first.locator(".scatterlayer .trace").count() == 9
+    first = tab.locator(".card").first
+    assert first.locator(".scatterlayer .trace").count() == 9
+    offered = first.locator(".modebar-btn").evaluate_all("all => all.map(b => b.dataset.title)")
+    assert offered == ["Download plot as a PNG", "Reset axes"]  # and nothing that uploads it
     assert tab.requests == [page_file.as_uri()]
     assert tab.errors == []
     holds_the_records_numbers(tab, gpu_report)
