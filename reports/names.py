@@ -1,5 +1,6 @@
 """What the short names on a page mean, for people who see them for the first time."""
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from mambench.harness.spec import Family, Level, Pass
@@ -10,6 +11,7 @@ _FAMILIES: Mapping[str, str] = {
     Family.SSD.value: "Mamba-2",
     Family.ATTENTION.value: "causal attention",
 }
+_MAMBA = (Family.S6.value, Family.SSD.value)
 _LEVELS: Mapping[str, str] = {
     Level.OP.value: "the mixing of the sequence alone, without the projections around it",
     Level.BLOCK.value: "whole blocks, with their projections",
@@ -26,6 +28,20 @@ _VARIANTS: Mapping[str, str] = {
     "fa3": "FlashAttention 3",
     "fa2": "FlashAttention 2",
 }
+
+
+def brief(parts: Sequence[Slice]) -> str:
+    """Return what the names in a report's answers stand for, where each stands for one thing."""
+    measured = [s.key for part in parts for s in part.series if any(row.ok for row in s.rows)]
+    families = dict.fromkeys((key.implementation, key.family) for key in measured)
+    often = Counter(name for name, _ in families)
+    known = {name: _FAMILIES[f] for name, f in families if often[name] == 1 and f in _MAMBA}
+    known |= {key.variant: _VARIANTS[key.variant] for key in measured if key.variant in _VARIANTS}
+    meant: dict[str, list[str]] = defaultdict(list)
+    for name, meaning in known.items():
+        meant[meaning].append(name)
+    said = "; ".join(f"{', '.join(all_of)}: {meaning}" for meaning, all_of in meant.items())
+    return f"{said}." if said else ""
 
 
 def explain(parts: Sequence[Slice]) -> str:

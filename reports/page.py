@@ -400,6 +400,7 @@ def environment() -> jinja2.Environment:
         "crossing_note": summary.crossing_note,
         "factor": summary.factor_text,
         "saving": summary.saving_text,
+        "brief": names.brief,
         "explain": names.explain,
         "powers": powers,
     }

@@ -220,3 +220,13 @@ def test_names_are_explained_once_for_what_was_measured(gpu_report):
     assert said.count("ssd, naive_recurrence: Mamba-2") == 1
     assert "training: forward and backward" in said
     assert "decode" not in said
+
+
+def test_names_of_one_architecture_are_said_beside_the_answer(gpu_report):
+    said = names.brief(gpu_report.slices)
+    assert set(said.rstrip(".").split("; ")) == {
+        "selective_scan, associative_scan: Mamba-1",
+        "ssd: Mamba-2",  # what computes both, the recurrence step by step, is left out
+        "fa4: FlashAttention 4",
+    }
+    assert names.brief(()) == ""
