@@ -8,6 +8,7 @@ Colours are left to the page, which knows the scheme; marker and dash are here.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from mambench.harness.spec import Outcome
@@ -370,8 +371,13 @@ def _log_axis(
         "range": [low - pad, high + pad],
         "tickmode": "array",
         "tickvals": list(ticks),
-        "ticktext": [units.tick(text(tick)) for tick in ticks],
+        "ticktext": [_label(text, tick) for tick in ticks],
     }
+
+
+@lru_cache(maxsize=4096, typed=True)  # thousands of axes have the same ticks
+def _label(text: Callable[[Any], str], tick: float) -> str:
+    return units.tick(text(tick))
 
 
 def _resolve_trace(trace: Figure, rows: Sequence[Row]) -> Figure:
