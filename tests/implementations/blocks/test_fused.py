@@ -101,6 +101,8 @@ def mixer_of(family):
     return FlashAttention().op(family, "sdpa-flash")
 
 
+# A backward that begins with a product, on autograd's thread.
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", Family)
 @pytest.mark.parametrize(("batch", "seqlen"), [(1, 700), (2, 333), (5, 64), (8, 128)])
