@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambench.kernels.norm.arguments import MOST_WIDTH
+
+_MOST_D_MODEL = MOST_WIDTH // 2  # Mamba-2 normalises rows of twice as many values
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CAPABILITY = (8, 0)  # what the Triton kernels need
 # A norm's backward: its result again, for the weight after it; dx in the place of a product's dx.
@@ -26,7 +29,8 @@ def runs_fused(x: Tensor, fused: bool | None) -> bool:
     """Whether a block runs its fused form on x; `fused` decides unless it is None."""
     if fused is not None:
         return fused
-    return x.is_cuda and x.dtype in DTYPES and _supported(x.device) and not _traced()
+    fits = x.dtype in DTYPES and x.shape[-1] <= _MOST_D_MODEL
+    return x.is_cuda and fits and _supported(x.device) and not _traced()
 
 
 def _traced() -> bool:

@@ -76,6 +76,8 @@ def test_only_a_gpu_runs_fused_unless_told(monkeypatch):
     assert runs_fused(gpu, None)
     assert not runs_fused(gpu, False)
     assert not runs_fused(gpu.double(), None)
+    assert runs_fused(gpu.expand(1, 1, 1 << 14), None)
+    assert not runs_fused(gpu.expand(1, 1, (1 << 14) + 1), None)
     monkeypatch.setattr(fused, "_traced", lambda: True)
     assert not runs_fused(gpu, None)
 
