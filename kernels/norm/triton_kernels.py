@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from mambench.kernels.activations import sigmoid
+from mambench.kernels.rounding import rounded_product
 
 
 @triton.jit
@@ -34,7 +35,7 @@ def rms_norm_forward(
         z = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
         g *= z * sigmoid(z, ASSEMBLY)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
-    rstd = 1.0 / tl.sqrt(tl.sum(g * g, 1) / width + eps)
+    rstd = 1.0 / tl.sqrt(tl.sum(rounded_product(g, g), 1) / width + eps)
     out = g * rstd[:, None] * weight[None, :]
     at = row[:, None] * stride_out + column[None, :]
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -76,7 +77,7 @@ def rms_norm_backward(
         n *= rstd  # in the order of the forward: `out` has its bits
         dn = dout * weight
         dweight += dout * n
-        dg = rstd * (dn - n * (tl.sum(dn * n, 1) / width)[:, None])
+        dg = rstd * (dn - n * (tl.sum(rounded_product(dn, n), 1) / width)[:, None])
         dx = dg
         if GATED:
             dz = dg * x * (gate + silu * (1.0 - gate))

@@ -26,7 +26,10 @@ DTYPES = tuple(TOLERANCE)
 # In the kernels' source: what is right, and what is wrong.
 FAULTS = {
     "no eps": ("/ width + eps)", "/ width)"),
-    "the mean over the padded width": ("tl.sum(dn * n, 1) / width", "tl.sum(dn * n, 1) / BLOCK"),
+    "the mean over the padded width": (
+        "tl.sum(rounded_product(dn, n), 1) / width",
+        "tl.sum(rounded_product(dn, n), 1) / BLOCK",
+    ),
     "a gate's slope": ("(gate + silu * (1.0 - gate))", "(gate + silu * gate)"),
     "no gradient on the other way": ("dx += tl.load(at", "tl.load(at"),
     "a row left out": (
