@@ -1,6 +1,7 @@
 """Make something in a second process while this one goes on: large reports keep two cores busy."""
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -8,9 +9,13 @@ from contextlib import contextmanager
 _DONE = b"\x01"  # ends what was made as a whole
 
 
-def worthwhile(rows: int) -> bool:
-    """Return whether there are a second core and work enough for it."""
-    return rows >= 2000 and hasattr(os, "fork") and len(os.sched_getaffinity(0)) > 1
+def worthwhile(count: int, least: int) -> bool:
+    """Return whether there are a second core and work enough for it, and no thread is in the way.
+
+    What another thread of this process holds locked would stay locked in a copy.
+    """
+    alone = hasattr(os, "sched_getaffinity") and threading.active_count() == 1
+    return count >= least and alone and len(os.sched_getaffinity(0)) > 1
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from mambench.harness.store import RunFolder
 
 # Share of the bytes that this process takes: the other one's results have to be sent, too.
 OURS = 0.56
+LARGE = 4000  # lines, from which on two processes are sooner done
 _ID = b'"case_id":"'
 _ID_LENGTH = 12
 
@@ -34,8 +35,8 @@ def load(run_folders: Sequence[Path]) -> Analysis:
         run = analysis.make_run(folder.manifest, path, notes=folder.warnings)
         loaded.append((run, folder, folder.manifest))
     by_source = analysis.pooled(loaded)
-    worth = beside.worthwhile(sum(len(folder.lines) for _, folder, _ in loaded))
-    found = _in_two(by_source) if worth else None
+    count = sum(len(folder.lines) for _, folder, _ in loaded)
+    found = _in_two(by_source) if beside.worthwhile(count, LARGE) else None
     return analysis.assembled(by_source, found or _folded(by_source, lambda source, line: True))
 
 

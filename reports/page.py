@@ -42,6 +42,7 @@ from mambench.reports.style import Style, styles
 
 HERE = Path(__file__).resolve().parent
 PLOTLY = "plotly-parts-4.1.1.min.js.gz"
+LARGE = 2000  # rows, from which on two processes are sooner done
 SHARED = 300  # cases in the static table of several machines
 STATIC = 60  # selections with static tables
 # Runs where scripts run at all: what is for those without is then never laid out.
@@ -87,7 +88,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def render(report: Report) -> str:
     """Return the page."""
-    fork = beside.worthwhile(len(report.rows))
+    fork = beside.worthwhile(len(report.rows), LARGE)
     with beside.making(lambda: packing.begun(_json(_numbers(report))[:-1]), fork=fork) as numbers:
         summaries, shared = summary.summarise(report), machines.shared(report)
         others = b"," + _json(_others(report))[1:]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import pytest
 
@@ -56,7 +57,14 @@ def test_a_result_that_nobody_waits_for_holds_nothing_up():
 
 def test_small_reports_are_made_in_one_process(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    assert beside.worthwhile(20_000)
-    assert not beside.worthwhile(100)
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    assert beside.worthwhile(2000, 2000)
+    assert not beside.worthwhile(1999, 2000)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    assert not beside.worthwhile(20_000)
+    assert not beside.worthwhile(2000, 2000)
+
+
+def test_beside_other_threads_there_is_one_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(threading, "active_count", lambda: 2)
+    assert not beside.worthwhile(2000, 2000)

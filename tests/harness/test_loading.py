@@ -75,7 +75,7 @@ def runs(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def two(monkeypatch):
     """Have two processes load runs however small."""
-    monkeypatch.setattr(beside, "worthwhile", lambda count: True)
+    monkeypatch.setattr(beside, "worthwhile", lambda count, least: True)
 
 
 def alone(runs: list[Path]) -> Analysis:

@@ -328,7 +328,7 @@ def test_a_page_is_the_same_with_one_process_and_with_two(report, monkeypatch):
     asked: list[int] = []
     pages: list[str] = []
     for answer in (False, True):
-        monkeypatch.setattr(beside, "worthwhile", lambda n, a=answer: asked.append(n) or a)
+        monkeypatch.setattr(beside, "worthwhile", lambda n, _, a=answer: asked.append(n) or a)
         pages.append(page.render(report))
     assert asked == [len(report.rows)] * 2
     assert pages[0] == pages[1]
