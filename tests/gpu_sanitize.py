@@ -116,6 +116,37 @@ def state_update() -> None:
     torch.cuda.synchronize()
 
 
+def around_mixers() -> None:
+    """Run what blocks run around their mixers, forward and backward, at odd sizes."""
+    import torch
+
+    from mambench.kernels.conv.triton_conv import conv_backward, conv_forward
+    from mambench.kernels.elementwise import triton_elementwise as elementwise
+    from mambench.kernels.norm.triton_norm import norm_backward, norm_forward
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).bfloat16().cuda()
+
+    batch, channels, seqlen = 2, 70, 301
+    weight, bias = normal(channels, 4), normal(channels)
+    for last in (False, True):
+        x = normal(batch, seqlen, channels).mT if last else normal(batch, channels, seqlen)
+        dout = (x[:, :40], x[:, 40:55], x[:, 55:]) if last else (x,)
+        conv_forward(x, weight, bias, True)
+        conv_backward(x, weight, bias, dout, True, more=None if last else normal(*x.shape))
+    for width in (20, 301, 2048):
+        for z in (None, normal(37, width)):
+            x, scale, dout = normal(37, width), normal(width), normal(37, width)
+            _, rstd = norm_forward(x, scale, z, 1e-5)
+            norm_backward(x, scale, z, rstd, dout, residual=x, give_out=True, overwrite=True)
+    tables = normal(seqlen, 1, 1, 24), normal(seqlen, 1, 1, 24)
+    elementwise.rotate_(normal(batch, seqlen, 3, 3, 24), *tables)
+    elementwise.rotate_back(*(normal(batch, seqlen, 3, 24) for _ in "qkv"), *tables)
+    elementwise.gated_product_backward(normal(37, 602), normal(37, 301))
+    elementwise.gated_product(normal(37, 602))
+    torch.cuda.synchronize()
+
+
 PARTS: dict[str, Callable[[], None]] = {
     "s6 triton": lambda: s6("kernels.s6.triton_scan", 16),
     "s6 hopper": lambda: s6("kernels.s6.hopper_op", 20),
@@ -126,6 +157,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "ssd hopper, widest": lambda: ssd("kernels.ssd.hopper_op.ssd", 64, 128, segments=2),
     "ssd associative": lambda: ssd("kernels.scan_triton.state_space_dual", 8, 16),
     "state update": state_update,
+    "around mixers": around_mixers,
     "hand-over, hopper": lambda: races().hand_over(),
 }
 HOPPER = "hopper"
