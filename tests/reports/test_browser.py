@@ -41,6 +41,17 @@ def open_page(chromium):
         context.close()
 
 
+@pytest.fixture(scope="module")
+def unchanged(chromium, page_file):
+    """The page opened once, for tests that leave it as it is."""
+    context = chromium.new_context(accept_downloads=True)
+    tab = context.new_page()
+    tab.goto(page_file.as_uri())
+    tab.wait_for_selector("html[data-ready]")
+    yield tab
+    context.close()
+
+
 def rendered(tab):
     """Scroll through the charts and wait until all that are shown are drawn."""
     for figure in tab.query_selector_all(".card:not([hidden])"):
@@ -132,29 +143,27 @@ def test_table_sorts_filters_and_shows_where_a_number_comes_from(open_page, page
     assert "run_bench.py run --suite custom" in said
 
 
-def test_the_command_that_repeats_a_case_is_the_programs_own(open_page, page_file, report):
-    tab = open_page(page_file)
+def test_the_command_that_repeats_a_case_is_the_programs_own(unchanged, report):
     devices = {"gpu-run": "cuda:0", "cpu-run": "cpu"}
     settings = Settings(seed=0, target_s=0.5)
     rows = report.rows[:: len(report.rows) // 40]
     assert {row.result.run_id for row in rows} == set(devices)
-    for row in rows:
+    written = unchanged.evaluate("all => all.map(mambenchCommand)", [row.index for row in rows])
+    for row, said in zip(rows, written, strict=True):
         name = devices[row.result.run_id]
         kind = DeviceKind(name.partition(":")[0])
         device = Device(kind=kind, name="any", memory_bytes=1)
         plan = Plan(suite="any", device=device, settings=settings, cases=())
-        expected = reproduce.command(row.result.case, plan, program=["python", "run_bench.py"])
-        assert tab.evaluate("row => mambenchCommand(row)", row.index) == expected
+        assert said == reproduce.command(row.result.case, plan, program=["python", "run_bench.py"])
 
 
-def test_downloads_hold_all_cases(open_page, page_file, report):
-    tab = open_page(page_file, accept_downloads=True)
-    with tab.expect_download() as found:
-        tab.click("#json")
+def test_downloads_hold_all_cases(unchanged, report):
+    with unchanged.expect_download() as found:
+        unchanged.click("#json")
     data = json.loads(found.value.path().read_text())
     assert [entry["case_id"] for entry in data] == [row.case_id for row in report.rows]
-    with tab.expect_download() as found:
-        tab.click("#csv")
+    with unchanged.expect_download() as found:
+        unchanged.click("#csv")
     lines = found.value.path().read_text().splitlines()
     assert len(lines) == 1 + len(report.rows)
 
@@ -212,17 +221,16 @@ def test_hostile_records_run_nothing(open_page, hostile_run, tmp_path):
     assert tab.errors == []
 
 
-def test_the_browser_writes_quantities_as_python_does(open_page, page_file):
-    tab = open_page(page_file, ready=False)  # these functions come before everything else
+def test_the_browser_writes_quantities_as_python_does(unchanged):
     values = [m * 10.0**e for e in range(-8, 14) for m in (1, 1.005, 2.345, 9.996, 99.95, 999.6)]
-    found = tab.evaluate(
+    found = unchanged.evaluate(
         "v => v.map(x => [mambenchUnits.seconds(x), mambenchUnits.memory(x * 1e9)])", values
     )
     for value, (time, memory) in zip(values, found, strict=True):
         assert time == units.seconds(value), value
         assert memory == units.memory(value * 1e9), value
     keys = ("a.power_w", "after.sm_clock_hz", "peak_bytes", "b.temperature_c", "errors.max_abs")
-    texts = tab.evaluate("k => k.map(key => mambenchUnits.entry(key, 1234.5))", keys)
+    texts = unchanged.evaluate("k => k.map(key => mambenchUnits.entry(key, 1234.5))", keys)
     assert texts == [units.entry(key, "1234.5") for key in keys]
 
 
