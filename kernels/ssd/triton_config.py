@@ -37,6 +37,9 @@ class Tiling:
     grad_b_warps: int = 4
     grad_b_stages: int = 1
     grad_programs_per_sm: int = 2
+    whole_heads: bool = False  # without a gate, whole_kernel takes a head's tiles at once
+    whole_stages: int = 2
+    whole_sum_stages: int = 3
 
 
 @lru_cache(maxsize=256)
@@ -82,7 +85,8 @@ def tiling(itemsize: int, headdim: int, d_state: int, *, wgmma: bool) -> Tiling:
         precision="tf32x3" if itemsize == 4 else "tf32",
         scan_programs_per_sm=1 if wgmma and block_n == 256 else 2,
         state_stages=3 if deep else 2,
-        grad_c_stages=2 if deep else 1,
+        grad_c_stages=3 if deep else 1,
+        whole_heads=deep and full_p <= 64,
     )
 
 

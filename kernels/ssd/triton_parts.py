@@ -90,6 +90,17 @@ def load_gated(
 
 
 @triton.jit
+def head_block(heads_per_group, block_heads):
+    """Return (group, block in the group, first head, number of heads) of this program."""
+    blocks = tl.cdiv(heads_per_group, block_heads)
+    group = tl.program_id(1) // blocks
+    block = (tl.program_id(1) % blocks).to(tl.int64)
+    within = (tl.program_id(1) % blocks) * block_heads
+    count = tl.minimum(block_heads, heads_per_group - within)
+    return group, block, group * heads_per_group + within, count
+
+
+@triton.jit
 def sequence_masks(seq_ptr, first, q, rows, seqlen, Q: tl.constexpr):
     """Say what a chunk's tokens have to do with its ends, where a row holds several sequences.
 

@@ -24,6 +24,9 @@ so no sum runs longer than a chunk and nothing large cancels. Launches:
     grad_b_kernel           grad_x, grad_dt, grad_B, the rest of grad_C, sums of grad_A, grad_D
     sum_kernel              grad_B and grad_C over blocks of heads          (several blocks only)
 
+Without a gate, where one tile has room for all channels of a head, two other kernels take the place
+of the last two (`triton_whole`).
+
 The gradient kernels take one chunk and a block of heads of one group: B and C are read once for the
 block (their product is computed again for every head: cheaper than the registers to keep it), and
 grad_B and grad_C leave the chip summed over it. The part of both that stays in the chunk needs only
@@ -50,6 +53,7 @@ from mambench.kernels.ssd.triton_launch import (
     strides3,
     unit_last,
 )
+from mambench.kernels.ssd.triton_whole import run_whole
 
 _SUM_BLOCK = 1024
 _SIZES = ["seqlen", "nchunks", "heads_per_group", "block_heads"]
@@ -75,7 +79,7 @@ def grad_c_kernel(
     Stores the block's sum of exp(cum) S^T grad_y as (blocks, B, L, G, N) fp32; v per head; grad_z.
     """
     chunk = tl.program_id(0)
-    group, block, first_head, count = head_block(heads_per_group, block_heads)
+    group, block, first_head, count = parts.head_block(heads_per_group, block_heads)
     b = tl.program_id(2).to(tl.int64)
     q = tl.arange(0, Q)
     n = tl.arange(0, BLOCK_N)
@@ -175,7 +179,7 @@ def grad_b_kernel(
     chunk's last token adds to every token's grad_a is exp(total) <G, S>, of PASSED parts.
     """
     chunk = tl.program_id(0)
-    group, block, first_head, count = head_block(heads_per_group, block_heads)
+    group, block, first_head, count = parts.head_block(heads_per_group, block_heads)
     b = tl.program_id(2).to(tl.int64)
     q = tl.arange(0, Q)
     n = tl.arange(0, BLOCK_N)
@@ -327,17 +331,6 @@ def grad_b_kernel(
     tl.store(grad_C_ptr + offsets, grad_C.to(grad_C_ptr.dtype.element_ty), mask=mask_n)
 
 
-@triton.jit
-def head_block(heads_per_group, block_heads):
-    """Return (group, block in the group, first head, number of heads) of this program."""
-    blocks = tl.cdiv(heads_per_group, block_heads)
-    group = tl.program_id(1) // blocks
-    block = (tl.program_id(1) % blocks).to(tl.int64)
-    within = (tl.program_id(1) % blocks) * block_heads
-    count = tl.minimum(block_heads, heads_per_group - within)
-    return group, block, group * heads_per_group + within, count
-
-
 @triton.jit(do_not_specialize=["blocks", "size"])
 def sum_kernel(
     B_partial_ptr, C_partial_ptr, grad_B_ptr, grad_C_ptr, blocks, size, BLOCK: tl.constexpr
@@ -462,7 +455,9 @@ def _run_walks(
     passed = torch.empty((*per_head, launch.blocks_p), dtype=torch.float32, device=x.device)
     run_states(launch, dout, z, C, cum, cumj, exits, states, seq=seq, end=end, passed=passed)
     del exits
-    _run_grad_b(launch, operands, shape, dout, times, seq, (states, passed), partial_C, gradients)
+    run = run_whole if z is None and launch.tiling.whole_heads else _run_grad_b
+    sums = run(launch, operands, shape, dout, times, seq, (states, passed), partial_C, gradients)
+    _sum_chunks(operands, *sums, gradients)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -537,8 +532,11 @@ def _run_grad_b(
     states: tuple[Tensor, Tensor],
     partial_C: Tensor,
     gradients: dict[str, Tensor],
-) -> None:
-    """Launch the kernel that needs the states' gradients, and the sums; fill `gradients`."""
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the kernel that needs the states' gradients, and the sums over blocks of heads.
+
+    Fills `gradients` of x, dt, B and C; returns what `_sum_chunks` takes.
+    """
     x, z, B, C, D = operands.x, operands.z, operands.B, operands.C, operands.D
     tiles, block_p, blocks = launch.tiling, launch.tiling.grad_block_p, shape.blocks
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
@@ -570,7 +568,7 @@ def _run_grad_b(
         sum_kernel[(-(-size // _SUM_BLOCK), 2)](
             partial_B, partial_C, gradients["B"], gradients["C"], blocks, size, BLOCK=_SUM_BLOCK
         )
-    _sum_chunks(operands, partial_heads, partial_D, gradients)
+    return partial_heads, partial_D
 
 
 def _sum_chunks(

@@ -4,12 +4,15 @@ Run as a script it judges the Triton kernels in Triton's interpreter, which need
 own (TRITON_INTERPRET is read when a kernel is defined), and prints every case's errors as JSON.
 """
 
+import contextlib
+import dataclasses
 import functools
 import json
 import math
 import runpy
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -196,8 +199,25 @@ def main():
 
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    cases = json.loads(sys.argv[1])
-    print(json.dumps([errors(ssd, case, segments=case.get("segments")) for case in cases]))
+    found = []
+    for case in json.loads(sys.argv[1]):
+        with tiled(case.get("tiling", {})):
+            found.append(errors(ssd, case, segments=case.get("segments")))
+    print(json.dumps(found))
+
+
+@contextlib.contextmanager
+def tiled(changes):
+    """Launch with tilings that are changed so: with what is pinned for a GPU, elsewhere."""
+    from mambench.kernels.ssd import triton_launch
+
+    pinned = triton_launch.tiling
+
+    def tiling(*sizes, **on):
+        return dataclasses.replace(pinned(*sizes, **on), **changes)
+
+    with mock.patch.object(triton_launch, "tiling", tiling):
+        yield
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ OPTIONAL = ("z_ptr", "grad_z_ptr")
 FP32 = (
     "A_ptr", "D_ptr", "bias_ptr", "cum_ptr", "cumj_ptr", "entry_ptr", "end_ptr", "decay_ptr",
     "final_ptr", "v_ptr", "dt_ptr", "partial_C_ptr", "partial_heads_ptr", "partial_D_ptr",
-    "grad_B_ptr", "grad_C_ptr", "passed_ptr",
+    "grad_B_ptr", "grad_C_ptr", "passed_ptr", "read_kept_ptr", "diag_ptr", "partial_B_ptr",
 )  # fmt: skip
 
 
@@ -36,7 +36,7 @@ class Usage:
 
 def usages(dtype, headdim, d_state, arch, *, gated):
     """Return {kernel: Usage} of everything that a forward and a backward pass launch."""
-    from mambench.kernels.ssd import triton_parts, triton_ssd, triton_ssd_backward
+    from mambench.kernels.ssd import triton_parts, triton_ssd, triton_ssd_backward, triton_whole
     from mambench.kernels.ssd.triton_config import tiling
 
     tiles = tiling(4 if dtype == "fp32" else 2, headdim, d_state, wgmma=arch == 90)
@@ -68,6 +68,13 @@ def usages(dtype, headdim, d_state, arch, *, gated):
             tiles.grad_b_warps,
         ),
     }
+    if tiles.whole_heads and not gated:
+        stages = {"STAGES": tiles.whole_stages, "STAGES_B": tiles.whole_sum_stages}
+        whole = {**shared, **grad, **stages, "BLOCK_P": max(16, 1 << (headdim - 1).bit_length())}
+        found["whole"] = build(triton_whole.whole_kernel, whole, tiles.grad_b_warps)
+        finish = {**shared, "Q": tiles.grad_chunk, "HAS_SKIP": True, "SUMS": True}
+        finish |= {"BLOCK_H": 8, "BLOCK": 1024, "PASSED": -(-headdim // tiles.block_p)}
+        found["finish"] = build(triton_whole.finish_kernel, finish, 4)
     for name, reverse, chunks in (("ends", 0, 0), ("states", 0, 1), ("grad_states", 1, 1)):
         flags = {"REVERSE": bool(reverse), "CHUNK_STATES": bool(chunks), "HAS_ENTRY": bool(chunks)}
         size = {"Q": tiles.grad_chunk if chunks else tiles.chunk, "HAS_Z": gated and bool(reverse)}

@@ -41,6 +41,31 @@ INTERPRETED = [
     },
     {"seqlen": 40, "lengths": [[20, 20]], "cumulative": True, "dtype": "float16", "start": False},
 ]
+# As on Hopper: all channels of a head in one tile of the backward.
+WHOLE = {"whole_heads": True}
+INTERPRETED += [
+    {"seqlen": 50, "nheads": 5, "gated": False, "segments": 3, "tiling": WHOLE},
+    {"seqlen": 40, "batch": 2, "headdim": 20, "D": 2, "gated": False, "tiling": WHOLE},
+    {
+        "seqlen": 33,
+        "D": 0,
+        "nheads": 4,
+        "ngroups": 2,
+        "dtype": "float16",
+        "gated": False,
+        "tiling": WHOLE,
+    },
+    {"seqlen": 70, "jolt": 50, "gated": False, "start": False, "segments": 2, "tiling": WHOLE},
+    {
+        "seqlen": 50,
+        "lengths": [[16, 15, 1, 18]],
+        "segments": 2,
+        "long_memory": True,
+        "nheads": 3,
+        "gated": False,
+        "tiling": WHOLE,
+    },
+]
 
 
 @pytest.fixture(scope="module")
