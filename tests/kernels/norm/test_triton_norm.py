@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 @pytest.fixture(scope="module")
 def interpreted():
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("norm_cases.py"), "12"],
+        [sys.executable, Path(__file__).with_name("norm_cases.py"), "8"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
