@@ -50,7 +50,6 @@ class BackwardConfig:
     chunk: int = 64
     resident: int = 2
     registers: int | None = None
-    late: bool = False
 
     @property
     def block(self) -> int:
@@ -116,6 +115,8 @@ def specialisation(
     has_r: bool, division: Division, kept_unit: int, config: BackwardConfig,
 ) -> dict[str, int | bool]:  # fmt: skip
     """Return the kernel's compile-time arguments for a problem."""
+    share = _share(config.chunk, division.blocks)
+    sources = 64 // share  # that `add_up_steps` loads at once
     return {
         "D_STATE": d_state,
         "STATE_BLOCKS": triton.cdiv(d_state, STATES),
@@ -131,9 +132,9 @@ def specialisation(
         "CHANNELS": config.channels,
         "TILE": config.tile,
         "WARPS": config.warps,
-        "STEP_SHARE": _share(config.chunk, division.blocks),
+        "STEP_SHARE": share,
         "CHANNEL_SHARE": _share(config.block, division.rows),
-        "LATE": config.late,
+        "EVEN": config.chunk % division.blocks == 0 and division.blocks % sources == 0,
     }
 
 
@@ -152,7 +153,7 @@ def adjoint_specialisation(constants: dict[str, int | bool], *, move: int) -> di
         "TILE",
         "STEP_SHARE",
         "CHANNEL_SHARE",
-        "LATE",
+        "EVEN",
     )
     return {name: value for name, value in constants.items() if name not in other} | {"MOVE": move}
 
@@ -182,7 +183,7 @@ def scan_backward(
     division = divide(
         batch=batch, seqlen=seqlen, d_inner=d_inner, d_state=d_state, ngroups=ngroups,
         itemsize=u.element_size(), chunk=config.chunk, block=config.block,
-        slots=multiprocessors(u.device) * config.resident, gated=z is not None, segments=segments,
+        slots=multiprocessors(u.device) * config.resident, segments=segments,
     )  # fmt: skip
     with torch.cuda.device_of(u):
         run = _Run(inputs, _Tokens(u, delta, B, C, z, dout), division, config)
@@ -223,7 +224,7 @@ class _Run:
         self.du = torch.empty_like(tokens.u)
         elements = scratch_elements(
             division, batch=batch, d_inner=d_inner, d_state=d_state, ngroups=ngroups,
-            chunk=config.chunk, ring=3 if config.late else 2,
+            chunk=config.chunk,
         )  # fmt: skip
         memory = torch.empty(
             sum(elements.values()), dtype=torch.float32, device=tokens.u.device
@@ -262,7 +263,8 @@ class _Run:
             scratch["counters"].view(torch.int32),
             *(dA, dD, dbias, dBC, batch, seqlen // unit, d_inner, ngroups, division.blocks),
             *(triton.cdiv(seqlen, self.config.chunk), division.segment_chunks, division.segments),
-            *(division.rows, *(n // kept_unit for n in strides)),
+            *(division.rows, division.parts, division.segment_parts),
+            *(n // kept_unit for n in strides),
             **self._constants(unit, has_r=several or dlast is not None, kept_unit=kept_unit),
             num_warps=self.config.warps,
             maxnreg=self.config.registers,
@@ -285,16 +287,17 @@ class _Run:
         )  # fmt: skip
 
     def _passed(self) -> _Strided:
-        """Return where what is passed back to each segment goes."""
+        """Return where what is passed back to each part goes."""
         _, seqlen, d_inner, d_state, _ = self.sizes
-        segments, each = self.division.segments, self.division.segment_chunks
-        if not self.division.in_place:
-            strides = (segments * d_inner * d_state, d_inner * d_state, d_state)
+        division = self.division
+        if not division.in_place:
+            strides = (division.parts * d_inner * d_state, d_inner * d_state, d_state)
             return _Strided(self.scratch["r"], strides)
         pitch, chunk = (
             n * self.du.element_size() // 4 for n in (seqlen, self.config.chunk)
         )  # behind the 16 states that a chunk may begin with
-        return _Strided(_words(self.du)[STATES:], (d_inner * pitch, each * chunk, pitch))
+        strides = (d_inner * pitch, division.part_chunks * chunk, pitch)
+        return _Strided(_words(self.du)[STATES:], strides)
 
     def _prepare(
         self, kept: Tensor | list[Tensor], dlast: Tensor | None, passed: _Strided
@@ -311,30 +314,29 @@ class _Run:
             pitch = seqlen * itemsize // 4
             strides = (d_inner * pitch, chunk * itemsize // 4, pitch)
             states = _Strided(_words(self.du), strides)
-        segments = self.division.segments
-        if segments > 1:
+        parts = self.division.parts
+        if parts > 1:
             self._make_adjoints(found, states if move else None, passed)
         elif move:
             states.memory.as_strided(found.shape, (*states.strides, 1)).copy_(found)
-        several = segments > 1 or d_state > STATES
+        several = parts > 1 or d_state > STATES
         counters = self.scratch["counters"].view(torch.int32)
         size = batch * d_inner * d_state if several else 0
         block = 256
         pass_back_kernel[(max(1, triton.cdiv(size, block)),)](
             *(self.inputs.A, self.scratch["total"], dlast, passed.memory, counters),
-            *(size, segments, d_inner, *passed.strides, counters.numel()),
-            *(d_state, dlast is not None, block, min(8, triton.next_power_of_2(segments))),
+            *(size, parts, d_inner, *passed.strides, counters.numel()),
+            *(d_state, dlast is not None, block, min(16, triton.next_power_of_2(parts))),
             num_warps=4,
         )
         return states
 
     def _make_adjoints(self, kept: Tensor, moved: _Strided | None, passed: _Strided) -> None:
-        """Launch the kernel that makes what each segment passes back, and may move the states."""
+        """Launch the kernel that makes what each part passes back, and may move the states."""
         batch, seqlen, d_inner, d_state, ngroups = self.sizes
         tokens, division, config = self.tokens, self.division, self.config
         unit = self._unit()
-        segments = division.segments
-        items = batch * (segments if moved is not None else segments - 1)
+        items = batch * (division.parts if moved is not None else division.parts - 1)
         programs = items * ngroups * division.blocks * triton.cdiv(d_state, STATES)
         to, strides = (None, (0, 0, 0)) if moved is None else moved
         move = 0 if to is None else _unit_of(to, strides)
@@ -342,8 +344,8 @@ class _Run:
         segment_adjoint_kernel[(programs,)](
             *(tokens.delta, self.inputs.A, tokens.C, tokens.z, self.inputs.bias, tokens.dout),
             *(passed.memory, self.scratch["total"], None if moved is None else kept, to),
-            *(seqlen // unit, d_inner, ngroups, division.blocks, division.segment_chunks),
-            *(segments, *passed.strides, triton.cdiv(seqlen, config.chunk)),
+            *(seqlen // unit, d_inner, ngroups, division.blocks, division.part_chunks),
+            *(division.parts, *passed.strides, triton.cdiv(seqlen, config.chunk)),
             *(n // max(1, move) for n in strides),
             **constants,
             num_warps=config.warps,

@@ -156,10 +156,10 @@ def load_states(ptr, mask, layout: gl.constexpr):
 
 
 @gluon.jit
-def acquired(counter_ptr):
-    """Return a counter's value; what was written before it reached that is visible from here on."""
+def value_of(counter_ptr):
+    """Return a counter's value, which says nothing of other memory."""
     return gl.inline_asm_elementwise(
-        "ld.acquire.gpu.global.u32 $0, [$1];",
+        "ld.relaxed.gpu.global.u32 $0, [$1];",
         "=r,l",
         [counter_ptr.to(gl.int64)],
         dtype=gl.int32,
@@ -170,10 +170,27 @@ def acquired(counter_ptr):
 
 @gluon.jit
 def wait_for(counter_ptr, count):
-    """Wait until a counter has reached a count, every warp for itself."""
-    seen = acquired(counter_ptr)
+    """Wait until a counter has reached a count; what was written before is visible from here on.
+
+    It is acquired once, by one thread: each time the multiprocessor's first-level cache is lost.
+    """
+    seen = value_of(counter_ptr)
     while seen < count:
-        seen = acquired(counter_ptr)
+        seen = value_of(counter_ptr)
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p; .reg .b32 t;
+        mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+        @p ld.acquire.gpu.global.u32 t, [$1];
+        mov.u32 $0, t;
+        }""",
+        "=r,l",
+        [counter_ptr.to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    gl.thread_barrier()
 
 
 @gluon.jit
@@ -229,12 +246,13 @@ def tile_layout(share, warps):
 def add_up_steps(
     part_ptr, block_stride, step_stride, block, blocks,
     dBC_ptr, row, batch_groups, seqlen, start, k,
-    D_STATE: gl.constexpr, CHUNK: gl.constexpr, SHARE: gl.constexpr, WARPS: gl.constexpr,
+    D_STATE: gl.constexpr, CHUNK: gl.constexpr, SHARE: gl.constexpr, EVEN: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
     """Add up the blocks' partial sums of dB and dC, in a fixed order, of this block's SHARE steps.
 
     part_ptr: of the first block's first step in the chunk; start: the chunk's first step; k: the
-    block of states.
+    block of states. EVEN: blocks and steps divide, so that no load needs a mask.
     """
     SOURCES: gl.constexpr = 64 // SHARE
     TILE: gl.constexpr = tile_layout(SHARE, WARPS)
@@ -247,8 +265,11 @@ def add_up_steps(
     at = part_ptr + (source * block_stride + step * step_stride + place)
     total = gl.full([SHARE, 32], 0.0, gl.float32, layout=gl.SliceLayout(0, TILE))
     for begin in range(0, blocks, SOURCES):
-        mask = (begin + source < blocks) & (step < CHUNK)
-        tile = gl.load(at + begin * block_stride, mask=mask, other=0.0, cache_modifier=".cg")
+        if EVEN:
+            tile = gl.load(at + begin * block_stride, cache_modifier=".cg")
+        else:
+            mask = (begin + source < blocks) & (step < CHUNK)
+            tile = gl.load(at + begin * block_stride, mask=mask, other=0.0, cache_modifier=".cg")
         total += gl.sum(tile, 0)
     t = gl.arange(0, SHARE, layout=gl.SliceLayout(1, gl.SliceLayout(0, TILE)))
     t = (block * SHARE + t)[:, None]
@@ -494,13 +515,13 @@ def segment_adjoint_kernel(
     do_not_specialize=[
         "batches", "seqlen_units", "d_inner", "ngroups", "blocks_per_group", "n_chunks",
         "segment_chunks", "segments", "rows", "kept_batch", "kept_chunk", "kept_channel",
-        "r_batch", "r_segment", "r_channel",
+        "r_batch", "r_part", "r_channel", "parts", "segment_parts",
     ]
 )  # fmt: skip
 def scan_backward_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, dout_ptr,
     kept_ptr,  # (B, chunks, D, D_STATE) fp32, by strides: the state before each chunk
-    r_ptr,  # (B, segments, D, D_STATE) fp32, by strides: passed back to each segment; used up
+    r_ptr,  # (B, parts, D, D_STATE) fp32, by strides: passed back to each part; used up
     du_ptr, ddelta_ptr, dz_ptr,
     part_ptr,  # fp32, partial sums of dB and dC: scratch, or ddelta itself
     record_ptr,  # fp32, a row's sums of dA, dD and dbias: scratch, or du itself
@@ -508,13 +529,13 @@ def scan_backward_kernel(
     dA_ptr, dD_ptr, dbias_ptr,  # (D, D_STATE), (D,), (D,) fp32
     dBC_ptr,  # (2, B, G, D_STATE, L)
     batches, seqlen_units, d_inner, ngroups, blocks_per_group, n_chunks, segment_chunks, segments,
-    rows, kept_batch, kept_chunk, kept_channel, r_batch, r_segment, r_channel,
+    rows, parts, segment_parts,
+    kept_batch, kept_chunk, kept_channel, r_batch, r_part, r_channel,
     D_STATE: gl.constexpr, STATE_BLOCKS: gl.constexpr,
     HAS_D: gl.constexpr, HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr,
     HAS_R: gl.constexpr, IN_PLACE: gl.constexpr, KEPT_UNIT: gl.constexpr, CHUNK: gl.constexpr,
-    UNIT: gl.constexpr,
-    CHANNELS: gl.constexpr, TILE: gl.constexpr, WARPS: gl.constexpr,
-    STEP_SHARE: gl.constexpr, CHANNEL_SHARE: gl.constexpr, LATE: gl.constexpr,
+    UNIT: gl.constexpr, CHANNELS: gl.constexpr, TILE: gl.constexpr, WARPS: gl.constexpr,
+    STEP_SHARE: gl.constexpr, CHANNEL_SHARE: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """Write all gradients. All blocks must be on the GPU at once: they wait for each other.
 
@@ -523,7 +544,7 @@ def scan_backward_kernel(
 
     seqlen is seqlen_units * UNIT, so that the compiler knows how far rows are aligned. kept_ptr
     may be memory of du, a chunk's state in the chunk's place: it is read before du is written.
-    Strides of kept and r are in KEPT_UNIT elements.
+    Strides of kept and r are in KEPT_UNIT elements. A segment gets what its last part gets.
     """
     LANES: gl.constexpr = 4  # of states
     STATES: gl.constexpr = 4  # of a thread
@@ -628,10 +649,6 @@ def scan_backward_kernel(
         y_smem = gl.allocate_shared_memory(gl.float32, [TILES, TILE, BLOCK], PLAIN)
         y_io = y_smem._reinterpret(gl.float32, [PIECES, RUNS, RUN, BLOCK], PLAIN3)
 
-    if IN_PLACE:  # ddelta of the chunk before, whose memory holds partial sums
-        held_rows = gl.allocate_shared_memory(element, [PIECES * RUNS, RUN, BLOCK], PLAIN3)
-        held = held_rows._reinterpret(element, [PIECES, RUNS, RUN, BLOCK], PLAIN3)
-
     zero = gl.full([LANES, STATES, PLACES, CHANNELS], 0.0, gl.float32, layout=FULL)
     dA = zero
     r = zero
@@ -647,21 +664,8 @@ def scan_backward_kernel(
     old_row = words * 0
     old_start = pid * 0
     old_k = pid * 0
-    batch = (team // segments).to(gl.int64)
+    batch = words * 0
     start = pid * 0
-    held_row = words * 0
-    held_start = pid * 0
-    # a chunk's loads begin while the one before is being finished
-    first_chunk = team % segments * segment_chunks
-    chunk = first_chunk + gl.minimum(segment_chunks, n_chunks - first_chunk) - 1
-    io_row = over_states((batch * d_inner + io_channel) * seqlen)
-    io_at = io_row + io_step + chunk * CHUNK
-    io_now = chunk * CHUNK + io_step
-    us = load_rows(u_ptr + io_at, io_now, seqlen, io_live, PIECES, RUN * RUNS)
-    dts = load_rows(delta_ptr + io_at, io_now, seqlen, io_live, PIECES, RUN * RUNS)
-    dys = load_rows(dout_ptr + io_at, io_now, seqlen, io_live, PIECES, RUN * RUNS)
-    if HAS_Z:
-        zs = load_rows(z_ptr + io_at, io_now, seqlen, io_live, PIECES, RUN * RUNS)
     for item in range(team, items, rows):
         batch = (item // segments).to(gl.int64)
         segment = item % segments
@@ -669,47 +673,36 @@ def scan_backward_kernel(
         shared_row = batch * ngroups + group
         row_offset = ((shared_row * D_STATE + row) * seqlen)[None, :] + row_step
         r_at = over_states(channel * (r_channel.to(gl.int64) * KEPT_UNIT)) + over_channels(state)
-        r_at += (batch * r_batch + segment.to(gl.int64) * r_segment) * KEPT_UNIT
+        last_part = gl.minimum((segment + 1) * segment_parts, parts) - 1
+        r_at += (batch * r_batch + last_part.to(gl.int64) * r_part) * KEPT_UNIT
         if STATE_BLOCKS == 1:
             r = zero
             if HAS_R:
                 r = load_states(r_ptr + r_at, live, FULL)
         first_chunk = segment * segment_chunks
         count = gl.minimum(segment_chunks, n_chunks - first_chunk)
+        next_item = item + rows
+        if IN_PLACE:
+            next_first = next_item % segments * segment_chunks
+            next_chunk = next_first + gl.minimum(segment_chunks, n_chunks - next_first) - 1
+            next_row = (next_item // segments).to(gl.int64) * d_inner
         for back in range(0, count):
             chunk = first_chunk + count - 1 - back
             start = chunk * CHUNK
-            # the chunk that comes next
-            final = (back == count - 1) & (item + rows >= items)
-            later = gl.where((back == count - 1) & (item + rows < items), item + rows, item)
-            later_first = later % segments * segment_chunks
-            later_chunk = later_first + gl.minimum(segment_chunks, n_chunks - later_first) - 1
-            later_chunk = gl.where(later == item, chunk - 1, later_chunk)
-            later_chunk = gl.where(final, chunk, later_chunk)
-            later_row = (later // segments).to(gl.int64) * d_inner
-            if IN_PLACE:
-                # the partial sums' place: ddelta of the chunk that comes next or, for the last
-                # ones, of the chunk before, which is held back until they are added up
-                before_final = final & (iteration > 0)
-                part_row = gl.where(before_final, held_row, later_row) + group * group_channels
-                part_chunk = gl.where(before_final, held_start // CHUNK, later_chunk)
-                part_at = part_row * words + part_chunk.to(gl.int64) * WORDS
-            kept_row = first_channel + anew(places)[:, None] * CHANNELS + inner[None, :]
-            kept_row = (group * group_channels + kept_row) * (kept_channel.to(gl.int64) * KEPT_UNIT)
-            kept_row += (batch * kept_batch + chunk.to(gl.int64) * kept_chunk) * KEPT_UNIT
-            kept_at = over_states(kept_row) + over_channels(state)
-            if STATE_BLOCKS == 1:
-                row_mask = (start + row_step < seqlen) & (row < D_STATE)[None, :]
-                B_rows = gl.load(B_ptr + row_offset + start, mask=row_mask, other=0.0)
-                C_rows = gl.load(C_ptr + row_offset + start, mask=row_mask, other=0.0)
-                h = load_states(kept_ptr + kept_at, live, FULL)
-            for piece in gl.static_range(PIECES):
+            final = (back == count - 1) & (next_item >= items)
+            if IN_PLACE:  # the partial sums' place: ddelta of the chunk that comes next
+                turn = (back == count - 1) & (next_item < items)
+                part_chunk = gl.where(final, chunk, gl.where(turn, next_chunk, chunk - 1))
+                part_at = gl.where(turn, next_row, batch * d_inner) + group * group_channels
+                part_at = part_at * words + part_chunk.to(gl.int64) * WORDS
+            for piece in range(PIECES):
                 now = start + piece * (RUN * RUNS)
                 io_mask = (now + io_step < seqlen) & io_live
-                dt = to_fp32(dts[piece])
-                dy = to_fp32(dys[piece])
+                u = to_fp32(gl.load(u_ptr + now + io_offset, mask=io_mask, other=0.0))
+                dt = to_fp32(gl.load(delta_ptr + now + io_offset, mask=io_mask, other=0.0))
+                dy = to_fp32(gl.load(dout_ptr + now + io_offset, mask=io_mask, other=0.0))
                 if HAS_Z:
-                    z = to_fp32(zs[piece])
+                    z = to_fp32(gl.load(z_ptr + now + io_offset, mask=io_mask, other=0.0))
                     dy *= z * sigmoid(z)
                 if HAS_BIAS:
                     dt += bias
@@ -717,25 +710,29 @@ def scan_backward_kernel(
                     dt = softplus(dt)
                 dt = gl.where(io_mask, dt, 0.0)  # steps past the end keep the state
                 dt_io.index(piece).store(dt)
-                xy_io.index(piece).slice(0, BLOCK, 2).store(dt * to_fp32(us[piece]))
+                xy_io.index(piece).slice(0, BLOCK, 2).store(dt * u)
                 xy_io.index(piece).slice(BLOCK, BLOCK, 2).store(dy)
 
             for k in range(STATE_BLOCKS):
+                row_mask = (start + row_step < seqlen) & (k * 16 + row < D_STATE)[None, :]
+                at_row = row_offset + k.to(gl.int64) * 16 * seqlen + start
+                B_flat.store(to_fp32(gl.load(B_ptr + at_row, mask=row_mask, other=0.0)))
+                C_flat.store(to_fp32(gl.load(C_ptr + at_row, mask=row_mask, other=0.0)))
                 keep = live & (over_channels(state) + k * 16 < D_STATE)
+                kept_row = first_channel + anew(places)[:, None] * CHANNELS + inner[None, :]
+                kept_row = (group * group_channels + kept_row) * (
+                    kept_channel.to(gl.int64) * KEPT_UNIT
+                )
+                kept_row += (batch * kept_batch + chunk.to(gl.int64) * kept_chunk) * KEPT_UNIT
+                kept = over_states(kept_row) + over_channels(state) + k * 16
+                h = load_states(kept_ptr + kept, keep, FULL)
                 if STATE_BLOCKS > 1:
-                    row_mask = (start + row_step < seqlen) & (k * 16 + row < D_STATE)[None, :]
-                    at_row = row_offset + k.to(gl.int64) * 16 * seqlen + start
-                    B_rows = gl.load(B_ptr + at_row, mask=row_mask, other=0.0)
-                    C_rows = gl.load(C_ptr + at_row, mask=row_mask, other=0.0)
-                    h = load_states(kept_ptr + kept_at + k * 16, keep, FULL)
                     A2 = load_states(A_ptr + at_state + k * 16, keep, FULL) * LOG2E
                     r = load_states(r_ptr + r_at + k * 16, keep, FULL)
                     own = over_states((team * d_inner + channel) * (D_STATE + 4))
                     own += over_channels(state) + k * 16
                     begun = iteration >= STATE_BLOCKS
                     dA = load_states(record_ptr + own, keep & begun, FULL)
-                B_flat.store(to_fp32(B_rows))
-                C_flat.store(to_fp32(C_rows))
 
                 # the state before each tile
                 for tile in range(TILES - 1):
@@ -748,26 +745,20 @@ def scan_backward_kernel(
                 opening.index(TILES - 1).store(h)
 
                 if not IN_PLACE:
-                    slot = iteration % (3 if LATE else 2) * rows + team
+                    slot = iteration % 2 * rows + team
                     part_at = (slot * ngroups + group).to(gl.int64) * blocks_per_group
                     part_at = part_at * (CHUNK * 32)
-                due = iteration > 0
-                if LATE:
-                    due = due & final if IN_PLACE else iteration < 0
-                if due:
+                if iteration > 0:
                     wait_for(written_ptr, iteration * blocks_per_group)
                     add_up_steps(
                         part_ptr + old_at, block_stride, step_stride, anew(block), blocks_per_group,
                         dBC_ptr, old_row, batches * ngroups, seqlen, old_start, old_k,
-                        D_STATE, CHUNK, STEP_SHARE, WARPS,
+                        D_STATE, CHUNK, STEP_SHARE, EVEN, WARPS,
                     )  # fmt: skip
-                    if IN_PLACE and not LATE:  # noqa: SIM102 (known when compiling)
-                        if not final:  # all have read what lay in the place of what is held
-                            held_at = over_states((held_row + io_channel) * seqlen) + io_step
-                            write_rows(
-                                ddelta_ptr + held_at + held_start, held, 0, held_start + io_step,
-                                seqlen, io_live, PIECES, RUN * RUNS, BLOCK, IO,
-                            )  # fmt: skip
+                    if IN_PLACE:
+                        count_in(read_ptr)
+                        if final:  # whose partial sums take the place of those just added up
+                            wait_for(read_ptr, iteration * blocks_per_group)
 
                 for tile_back in range(TILES):
                     tile = TILES - 1 - tile_back
@@ -850,63 +841,27 @@ def scan_backward_kernel(
                             of_y += gl.where(k > 0, so_far, 0.0)
                         y_smem.index(tile).store(of_y)
                     part = gl.sum(part_smem.load(PARTIAL), 1)
-                    own_part = block * block_stride + (tile * TILE + part_step) * step_stride
-                    gl.store(part_ptr + part_at + own_part + part_place, part)
+                    at = block * block_stride + (tile * TILE + part_step) * step_stride
+                    gl.store(part_ptr + part_at + at + part_place, part)
                 if STATE_BLOCKS > 1:
                     gl.store(r_ptr + r_at + k * 16, gl.convert_layout(r, WIDE), mask=keep)
                     gl.store(record_ptr + own, gl.convert_layout(dA, WIDE), mask=keep)
-                if LATE:
-                    due = iteration > 0
-                    if IN_PLACE:
-                        due = due & (not final)
-                    if due:
-                        wait_for(written_ptr, iteration * blocks_per_group)
-                        add_up_steps(
-                            part_ptr + old_at, block_stride, step_stride, anew(block),
-                            blocks_per_group, dBC_ptr, old_row, batches * ngroups, seqlen,
-                            old_start, old_k, D_STATE, CHUNK, STEP_SHARE, WARPS,
-                        )  # fmt: skip
-                        if IN_PLACE:  # all have read what lay in the place of what is held
-                            held_at = over_states((held_row + io_channel) * seqlen) + io_step
-                            write_rows(
-                                ddelta_ptr + held_at + held_start, held, 0, held_start + io_step,
-                                seqlen, io_live, PIECES, RUN * RUNS, BLOCK, IO,
-                            )  # fmt: skip
+                if (k < STATE_BLOCKS - 1) | (not final):  # then with the sums that go by column
+                    count_in(written_ptr)
                 iteration += 1
                 old_at = part_at
                 old_row = shared_row
                 old_start = start
                 old_k = k
-                if k < STATE_BLOCKS - 1:
-                    count_in(written_ptr)
 
             # du, ddelta and dz, from the inputs again
-            io_at = io_offset + start
-            io_now = start + io_step
-            us = load_rows(u_ptr + io_at, io_now, seqlen, io_live, PIECES, RUN * RUNS)
-            dys = load_rows(dout_ptr + io_at, io_now, seqlen, io_live, PIECES, RUN * RUNS)
-            raws = us
-            if SOFTPLUS:
-                raws = load_rows(delta_ptr + io_at, io_now, seqlen, io_live, PIECES, RUN * RUNS)
-            if HAS_Z:
-                zs = load_rows(z_ptr + io_at, io_now, seqlen, io_live, PIECES, RUN * RUNS)
-            io_now = later_chunk * CHUNK + io_step
-            io_at = over_states((later_row + io_channel) * seqlen) + io_now
-            more = io_live & (not final)
-            next_us = load_rows(u_ptr + io_at, io_now, seqlen, more, PIECES, RUN * RUNS)
-            next_dts = load_rows(delta_ptr + io_at, io_now, seqlen, more, PIECES, RUN * RUNS)
-            next_dys = load_rows(dout_ptr + io_at, io_now, seqlen, more, PIECES, RUN * RUNS)
-            if HAS_Z:
-                next_zs = load_rows(z_ptr + io_at, io_now, seqlen, more, PIECES, RUN * RUNS)
-            if not final:
-                count_in(written_ptr)
-            for piece in gl.static_range(PIECES):
+            for piece in range(PIECES):
                 now = start + piece * (RUN * RUNS)
                 io_mask = (now + io_step < seqlen) & io_live
-                u = to_fp32(us[piece])
-                dy = to_fp32(dys[piece])
+                u = to_fp32(gl.load(u_ptr + now + io_offset, mask=io_mask, other=0.0))
+                dy = to_fp32(gl.load(dout_ptr + now + io_offset, mask=io_mask, other=0.0))
                 if HAS_Z:
-                    z = to_fp32(zs[piece])
+                    z = to_fp32(gl.load(z_ptr + now + io_offset, mask=io_mask, other=0.0))
                     gate = sigmoid(z)
                     y = y_io.index(piece).load(IO)
                     if HAS_D:
@@ -918,7 +873,7 @@ def scan_backward_kernel(
                 dlog = sums_io.index(piece).slice(BLOCK, BLOCK, 2).load(IO)
                 ddelta = dlog * 0.6931471805599453 + u * dx
                 if SOFTPLUS:
-                    raw = to_fp32(raws[piece])
+                    raw = to_fp32(gl.load(delta_ptr + now + io_offset, mask=io_mask, other=0.0))
                     if HAS_BIAS:
                         raw += bias
                     ddelta *= sigmoid(raw)
@@ -928,23 +883,20 @@ def scan_backward_kernel(
                     dD += gl.sum(dy * u, 1)
                 if HAS_BIAS:
                     dbias += gl.sum(gl.where(io_mask, ddelta, 0.0), 1)
-                if IN_PLACE:  # the last stay in shared memory; a thread reads its own
-                    dt_io.index(piece).store(du)
+                if IN_PLACE:  # until their memory is free; a thread reads its own
                     sums_io.index(piece).slice(BLOCK, BLOCK, 2).store(ddelta)
+                    dt_io.index(piece).store(du)
                     gl.store(du_ptr + now + io_offset, du.to(element), mask=io_mask & (not final))
-                    if not final:
-                        held.index(piece).store(ddelta.to(element))
                 else:
                     gl.store(du_ptr + now + io_offset, du.to(element), mask=io_mask)
                     gl.store(ddelta_ptr + now + io_offset, ddelta.to(element), mask=io_mask)
-            if not final:
-                held_row = batch * d_inner
-                held_start = start
-            us = next_us
-            dts = next_dts
-            dys = next_dys
-            if HAS_Z:
-                zs = next_zs
+            if IN_PLACE:  # noqa: SIM102 (known when compiling)
+                if not final:
+                    wait_for(read_ptr, (iteration - 1) * blocks_per_group)
+                    write_rows(
+                        ddelta_ptr + start + io_offset, sums_io, BLOCK, start + io_step, seqlen,
+                        io_live, PIECES, RUN * RUNS, BLOCK, IO,
+                    )  # fmt: skip
 
     # what a row has summed up goes through memory that is free, to the sum of all rows
     if IN_PLACE:
@@ -970,7 +922,7 @@ def scan_backward_kernel(
     wait_for(written_ptr, iteration * blocks_per_group)
     add_up_steps(
         part_ptr + old_at, block_stride, step_stride, block, blocks_per_group, dBC_ptr, old_row,
-        batches * ngroups, seqlen, old_start, old_k, D_STATE, CHUNK, STEP_SHARE, WARPS,
+        batches * ngroups, seqlen, old_start, old_k, D_STATE, CHUNK, STEP_SHARE, EVEN, WARPS,
     )  # fmt: skip
     wait_for(column_ptr, rows)
     add_up_records(
@@ -980,20 +932,12 @@ def scan_backward_kernel(
     )  # fmt: skip
     if IN_PLACE:
         count_in_twice(read_ptr, column_ptr + 32)
-        wait_for(read_ptr, blocks_per_group)
-        if iteration > 1:
-            io_at = over_states((held_row + io_channel) * seqlen) + io_step + held_start
-            write_rows(
-                ddelta_ptr + io_at, held, 0, held_start + io_step, seqlen, io_live, PIECES,
-                RUN * RUNS, BLOCK, IO,
-            )  # fmt: skip
-        io_at = over_states((batch * d_inner + io_channel) * seqlen) + io_step + start
-        write_rows(
-            ddelta_ptr + io_at, sums_io, BLOCK, start + io_step, seqlen, io_live, PIECES,
-            RUN * RUNS, BLOCK, IO,
-        )  # fmt: skip
+        wait_for(read_ptr, iteration * blocks_per_group)
         wait_for(column_ptr + 32, rows)
+        io_at = over_states((batch * d_inner + io_channel) * seqlen) + io_step + start
+        io_now = start + io_step
         write_rows(
-            du_ptr + io_at, dt_io, 0, start + io_step, seqlen, io_live, PIECES, RUN * RUNS,
-            BLOCK, IO,
+            ddelta_ptr + io_at, sums_io, BLOCK, io_now, seqlen, io_live, PIECES, RUN * RUNS, BLOCK,
+            IO,
         )  # fmt: skip
+        write_rows(du_ptr + io_at, dt_io, 0, io_now, seqlen, io_live, PIECES, RUN * RUNS, BLOCK, IO)

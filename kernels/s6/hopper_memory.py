@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 STATES = 16  # states that a block holds at a time
+_PARTS = 2  # for which there is room, and a GPU holds twice as many of the adjoint's blocks
 _ADJOINT = 1 / 3  # what making a chunk's adjoint takes of the time of its backward
 COUNTERS = 64  # int32 of a set of counters: two, on cache lines of their own
 
@@ -29,19 +30,27 @@ class Division:
     """How blocks go through a backward's items, each a segment of time of a batch element.
 
     Of `segments` a batch element, of `segment_chunks` each; `rows` of blocks at once, of `blocks`
-    in a group. in_place: sums and states lie in du and ddelta, not in scratch memory.
+    in a group. in_place: sums and states lie in du and ddelta, not in scratch memory. What is
+    passed back is made part by part, `segment_parts` to a segment and `parts` in all.
     """
 
     segments: int
     segment_chunks: int
+    segment_parts: int
+    parts: int
     blocks: int
     rows: int
     in_place: bool
 
+    @property
+    def part_chunks(self) -> int:
+        """Chunks of a part; of the last one, at most as many."""
+        return self.segment_chunks // self.segment_parts
+
 
 def divide(
     *, batch: int, seqlen: int, d_inner: int, d_state: int, ngroups: int, itemsize: int,
-    chunk: int, block: int, slots: int, gated: bool = False, segments: int | None = None,
+    chunk: int, block: int, slots: int, segments: int | None = None,
 ) -> Division:  # fmt: skip
     """Divide time into segments, and the items that this makes among rows of blocks.
 
@@ -51,7 +60,6 @@ def divide(
         chunk: steps between kept states.
         block: channels of a thread block.
         slots: thread blocks that the GPU holds at once.
-        gated: whether there is z, for which shared memory has no room to hold ddelta back.
         segments: how many; None: as fill the GPU.
     """
     channels = d_inner // ngroups
@@ -65,12 +73,17 @@ def divide(
     rows = min(most, batch * segments)
     # a chunk that is cut short has no room for another's sums; it is the first of its segment
     last = chunks - each * (segments - 1)
-    whole = seqlen % chunk == 0 or (rows == batch * segments and last > 2)
-    fits = not gated and d_state <= STATES and channels % block == 0 and block >= chunk
+    whole = seqlen % chunk == 0 or (rows == batch * segments and last > 1)
+    fits = d_state <= STATES and channels % block == 0 and block >= chunk
     wide = chunk * itemsize >= 128 and seqlen * itemsize % 4 == 0
+    in_place = whole and fits and wide
+    part, left = each // _PARTS, each % _PARTS
+    # what a part is passed back lies in its first chunk: a whole one, too
+    beside = seqlen % chunk == 0 or (part > 0 and (chunks - 1) % part > 0)
+    split = _PARTS if in_place and segments > 1 and part > 0 and left == 0 and beside else 1
     return Division(
-        segments=segments, segment_chunks=each, blocks=blocks, rows=rows,
-        in_place=whole and fits and wide,
+        segments=segments, segment_chunks=each, blocks=blocks, rows=rows, in_place=in_place,
+        segment_parts=split, parts=_ceil(chunks, each // split),
     )  # fmt: skip
 
 
@@ -110,24 +123,23 @@ def scratch_elements(
     d_state: int,
     ngroups: int,
     chunk: int,
-    ring: int = 2,
 ) -> dict[str, int]:
     """Return the 4-byte elements of each buffer that the kernels share, by name.
 
-    counters; total, the sums of dt by segment; and, if not in place: r, what is passed back to each
+    counters; total, the sums of dt by part; and, if not in place: r, what is passed back to each
     segment; parts, partial sums of dB and dC; records, rows' sums of dA, dD and dbias.
     """
     items, columns = batch * division.segments, ngroups * division.blocks
     scratch = {
         "counters": COUNTERS * (division.rows * ngroups + columns),
-        "total": items * d_inner if division.segments > 1 else 0,
+        "total": batch * division.parts * d_inner if division.segments > 1 else 0,
     }
     if division.in_place:
         return scratch | {"r": 0, "parts": 0, "records": 0}
     several = division.segments > 1 or d_state > STATES
     return scratch | {
         "r": items * d_inner * d_state if several else 0,
-        "parts": ring * division.rows * columns * chunk * 2 * STATES,
+        "parts": 2 * division.rows * columns * chunk * 2 * STATES,
         "records": division.rows * d_inner * (d_state + 4),  # whose states are aligned
     }
 
@@ -142,7 +154,7 @@ def training_bytes(
     """
     division = divide(
         batch=batch, seqlen=seqlen, d_inner=d_inner, d_state=d_state, ngroups=ngroups,
-        itemsize=itemsize, chunk=chunk, block=block, slots=slots, gated=gated,
+        itemsize=itemsize, chunk=chunk, block=block, slots=slots,
     )  # fmt: skip
     tokens = itemsize * batch * seqlen * d_inner
     kept = 4 * batch * _ceil(seqlen, chunk) * d_inner * d_state

@@ -224,7 +224,7 @@ class Block:
             position += 1
             if opcode == "ret":
                 return executed
-            if opcode.startswith("ld.acquire"):
+            if opcode.startswith("ld.relaxed"):
                 if position == polled:
                     yield
                 polled = position
@@ -248,7 +248,7 @@ class Block:
         elif name == "red":
             self.count(operands, threads)
         elif name in ("ld", "st"):
-            parts = [p for p in parts if p not in ("acquire", "gpu", "cg")]
+            parts = [p for p in parts if p not in ("acquire", "relaxed", "gpu", "cg")]
             self.access(name, parts, operands, threads, active)
         elif name == "cp":
             self.copy(parts, operands, threads)
