@@ -391,7 +391,7 @@ def test_what_it_refuses() -> None:
         Problem(d_inner=128, seqlen=512, segments=4),
         Problem(d_inner=2048, seqlen=192, segments=3),
         Problem(batch=9, d_inner=2048, seqlen=96, segments=1),
-        Problem(batch=3, d_inner=192, seqlen=640, dtype=torch.float32, segments=3),
+        Problem(batch=3, d_inner=192, seqlen=320, dtype=torch.float32, segments=3),
         Problem(batch=2, d_inner=72, seqlen=518, segments=2, gated=True, ngroups=2),
         Problem(batch=2, d_inner=40, seqlen=301, ngroups=2, gated=True, segments=3),
         Problem(d_inner=64, seqlen=256, d_state=128),
