@@ -10,6 +10,11 @@ MOST_COMBINED = 2  # segments: of more, a launch adds up what enters them faster
 LONGEST_WALK = 256  # chunks of a segment
 MOST_SEGMENTS = 32  # whose flags one warp watches
 _LEAST_CHUNKS = 2  # of a segment: the states of shorter ones would take more memory than the output
+ONE_LAUNCH_CHUNKS = 512  # of all pairs of heads
+# Of a look back, in units of the time that the outputs of a chunk take.
+_STATE_COST = 0.5
+_HAND_OVER_COST = 2.0
+_SEGMENT_COST = 0.25
 MAX_HEADDIM = 128
 MAX_D_STATE = 128  # at 256 the scan spills registers
 
@@ -48,6 +53,38 @@ def chunks_per_segment(
     return max(_LEAST_CHUNKS, segment_chunks(nchunks, blocks, multiprocessors))
 
 
+def one_launch(*, batch: int, seqlen: int, nheads: int, headdim: int, ngroups: int) -> bool:
+    """Return whether the walk with a look back (`hopper_fused`) is faster than four launches.
+
+    It is where the launches are mostly starting and waiting; where they are long, its helper's
+    share of the tensor cores takes more than they cost.
+    """
+    blocks = batch * ngroups * pairs(nheads // ngroups, headdim)
+    return blocks * -(-seqlen // CHUNK) <= ONE_LAUNCH_CHUNKS
+
+
+def look_back_chunks(
+    *, batch: int, seqlen: int, nheads: int, headdim: int, ngroups: int, multiprocessors: int
+) -> int:
+    """Return how many chunks a segment has where blocks look back at earlier segments.
+
+    Of the divisions whose blocks fill the device at most once: a chunk's outputs are one unit of
+    time, its part of the state another half, the hand-over and each segment looked at the rest.
+    """
+    nchunks = -(-seqlen // CHUNK)
+    blocks = batch * ngroups * pairs(nheads // ngroups, headdim)
+    least = _LEAST_CHUNKS * max(1, CHANNELS // headdim)
+
+    def duration(count: int) -> float:
+        chunks = -(-nchunks // count)
+        if count == 1:
+            return float(chunks)
+        return chunks * (1 + _STATE_COST) + _HAND_OVER_COST + _SEGMENT_COST * (count - 1)
+
+    most = max(1, min(MOST_SEGMENTS, multiprocessors // blocks, nchunks // least))
+    return -(-nchunks // min(range(1, most + 1), key=duration))
+
+
 def workspace_bytes(
     *, batch: int, seqlen: int, nheads: int, headdim: int, d_state: int, ngroups: int
 ) -> int:
@@ -57,12 +94,17 @@ def workspace_bytes(
     of fp16, whose scores and states take twice the bytes of bf16.
     """
     nchunks = -(-seqlen // CHUNK)
+    sizes = {
+        "batch": batch, "seqlen": seqlen, "nheads": nheads, "headdim": headdim, "ngroups": ngroups,
+    }  # fmt: skip
+    if one_launch(**sizes):
+        blocks = batch * ngroups * pairs(nheads // ngroups, headdim)
+        segments = -(-nchunks // look_back_chunks(**sizes, multiprocessors=132))
+        block_n = max(32, 1 << (d_state - 1).bit_length())
+        return 4 * blocks * 2 * (segments - 1) * (CHANNELS * block_n + 1)
     sums = 2 * 4 * batch * nheads * nchunks * CHUNK
     scores = 4 * batch * ngroups * nchunks * CHUNK * CHUNK
-    per_segment = chunks_per_segment(
-        batch=batch, seqlen=seqlen, nheads=nheads, headdim=headdim, ngroups=ngroups,
-        multiprocessors=132,
-    )  # fmt: skip
+    per_segment = chunks_per_segment(**sizes, multiprocessors=132)
     segments = -(-nchunks // per_segment)
     states = 0 if segments == 1 else 4 * batch * nheads * segments * (headdim * d_state + 1)
     return sums + scores + states

@@ -19,7 +19,6 @@ from mambench.kernels.registered import (
 )
 from mambench.kernels.ssd.arguments import SSD_SEGMENTED, SSD_TENSORS, check_arguments
 from mambench.kernels.ssd.hopper_ssd import (
-    DEFAULT,
     Config,
     fetched,
     plan_hopper,
@@ -89,15 +88,16 @@ def ssd(
     return (out, final) if return_final_states else out
 
 
-def _plan(x: Tensor, B: Tensor, options: Options) -> Launch:
+def _plan(x: Tensor, B: Tensor, options: Options, *, keep: bool = True) -> Launch:
     dt_softplus, lowest, highest, segments = options
-    config = DEFAULT if segments is None else Config(segments=segments)
-    return plan_hopper(x, B, dt_softplus=dt_softplus, dt_limit=(lowest, highest), config=config)
+    config = None if segments is None else Config(segments=segments)
+    limit = (lowest, highest)
+    return plan_hopper(x, B, dt_softplus=dt_softplus, dt_limit=limit, config=config, keep=keep)
 
 
 def _run(recording: Recording, tensors: Tensors, options: Options) -> Any:
     *planned, return_final_states, keep = options
-    plan = _plan(tensors[0], tensors[3], tuple(planned))
+    plan = _plan(tensors[0], tensors[3], tuple(planned), keep=keep)
     return run_forward(
         recording,
         plan,

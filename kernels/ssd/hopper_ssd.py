@@ -1,5 +1,7 @@
 """SSD forward on Hopper: what it supports, how it is divided, and its launches.
 
+Short sequences, where no backward follows, are one launch (`hopper_fused`), others four:
+
     prepare_kernel  cum, cumj, and B C^T once per group (scores)
     state_kernel    each segment's own contribution to the state    (more than one segment only)
     prefix_kernel   what enters each segment                        (more than one segment only)
@@ -28,6 +30,8 @@ from mambench.kernels.ssd.hopper_config import (
     MOST_COMBINED,
     MOST_SEGMENTS,
     chunks_per_segment,
+    look_back_chunks,
+    one_launch,
     pairs,
     refusal,
 )
@@ -83,18 +87,29 @@ class Config:
 
 DEFAULT = Config()
 _WITHOUT_PDL = Config(pdl=False)
+_FUSED = Config(fused=True)
 _PDL_TOKEN_HEADS = 1 << 17
 
 
 def choose(plan: Launch, *, keep: bool = True) -> Config:
-    """Return the configuration for a problem: PDL where it pays.
+    """Return the configuration for a problem: one launch, or PDL, where it pays.
 
+    A backward takes up the four launches' division of time, which it was tuned with.
     On an H100 it costs 5 to 10 % up to 2048 tokens of 32 heads with states in fp32 or without any,
     and gains up to 5 % from 8192 on; with states in bf16 it costs nothing and gains up to 20 %.
     """
+    if not keep and plan.nsegments <= MOST_SEGMENTS and _is_short(plan):
+        return _FUSED
     token_heads = plan.batch * plan.seqlen * plan.nheads
     narrow = not keep and plan.nsegments > MOST_COMBINED
     return DEFAULT if narrow or token_heads >= _PDL_TOKEN_HEADS else _WITHOUT_PDL
+
+
+def _is_short(plan: Launch) -> bool:
+    return one_launch(
+        batch=plan.batch, seqlen=plan.seqlen, nheads=plan.nheads, headdim=plan.headdim,
+        ngroups=plan.ngroups,
+    )  # fmt: skip
 
 
 def supported(*, headdim: int, d_state: int, dtype: torch.dtype) -> str | None:
@@ -109,21 +124,25 @@ def supported(*, headdim: int, d_state: int, dtype: torch.dtype) -> str | None:
 
 def plan_hopper(
     x: Tensor, B: Tensor, *, dt_softplus: bool, dt_limit: tuple[float, float],
-    config: Config = DEFAULT,
+    config: Config | None = None, keep: bool = True,
 ) -> Launch:  # fmt: skip
     """Choose the division of time; the rest is the portable launch's, for its backward.
+
+    With `keep` a backward follows. Without a config the division is that of what `choose` takes.
 
     Raises:
         ValueError: what `supported` refuses.
     """
     limit = (float(dt_limit[0]), float(dt_limit[1]))
-    return _planned(x.shape, B.shape[2], B.shape[3], x.dtype, x.device, dt_softplus, limit, config)
+    return _planned(
+        x.shape, B.shape[2], B.shape[3], x.dtype, x.device, dt_softplus, limit, config, keep
+    )
 
 
 @lru_cache(maxsize=256)
 def _planned(
     shape: torch.Size, ngroups: int, d_state: int, dtype: torch.dtype, device: torch.device,
-    dt_softplus: bool, dt_limit: tuple[float, float], config: Config,
+    dt_softplus: bool, dt_limit: tuple[float, float], config: Config | None, keep: bool,
 ) -> Launch:  # fmt: skip
     """Plan from sizes alone; the tensors made here take no memory to speak of."""
     batch, seqlen, nheads, headdim = shape
@@ -131,13 +150,15 @@ def _planned(
     if reason is not None:
         raise ValueError(reason)
     nchunks = -(-seqlen // CHUNK)
-    if config.segments is None:
-        per_segment = chunks_per_segment(
-            batch=batch, seqlen=seqlen, nheads=nheads, headdim=headdim, ngroups=ngroups,
-            multiprocessors=multiprocessors(device),
-        )  # fmt: skip
-    else:
+    sizes = {
+        "batch": batch, "seqlen": seqlen, "nheads": nheads, "headdim": headdim, "ngroups": ngroups,
+    }  # fmt: skip
+    if config is not None and config.segments is not None:
         per_segment = -(-nchunks // max(1, min(config.segments, nchunks)))
+    elif config.fused if config is not None else not keep and one_launch(**sizes):
+        per_segment = look_back_chunks(**sizes, multiprocessors=multiprocessors(device))
+    else:
+        per_segment = chunks_per_segment(**sizes, multiprocessors=multiprocessors(device))
     one = torch.empty((), dtype=dtype, device=device)
     x, B = one.expand(shape), one.expand(batch, seqlen, ngroups, d_state)
     portable = plan_launch(x, B, dt_softplus=dt_softplus, dt_limit=dt_limit, segments=1)
@@ -451,7 +472,7 @@ def ssd_forward(
     Raises:
         ValueError: what `supported` refuses.
     """
-    plan = plan_hopper(x, B, dt_softplus=dt_softplus, dt_limit=dt_limit, config=config or DEFAULT)
+    plan = plan_hopper(x, B, dt_softplus=dt_softplus, dt_limit=dt_limit, config=config, keep=keep)
     operands = fetched(Operands.laid_out(x, dt, A, B, C, D, z, dt_bias, initial_states))
     final = return_final_states
     with on_device(x):

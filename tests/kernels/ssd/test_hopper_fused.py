@@ -1,5 +1,6 @@
 """The Hopper SSD as one launch: run on the CPU, compiled for sm_90, and on the GPU itself."""
 
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -14,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mambench.kernels.ssd import hopper_fused_kernel, hopper_launch, hopper_ssd
+from mambench.kernels.ssd import hopper_config, hopper_fused_kernel, hopper_launch, hopper_ssd
 
 SHAPE = {"headdim": 64, "dtype": "bfloat16", "fused": True, "long_memory": True}
 CASES = {
@@ -191,3 +192,118 @@ def test_a_state_is_seen_before_its_flag():
         loads = [i for i, line in enumerate(after) if "ld.global" in line and "v4" in line]
         barriers = [i for i, line in enumerate(after) if barrier.match(line)]
         assert min(barriers) < min(loads)
+
+
+def sizes(batch, seqlen, nheads, headdim=64):
+    return {
+        "batch": batch, "seqlen": seqlen, "nheads": nheads, "headdim": headdim, "ngroups": 1,
+    }  # fmt: skip
+
+
+def planned(*shape, **options):
+    batch, seqlen, nheads = shape
+    x = torch.empty(batch, seqlen, nheads, 64, dtype=torch.bfloat16)
+    B = torch.empty(batch, seqlen, 1, 128, dtype=torch.bfloat16)
+    return hopper_ssd.plan_hopper(x, B, dt_softplus=True, dt_limit=(0.0, 1.0), **options)
+
+
+def test_one_launch_where_launches_are_mostly_starting():
+    for shape in ((1, 512, 32), (1, 2048, 32), (1, 8192, 8)):
+        plan = planned(*shape, keep=False)
+        assert hopper_ssd.choose(plan, keep=False).fused
+        assert not hopper_ssd.choose(plan, keep=True).fused
+    for shape in ((1, 131072, 32), (1, 16384, 128), (8, 8192, 32)):
+        assert not hopper_ssd.choose(planned(*shape, keep=False), keep=False).fused
+
+
+def test_the_division_follows_the_launches():
+    looking_back = hopper_ssd.Config(fused=True)
+    assert planned(1, 512, 8, config=hopper_ssd.Config()).nsegments == 1
+    assert hopper_config.look_back_chunks(**sizes(1, 512, 32), multiprocessors=132) == 2
+    assert planned(1, 2048, 32, config=looking_back).segment_chunks > 1
+
+
+@pytest.mark.parametrize("headdim", [32, 64, 128])
+@pytest.mark.parametrize("nheads", [1, 8, 32, 80, 300])
+@pytest.mark.parametrize("seqlen", [1, 64, 130, 512, 2048, 100_000])
+def test_blocks_that_look_back_are_resident_at_once(seqlen, nheads, headdim):
+    chunks = hopper_config.look_back_chunks(
+        **sizes(2, seqlen, nheads, headdim), multiprocessors=132
+    )
+    segments = math.ceil(math.ceil(seqlen / 64) / chunks)
+    blocks = 2 * hopper_config.pairs(nheads, headdim)
+    assert segments == 1 or segments * blocks <= 132
+    assert segments <= hopper_config.MOST_SEGMENTS
+    states = 2 * (segments - 1) * nheads * 64 * 128  # bytes of bf16, padded to 64 channels
+    assert states <= 2 * seqlen * nheads * max(headdim, 64)
+
+
+GPU_CASES = (
+    *CASES.values(),
+    {**SHAPE, "seqlen": 2048, "d_state": 128, "nheads": 8, "segments": 8},
+    {**SHAPE, "seqlen": 777, "d_state": 128, "batch": 3, "nheads": 5, "segments": 4},
+    {**SHAPE, "seqlen": 3000, "d_state": 128, "nheads": 2, "gated": False, "segments": 32},
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_it_is_right_on_the_gpu(cases, case):
+    case = {name: value for name, value in case.items() if name != "fused"}
+    config = hopper_ssd.Config(segments=case.pop("segments"), fused=True)
+    shared = {"dt_softplus": case.pop("dt_softplus", True)}
+    shared["dt_limit"] = case.pop("dt_limit", (0.0, float("inf")))
+    exact = cases.draw(**case)
+    want = cases.loop(**exact, **shared)
+    dtype = getattr(torch, case["dtype"])
+    inputs = {k: v.detach() for k, v in cases.cast(exact, dtype, "cuda").items()}
+    bound = torch.finfo(dtype).eps
+    for keep in (True, False):
+        got = hopper_ssd.ssd_forward(
+            **inputs, **shared, return_final_states=True, keep=keep, config=config
+        )
+        assert cases.relative_error(got[0], want[0]) < bound
+        assert cases.relative_error(got[1], want[1]) < bound
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 2048, 32), (1, 777, 8), (8, 1024, 8)], ids=str)
+def test_repeats_replays_and_streams_give_the_same_bits_and_leave_the_flags(shape):
+    from mambench.kernels import flags
+    from mambench.kernels.ssd.hopper_op import ssd
+
+    batch, seqlen, nheads = shape
+
+    def draw(*size, dtype=torch.bfloat16):
+        return torch.randn(size, device="cuda").to(dtype)
+
+    tensors = {
+        "x": draw(batch, seqlen, nheads, 64), "dt": draw(batch, seqlen, nheads),
+        "A": -draw(nheads, dtype=torch.float32).abs() - 0.1,
+        "B": draw(batch, seqlen, 1, 128), "C": draw(batch, seqlen, 1, 128),
+    }  # fmt: skip
+
+    def call():
+        return ssd(**tensors, chunk_size=64, dt_softplus=True, return_final_states=True)
+
+    with torch.no_grad():
+        want = [value.clone() for value in call()]
+        for _ in range(20):
+            assert all(map(torch.equal, call(), want))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            held = [call() for _ in range(3)]
+        streams = [torch.cuda.Stream() for _ in range(3)]
+        torch.cuda.synchronize()
+        beside = []
+        for i in range(24):  # more blocks than multiprocessors, of several calls at once
+            with torch.cuda.stream(streams[i % 3]):
+                beside.append(call())
+            if i % 8 == 0:
+                graph.replay()
+        torch.cuda.synchronize()
+        for got in (*held, *beside):
+            assert all(map(torch.equal, got, want))
+    kept = [known.zeros for known in flags._graphs.values()]
+    assert all(int(t.abs().sum()) == 0 for t in (*kept, *flags._streams.values()))
