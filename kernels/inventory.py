@@ -67,10 +67,10 @@ def _selective_scan(
 
 def _ssd(
     draw: Draw, *, d_state: int = 128, headdim: int = 64, dtype: torch.dtype = BF16,
-    train: bool = True, gated: bool = True,
+    train: bool = True, gated: bool = True, seqlen: int = 8192,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the arguments of an SSD of 32 heads with every option."""
-    seqlen, nheads = 8192, 32
+    nheads = 32
     like_x = (1, seqlen, nheads, headdim)
     return {
         "x": draw(*like_x, dtype=dtype, grad=train),
@@ -106,10 +106,10 @@ def _ssd_triton(draw: Draw, **sizes: Any) -> None:
     draw.backward(ssd(**_ssd(draw, **sizes)))
 
 
-def _ssd_hopper(draw: Draw, *, train: bool) -> None:
+def _ssd_hopper(draw: Draw, *, train: bool, **sizes: Any) -> None:
     from mambench.kernels.ssd.hopper_op import ssd
 
-    ssd(**_ssd(draw, train=train))  # its backward is the portable one
+    ssd(**_ssd(draw, train=train, **sizes))  # its backward is the portable one
 
 
 def _associative_s6(draw: Draw) -> None:
@@ -236,6 +236,11 @@ ENTRIES = (
     Entry(
         name="ssd hopper bf16 P=64 N=128",
         call=lambda draw: _ssd_hopper(draw, train=False),
+        architectures=HOPPER,
+    ),
+    Entry(
+        name="ssd hopper in one launch bf16 P=64 N=128",
+        call=lambda draw: _ssd_hopper(draw, train=False, seqlen=2048, gated=False),
         architectures=HOPPER,
     ),
     Entry(
