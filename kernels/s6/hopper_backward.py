@@ -77,14 +77,17 @@ def supported(*, d_state: int, dtype: torch.dtype) -> str | None:
 
 
 def choose(
-    *, d_inner: int, d_state: int, multiprocessors: int, ngroups: int = 1
+    *, d_inner: int, d_state: int, multiprocessors: int | None, ngroups: int = 1
 ) -> BackwardConfig | None:
     """Return the configuration for a problem, or None where the portable backward is to run.
 
-    That is where the GPU cannot hold a block for every channel at once.
+    That is where the GPU, if its multiprocessors are known, cannot hold a block for every channel
+    at once.
     """
     config = CHOSEN.get(max(16, 1 << (d_state - 1).bit_length()))
-    if config is None or not resident(
+    if config is None or multiprocessors is None:
+        return config
+    if not resident(
         d_inner=d_inner, ngroups=ngroups, block=config.block,
         slots=multiprocessors * config.resident,
     ):  # fmt: skip
@@ -98,7 +101,7 @@ def configuration(u: Tensor, d_state: int, ngroups: int) -> BackwardConfig | Non
         return None
     return choose(
         d_inner=u.shape[1], d_state=d_state, ngroups=ngroups,
-        multiprocessors=multiprocessors(u.device),
+        multiprocessors=multiprocessors(u.device) if u.is_cuda else None,
     )  # fmt: skip
 
 
