@@ -63,7 +63,13 @@ def unlaunched(monkeypatch):
     """Plan for an H100 and launch nothing."""
     from mambench.kernels import prepared
     from mambench.kernels.s6 import hopper_backward, hopper_op, hopper_scan
-    from mambench.kernels.ssd import hopper_ssd, triton_launch, triton_parts, triton_ssd_backward
+    from mambench.kernels.ssd import (
+        hopper_ssd,
+        triton_launch,
+        triton_parts,
+        triton_ssd_backward,
+        triton_whole,
+    )
 
     calls = (hopper_scan, importlib.import_module("mambench.kernels.ssd.hopper_op"))
     caches = [hopper_ssd._planned.cache_clear, *(module._calls.clear for module in calls)]
@@ -72,6 +78,7 @@ def unlaunched(monkeypatch):
     for module, names in (
         (hopper_backward, ("segment_adjoint_kernel", "pass_back_kernel", "scan_backward_kernel")),
         (triton_ssd_backward, ("grad_c_kernel", "grad_b_kernel", "sum_kernel")),
+        (triton_whole, ("whole_kernel", "finish_kernel")),
         (triton_parts, ("state_kernel", "dt_kernel", "prefix_kernel")),
     ):
         for name in names:
