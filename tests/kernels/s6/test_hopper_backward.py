@@ -246,7 +246,10 @@ NARROW = Config(channels=2, tile=4, warps=2, chunk=32)
 FP32 = Problem(d_inner=64, seqlen=96, dtype=torch.float32, has_last=False)
 IN_PLACE = {
     "segments, a last chunk cut short": (replace(FP32, seqlen=124), NARROW, 2),
-    "items one after another": (replace(FP32, batch=2, d_inner=32, segments=1), NARROW, 1),
+    "three rounds of two items, adjoints in parts": (
+        replace(FP32, batch=3, seqlen=128, has_last=True), NARROW, 2
+    ),
+    "gated, groups": (replace(FP32, batch=2, ngroups=2, gated=True, segments=1), NARROW, 2),
     "bf16, no room for the last state": (
         Problem(d_inner=64, seqlen=138, segments=1), replace(NARROW, tile=8, warps=4, chunk=64), 1
     ),
