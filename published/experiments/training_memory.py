@@ -4,7 +4,7 @@
 
 About 150 s (LIMIT, seconds, ends it earlier): processes beside each other compile first, for up to 60 s. Writes
 $OUT/training-memory.json as it goes; the tables come last (and once before mamba_ssm's SSD, which autotunes). Every part
-survives the failure of another. Parts, all by default: memory ours-time errors peers variants peers-ssd
+survives the failure of another. `variants` and `errors` ask for windows of time, which commit 57a1637 removed: they run before it. Parts, all by default: memory ours-time errors peers variants peers-ssd
 """
 import gc, json, os, runpy, subprocess, sys, time, traceback
 from pathlib import Path
