@@ -36,7 +36,7 @@ bench: $(RUN_STAMP) ## sweep the quick suite on this machine and write the repor
 	@$(PY) run_bench.py run --suite quick
 
 test: $(TEST_STAMP) ## run all tests that need no GPU
-	@$(PY) -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
+	@$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 gate: $(RUN_STAMP) ## compare performance with the parent commit: kernels compiled, CPU timed
 	@.ci/gate $(PY)
