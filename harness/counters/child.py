@@ -14,8 +14,8 @@ The first launch that ncu profiles in a process is preceded by writes of its own
 which L2 still holds dirty when the kernel begins. So two ranges come first that nobody asked for.
 
 Where the request says `ranges`, ncu counts what lies between the profiler's start and stop as one.
-Each launch takes some .2 ms even then, in the range or not, and a capture in a CUDA graph as long.
-So nothing is executed twice: what loads the kernels is the same case at a length of a few steps.
+Each launch is slow even then, in the range or not, and a capture in a CUDA graph as well. So
+nothing is executed twice: what loads the kernels is the same case at a length of a few steps.
 """
 
 import gc

@@ -30,7 +30,7 @@ MOST_KERNELS = 200  # a few seconds of instrumentation
 MOST_REPLAYED = 2000  # as many are counted one by one all the same where ranges cannot be
 # Launches of the ranges of one child: ncu tells nothing of them unless the child ends by itself.
 MOST_PER_CHILD = 200_000
-MAX_LAUNCHES = 250_000  # of a range: a minute
+MAX_LAUNCHES = 200_000  # of a range: more do not end within a case's time limit
 INSTALL = "install NVIDIA Nsight Compute and put ncu on PATH"
 
 

@@ -147,6 +147,25 @@ def test_work_on_a_stream_that_does_not_wait_is_caught(monkeypatch: pytest.Monke
         )
 
 
+def test_a_kernel_that_is_loaded_behind_the_held_stream_hides_nothing(monkeypatch) -> None:
+    """To load a kernel CUDA may wait for the device: planted for the first that alters inputs."""
+    queue = Queue(monkeypatch)
+    loaded: list[bool] = []
+    put = queue.put
+
+    def load_first(work: Callable[[], object]) -> None:
+        if not loaded:
+            loaded.append(True)
+            queue.wait()
+        put(work)
+
+    monkeypatch.setattr(queue, "put", load_first)
+    with pytest.raises(gate_cheats.RejectedError, match="work left on another stream"):
+        gate_cheats.require_stream_order(
+            lambda: [2 * queue.inputs + 1], queue.altered, [queue.inputs]
+        )
+
+
 def test_a_capture_that_ends_without_its_streams_tells_of_work_left() -> None:
     said = "AcceleratorError: CUDA error: capturing stream has unjoined work"
     assert "another stream" in (gate_cheats.unjoined(said) or "")
