@@ -7,7 +7,8 @@ something or a part failed, 2 if nothing could be run.
 
 memcheck finds accesses out of bounds and misaligned ones: memory is not cached, so that what lies
 beyond a tensor belongs to nothing. racecheck finds hazards in shared memory, and must find those of
-`PLANTED` (tests/faults/races.py).
+`PLANTED`. synccheck finds barriers that not all who must take part in can reach. initcheck finds
+global memory that is read before it was written. What is run is in `sanitized_parts.py`.
 
 One kind of report is excused. Before a partition of `warp_specialize` begins, the compiler hands
 each of its warps a byte in shared memory that says which one it is; writing and reading lie on the
@@ -29,12 +30,15 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = ("memcheck", "racecheck")
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FOUND = 86  # exit status of compute-sanitizer when it found something
+_JOBS = max(4, min(18, (os.cpu_count() or 4) - 2))  # processes at once, unless told
 LINES = 12  # of a report that are shown
 # One report of racecheck: "Error: Race reported between Read access at kernel+0x190 in ..."
 _REPORT = re.compile(r"(?:Error|Warning): Race reported between .*?(?=\n=+ *\n|\Z)", re.S)
@@ -62,117 +66,9 @@ class Result:
         return self.status in ("ok", "excused", "noticed", "skipped")
 
 
-def s6(module: str, d_state: int) -> None:
-    """Run a selective scan with every option, forward and backward, at an odd size."""
-    import torch
-
-    batch, channels, seqlen, groups = 2, 34, 75, 2
-    wide, shared = (batch, channels, seqlen), (batch, groups, d_state, seqlen)
-    inputs = {
-        "u": torch.randn(wide).bfloat16(), "delta": torch.randn(wide).bfloat16(),
-        "A": -torch.rand(channels, d_state), "B": torch.randn(shared).bfloat16(),
-        "C": torch.randn(shared).bfloat16(), "D": torch.randn(channels),
-        "z": torch.randn(wide).bfloat16(), "delta_bias": torch.randn(channels),
-    }  # fmt: skip
-    scan = _operation(f"{module}.selective_scan")
-    _both_passes(lambda **t: scan(**t, delta_softplus=True, return_last_state=True), inputs)
-
-
-def ssd(operation: str, headdim: int, d_state: int, **options: int) -> None:
-    """Run an SSD with every option, forward and backward, at an odd length in two segments."""
-    import torch
-
-    batch, seqlen, heads, groups = 2, 150, 6, 2
-    wide, shared = (batch, seqlen, heads, headdim), (batch, seqlen, groups, d_state)
-    inputs = {
-        "x": torch.randn(wide).bfloat16(), "dt": torch.randn(batch, seqlen, heads).bfloat16(),
-        "A": -torch.rand(heads), "B": torch.randn(shared).bfloat16(),
-        "C": torch.randn(shared).bfloat16(), "D": torch.randn(heads),
-        "z": torch.randn(wide).bfloat16(), "dt_bias": torch.randn(heads),
-        "initial_states": torch.randn(batch, heads, headdim, d_state),
-    }  # fmt: skip
-    op = _operation(operation)
-    given = {"chunk_size": 64, "dt_softplus": True, "return_final_states": True, **options}
-    _both_passes(lambda **t: op(**t, **given), inputs)
-
-
-def state_update() -> None:
-    """Update states of both families by one token, with several tilings."""
-    import torch
-
-    from mambench.kernels.state_update.config import CONFIGS
-    from mambench.kernels.state_update.triton_update import selective_state_update
-
-    batch, heads, d_state = 3, 10, 20
-    for headdim in (None, 24):
-        places = (heads,) if headdim is None else (heads, headdim)
-        x = torch.randn(batch, *places).bfloat16().cuda()
-        dt = torch.randn(batch, heads).bfloat16().cuda()
-        A = -torch.rand((heads, d_state) if headdim is None else (heads,)).cuda()
-        B, C = (torch.randn(batch, 2, d_state).bfloat16().cuda() for _ in "BC")
-        for config in CONFIGS[:: 1 if headdim is None else 4]:
-            state = torch.randn(batch, *places, d_state).bfloat16().cuda()
-            selective_state_update(state, x, dt, A, B, C, z=x, dt_softplus=True, config=config)
-    torch.cuda.synchronize()
-
-
-def around_mixers() -> None:
-    """Run what blocks run around their mixers, forward and backward, at odd sizes."""
-    import torch
-
-    from mambench.kernels.conv.triton_conv import conv_backward, conv_forward
-    from mambench.kernels.elementwise import triton_elementwise as elementwise
-    from mambench.kernels.norm.triton_norm import norm_backward, norm_forward
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape).bfloat16().cuda()
-
-    batch, channels, seqlen = 2, 70, 301
-    weight, bias = normal(channels, 4), normal(channels)
-    for last in (False, True):
-        x = normal(batch, seqlen, channels).mT if last else normal(batch, channels, seqlen)
-        dout = (x[:, :40], x[:, 40:55], x[:, 55:]) if last else (x,)
-        conv_forward(x, weight, bias, True)
-        conv_backward(x, weight, bias, dout, True, more=None if last else normal(*x.shape))
-    for width in (20, 301, 2048):
-        for z in (None, normal(37, width)):
-            x, scale, dout = normal(37, width), normal(width), normal(37, width)
-            _, rstd = norm_forward(x, scale, z, 1e-5)
-            norm_backward(x, scale, z, rstd, dout, residual=x, give_out=True, overwrite=True)
-    tables = normal(seqlen, 1, 1, 24), normal(seqlen, 1, 1, 24)
-    elementwise.rotate_(normal(batch, seqlen, 3, 3, 24), *tables)
-    elementwise.rotate_back(*(normal(batch, seqlen, 3, 24) for _ in "qkv"), *tables)
-    elementwise.gated_product_backward(normal(37, 602), normal(37, 301))
-    elementwise.gated_product(normal(37, 602))
-    torch.cuda.synchronize()
-
-
-PARTS: dict[str, Callable[[], None]] = {
-    "s6 triton": lambda: s6("kernels.s6.triton_scan", 16),
-    "s6 hopper": lambda: s6("kernels.s6.hopper_op", 20),
-    "s6 hopper, 128 states": lambda: s6("kernels.s6.hopper_op", 128),
-    "s6 associative": lambda: s6("kernels.scan_triton", 16),
-    "ssd triton": lambda: ssd("kernels.ssd.triton_ssd.ssd", 40, 24, segments=2),
-    "ssd hopper": lambda: ssd("kernels.ssd.hopper_op.ssd", 40, 24, segments=2),
-    "ssd hopper, widest": lambda: ssd("kernels.ssd.hopper_op.ssd", 64, 128, segments=2),
-    "ssd associative": lambda: ssd("kernels.scan_triton.state_space_dual", 8, 16),
-    "state update": state_update,
-    "around mixers": around_mixers,
-    "hand-over, hopper": lambda: races().hand_over(),
-}
-HOPPER = "hopper"
-# What racecheck must find, or it would find nothing elsewhere either.
-PLANTED = {
-    "planted: partitions that do not wait, hopper": lambda: races().unsynchronised(),
-    "planted: lanes that round a sum differently": lambda: races().contracted_sum(),
-}
-
-
-def races() -> ModuleType:
-    """Import the kernels with races, which are no part of the package."""
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    spec = spec_from_file_location("races", ROOT / "tests" / "faults" / "races.py")
+def parts() -> ModuleType:
+    """Import what is run, from the file beside this one."""
+    spec = spec_from_file_location("sanitized_parts", ROOT / "tests" / "sanitized_parts.py")
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
@@ -180,20 +76,9 @@ def races() -> ModuleType:
     return module
 
 
-def _operation(path: str) -> Callable[..., object]:
-    from importlib import import_module
-
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(f"mambench.{module}"), name)
-
-
-def _both_passes(op: Callable[..., object], inputs: dict[str, object]) -> None:
-    import torch
-
-    leaves = {name: t.cuda().requires_grad_() for name, t in inputs.items()}  # pyright: ignore
-    outputs = op(**leaves)
-    torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(o) for o in outputs])  # pyright: ignore
-    torch.cuda.synchronize()
+_RUN = parts()
+PARTS: dict[str, Callable[[], None]] = _RUN.PARTS
+PLANTED: dict[str, Callable[[], None]] = _RUN.PLANTED
 
 
 def child(part: str) -> int:
@@ -202,7 +87,7 @@ def child(part: str) -> int:
     runpy.run_path(str(package / "_start.py"))["load_package"](package)
     import torch
 
-    if HOPPER in part and torch.cuda.get_device_capability() != (9, 0):
+    if _RUN.HOPPER in part and torch.cuda.get_device_capability() != (9, 0):
         print("needs compute capability 9.0")
         return FOUND + 1
     torch.manual_seed(0)
@@ -213,14 +98,19 @@ def child(part: str) -> int:
 
 def disassembled(folder: Path) -> dict[str, list[dict[int, str]]]:
     """Return the kernels of a folder of Triton's: of each name, every code's {address: text}."""
+    kernels = {}
+    for cubin in folder.rglob("*.cubin"):
+        kernels.setdefault(cubin.stem, []).append(_code(cubin))
+    return kernels
+
+
+@lru_cache(maxsize=256)
+def _code(cubin: Path) -> dict[int, str]:
     from triton import knobs
 
-    tool, kernels = knobs.nvidia.nvdisasm.path, {}
-    for cubin in folder.rglob("*.cubin"):
-        done = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True)
-        code = {int(m[1], 16): (m[2] + m[3]).strip() for m in _INSTRUCTION.finditer(done.stdout)}
-        kernels.setdefault(cubin.stem, []).append(code)
-    return kernels
+    tool = knobs.nvidia.nvdisasm.path
+    done = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True)
+    return {int(m[1], 16): (m[2] + m[3]).strip() for m in _INSTRUCTION.finditer(done.stdout)}
 
 
 def is_hand_over(report: str, kernels: dict[str, list[dict[int, str]]]) -> bool:
@@ -275,7 +165,7 @@ def run(part: str, tool: str | None, limit_s: float) -> Result:
         command = ["compute-sanitizer", "--tool", tool, *extra, *command]
     kernels = _kernels() / re.sub(r"\W+", "-", part)
     environment = {**os.environ, "CUDA_MODULE_LOADING": "LAZY", "TRITON_CACHE_DIR": str(kernels)}
-    if tool == "memcheck":
+    if tool in ("memcheck", "initcheck"):
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     began = time.monotonic()
     try:
@@ -311,7 +201,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--part", choices=PARTS | PLANTED, action="append", help="only these")
     parser.add_argument("--tool", choices=TOOLS, action="append", help="only these")
-    parser.add_argument("--jobs", type=int, default=4, help="processes at once (default 4)")
+    parser.add_argument("--jobs", type=int, default=_JOBS, help=f"at once (default {_JOBS})")
     parser.add_argument("--limit", type=float, default=100.0, help="seconds for one (default 100)")
     parser.add_argument("--child", choices=PARTS | PLANTED, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,5 +1,6 @@
 """The sanitizer's driver without a GPU: how it classifies, and that its parts are sound."""
 
+import ast
 import importlib.util
 import stat
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
 _SPEC = importlib.util.spec_from_file_location(
     "gpu_sanitize", Path(__file__).with_name("gpu_sanitize.py")
 )
@@ -67,7 +69,7 @@ def compiled(tmp_path_factory):
     pytest.importorskip("triton.experimental.gluon")
     from mambench.harness.static.record import record
 
-    races, folder = gpu_sanitize.races(), tmp_path_factory.mktemp("kernels")
+    races, folder = gpu_sanitize.parts().races(), tmp_path_factory.mktemp("kernels")
     found = {}
     for name in ("hand_over", "unsynchronised", "contracted_sum"):
         run = getattr(races, name)
@@ -125,9 +127,56 @@ def test_without_the_tool_it_says_so(monkeypatch, capsys):
     assert "CUDA toolkit" in capsys.readouterr().out
 
 
+@pytest.fixture
+def without_gpu(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self.to("meta"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+def kernels_of_the_package() -> set[tuple[str, str]]:
+    """Return module and name of every compiled function that no other one uses: what is launched.
+
+    By the source alone: a function with a decorator that ends in "jit", of Triton or Gluon.
+    """
+    found, used = set(), set()
+    for path in (ROOT / "kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            decorators = {ast.unparse(d).partition("(")[0] for d in node.decorator_list}
+            if decorators & {"triton.jit", "gluon.jit"}:
+                module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+                found.add((module, node.name))
+                names = [part for line in node.body for part in ast.walk(line)]
+                used |= {part.id for part in names if isinstance(part, ast.Name)}
+                used |= {part.attr for part in names if isinstance(part, ast.Attribute)}
+    return {(module, name) for module, name in found if name not in used}
+
+
+def launched(part) -> set[tuple[str, str]]:
+    """Return module and name of what a part launches on an H100."""
+    from mambench.harness.static.record import record
+
+    launches = record(lambda draw: part(), 90)
+    kernels = [launch.kernel.fn for launch in launches]
+    return {(fn.__module__.removeprefix("mambench."), fn.__name__) for fn in kernels}
+
+
+def test_every_kernel_is_run_by_some_part(without_gpu):
+    pytest.importorskip("triton.experimental.gluon")
+    kernels = kernels_of_the_package()
+    assert {name for _, name in kernels} >= {"fused_kernel", "whole_kernel", "serial_scan_kernel"}
+    run = {name: launched(part) for name, part in gpu_sanitize.PARTS.items()}
+    assert kernels - set().union(*run.values()) == set()
+    del run["ssd hopper, one launch"]  # without it:
+    missing = {("kernels.ssd.hopper_fused_kernel", "fused_kernel")}
+    assert kernels - set().union(*run.values()) == missing
+
+
 def test_the_problems_are_ones_that_the_operations_take(monkeypatch):
     """On the CPU's implementations of the same interfaces."""
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    gpu_sanitize.s6("kernels.scan_torch", 4)
-    gpu_sanitize.ssd("kernels.ssd.torch_ssd.ssd", 8, 16)
+    parts = gpu_sanitize.parts()
+    parts.s6("kernels.scan_torch", 4)
+    parts.ssd("kernels.ssd.torch_ssd.ssd", 8, 16)

@@ -132,7 +132,15 @@ def _recording(architecture: int, launches: list[Launch]) -> Generator[_Draw]:
             (driver, "_active", stands_for_driver),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
-        stack.enter_context(_on_gpu(device))
+        mode = _on_gpu(device)
+        run_backward: Any = torch.autograd._engine_run_backward  # pyright: ignore
+
+        def with_mode(*arguments: Any, **named: Any) -> Any:
+            with mode:  # which torch leaves to call the backward pass
+                return run_backward(*arguments, **named)
+
+        stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", with_mode))
+        stack.enter_context(mode)
         yield _Draw()
 
 
