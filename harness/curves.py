@@ -14,7 +14,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from mambench.harness.analysis import ROUNDS_FOR_INTERVAL, Result, quantile
+from mambench.harness.analysis.intervals import ROUNDS_FOR_INTERVAL, quantile
+from mambench.harness.analysis.results import Result
 
 DRAWS = 2000
 LEVEL = 0.95

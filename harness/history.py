@@ -18,7 +18,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mambench.harness import analysis
+from mambench.harness.analysis import loading
+from mambench.harness.analysis.results import Result
 from mambench.harness.errors import RunFolderError, UsageError
 from mambench.harness.spec import Case, Outcome, digest
 from mambench.harness.store import RunFolder
@@ -158,7 +159,7 @@ def _drop_last_line(file: Any) -> None:
 def entries_of(run: Path) -> list[Entry]:
     """Return what a run has to tell; raises RunFolderError where it is not a sound run folder."""
     manifest = RunFolder.open(run).manifest
-    loaded = analysis.load([run])
+    loaded = loading.load([run])
     made = loaded.runs[0]
     machine = loaded.sources[0].device_name
     return [
@@ -177,7 +178,7 @@ def entries_of(run: Path) -> list[Entry]:
     ]
 
 
-def _values(result: analysis.Result) -> dict[str, float]:
+def _values(result: Result) -> dict[str, float]:
     found = {name: result.value(name) for name in METRICS}
     return {
         name: float(value)

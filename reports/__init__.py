@@ -32,10 +32,10 @@ def write_parquet(run_folders: Sequence[Path], path: Path) -> Path:
 
     Raises RunFolderError where a folder is not a sound run, UsageError without pyarrow.
     """
-    from mambench.harness import analysis
+    from mambench.harness.analysis import loading
     from mambench.reports import export, rows
 
-    return export.to_parquet(rows.make(analysis.load(run_folders)), path)
+    return export.to_parquet(rows.make(loading.load(run_folders)), path)
 
 
 FORMATS = ("text", "markdown", "csv", "json", "pytest-benchmark")
@@ -46,7 +46,7 @@ def render(run_folders: Sequence[Path], format: str) -> str:
 
     Raises RunFolderError where a folder is not a sound run, UsageError for another format.
     """
-    from mambench.harness import analysis
+    from mambench.harness.analysis import loading
     from mambench.harness.errors import UsageError, unknown_name
     from mambench.reports import export, markdown, pytest_benchmark, rows, text
 
@@ -59,4 +59,4 @@ def render(run_folders: Sequence[Path], format: str) -> str:
     }
     if format not in writers:
         raise UsageError(unknown_name("format", format, FORMATS))
-    return writers[format](rows.make(analysis.load(run_folders)))
+    return writers[format](rows.make(loading.load(run_folders)))

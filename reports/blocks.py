@@ -8,7 +8,7 @@ processes differ anyhow name no fastest.
 from collections import defaultdict
 from collections.abc import Sequence
 
-from mambench.harness.analysis import Analysis, Result
+from mambench.harness.analysis.results import Analysis, Result
 from mambench.harness.curves import PROCESS_FRAC
 from mambench.harness.errors import RunFolderError
 from mambench.harness.spec import Case, DType, Family, Level, Outcome, Pass

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mambench.harness import analysis
+from mambench.harness.analysis.results import columns
 from mambench.harness.errors import UsageError
 from mambench.reports.rows import Report, environment
 
@@ -15,7 +15,7 @@ from mambench.reports.rows import Report, environment
 def records(report: Report) -> list[dict[str, Any]]:
     """Return one flat dictionary per row, in the order of the report."""
     devices = {row.slice.source: row.device for row in report.rows}
-    table = analysis.columns([row.result for row in report.rows], devices)
+    table = columns([row.result for row in report.rows], devices)
     return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
 
 

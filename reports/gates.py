@@ -51,8 +51,8 @@ def _cpu(record: Mapping[str, Any]) -> str:
         + (beside if series else "")
         + (f" {escape(record['note'])}" if record.get("note") else "")
     )
-    planted: Any = record["planted"]
-    found: list[dict[str, Any]] = planted if isinstance(planted, list) else [planted]
+    planted: list[dict[str, Any]] | dict[str, Any] = record["planted"]
+    found = planted if isinstance(planted, list) else [planted]
     named = sorted({name for check in found for name in check["regressed"]})
     rows = [_series("equal code", checks), _series("SSD computes everything twice", found)]
     return "\n".join(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mambench.harness.analysis import Analysis, Result
+from mambench.harness.analysis.results import Analysis, Result
 from mambench.harness.spec import Case, Family, Outcome, Pass
 from mambench.reports import units
 from mambench.reports.markdown import escape

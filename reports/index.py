@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from mambench.harness import analysis
-from mambench.harness.analysis import Run
+from mambench.harness.analysis import loading
+from mambench.harness.analysis.runs import Run
 from mambench.harness.errors import RunFolderError
 from mambench.harness.spec import Outcome
 from mambench.reports import page, rows, summary, verdicts
@@ -71,7 +71,7 @@ def collect(folder: Path, beside: Path) -> tuple[list[Entry], list[Unread]]:
 
 
 def _entry(path: Path, beside: Path) -> Entry:
-    report = rows.make(analysis.load([path]))
+    report = rows.make(loading.load([path]))
     run = report.analysis.runs[0]
     first = summary.summarise_slice(report.slices[0]) if report.slices else None
     if not (path / PAGE).exists():

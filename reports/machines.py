@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import geometric_mean
 
 from mambench.harness import curves
-from mambench.harness.analysis import Source
+from mambench.harness.analysis.runs import Source
 from mambench.reports import roofline, units
 from mambench.reports.rows import Report, Row
 

@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mambench.harness import analysis
-from mambench.harness.analysis import Source
+from mambench.harness.analysis import loading
+from mambench.harness.analysis.runs import Source, flatten
 from mambench.reports import rows, summary, units
 from mambench.reports.rows import Report, Row
 from mambench.reports.summary import SliceSummary
@@ -13,7 +13,7 @@ from mambench.reports.summary import SliceSummary
 
 def tables(run_folders: Sequence[Path]) -> str:
     """Return the Markdown of one or several runs: provenance, then one table per selection."""
-    return render(rows.make(analysis.load(run_folders)))
+    return render(rows.make(loading.load(run_folders)))
 
 
 def render(report: Report, *, most: int | None = None) -> str:
@@ -27,7 +27,7 @@ def provenance(source: Source) -> str:
     """Return what was measured on what, with which versions, by which commands."""
     lines = [f"Measured on {escape(source.label)}."]
     for run in source.runs:
-        flat = analysis.flatten(run.environment)
+        flat = flatten(run.environment)
         versions = [("Python", flat.get("python")), ("CUDA", flat.get("torch_cuda"))]
         versions += [("driver", flat.get("gpu.driver"))]
         versions += [(n, flat.get(f"libraries.{n}")) for n in ("torch", "triton", "flash-attn-4")]

@@ -10,7 +10,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from mambench.harness.analysis import QUANTILES, quantile
+from mambench.harness.analysis.intervals import quantile
+from mambench.harness.analysis.results import QUANTILES
 from mambench.reports.figures import Figure
 
 LEVEL = 6  # of compression: a higher one saves a hundredth and takes longer
@@ -156,7 +157,7 @@ def beside_time(bound: float | None, time_s: float | None) -> int | None:
 def beside_medians(
     samples: Sequence[Sequence[float]], times_s: Sequence[float | None]
 ) -> list[list[Any] | None]:
-    """Return how every row's samples spread, at `analysis.QUANTILES`.
+    """Return how every row's samples spread, at `results.QUANTILES`.
 
     As the median (0: it is the row's time), and the others' distances from it in ten-thousandths;
     None where there is no sample.

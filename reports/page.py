@@ -23,7 +23,10 @@ from typing import Any, cast
 import jinja2
 import markupsafe
 
-from mambench.harness import analysis, beside, reproduce
+from mambench.harness import beside, reproduce
+from mambench.harness.analysis import loading, results
+from mambench.harness.analysis.results import LAUNCH_GAPS
+from mambench.harness.analysis.runs import Run
 from mambench.harness.spec import METRICS, DeviceKind, Outcome, Settings
 from mambench.reports import (
     figures,
@@ -57,7 +60,7 @@ def build(run_folders: Sequence[Path], output: Path) -> Path:
     Raises RunFolderError where a folder is not a sound run; a half-written file is never left.
     """
     with _uncollected():
-        html = render(rows.make(analysis.load(run_folders)))
+        html = render(rows.make(loading.load(run_folders)))
     write_atomically(output, html)
     return output
 
@@ -189,7 +192,7 @@ def _others(report: Report) -> dict[str, Any]:
             for chart in figures.CHARTS
         ],
         "derived": rows.DERIVED,
-        "gaps": analysis.LAUNCH_GAPS,
+        "gaps": LAUNCH_GAPS,
         "timed": figures.TIMED,
         "machines": {
             dtype: [vars(machine) for machine in machines.describe(report, dtype)]
@@ -199,7 +202,7 @@ def _others(report: Report) -> dict[str, Any]:
     }
 
 
-def _repeat(run: analysis.Run) -> str:
+def _repeat(run: Run) -> str:
     """Return what a command that repeats one of the run's cases ends with."""
     known = {field.name for field in fields(Settings)}
     settings: dict[str, Any] = {k: v for k, v in run.settings.items() if k in known}
@@ -236,7 +239,7 @@ def columns(found: Sequence[Row]) -> dict[str, list[Any]]:
     names = [row.label for row in found]
     table: dict[str, list[Any]] = {"label": names, "commit": [row.commit for row in found]}
     devices = {row.slice.source: row.device for row in found}
-    for key, values in analysis.columns([row.result for row in found], devices).items():
+    for key, values in results.columns([row.result for row in found], devices).items():
         if key not in DERIVED:
             table[key] = packing.numbers(values)
     table = {name: values for name, values in table.items() if any(v is not None for v in values)}

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mambench.harness.analysis import Result
+from mambench.harness.analysis.results import Result
 from mambench.reports.rows import Report
 
 VERSION = "5.1.0"  # of the form of the file

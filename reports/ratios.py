@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from mambench.harness.analysis import ROUNDS_FOR_INTERVAL, Analysis, Result
+from mambench.harness.analysis.intervals import ROUNDS_FOR_INTERVAL
+from mambench.harness.analysis.results import Analysis, Result
 from mambench.harness.curves import PROCESS_FRAC
 from mambench.harness.errors import UsageError, unknown_name
 from mambench.harness.spec import METRICS, DType, Family, Outcome, Pass, Problem

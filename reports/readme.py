@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mambench
-from mambench.harness import analysis
-from mambench.harness.analysis import Analysis
+from mambench.harness.analysis import loading
+from mambench.harness.analysis.results import Analysis
 from mambench.harness.errors import UsageError, unknown_name
 from mambench.reports import blocks, gates, growth, markdown, ratios, rows, summary, svg, tables
 from mambench.reports.page import write_atomically
@@ -86,7 +86,7 @@ def _body(spec: str, document: Path, published: Path, charts: dict[Path, str]) -
     known = sorted(path.parent.name for path in published.glob("*/manifest.json"))
     if name not in known:
         raise UsageError(f"{document}: {unknown_name('published run', name, known)}")
-    made = analysis.load([published / name])
+    made = loading.load([published / name])
     where = f"{document}, table of {name}"
     table = dict(word.split("=", 1) for word in filters if "=" in word).get("table")
     if table == "traffic":
@@ -105,7 +105,7 @@ def _body(spec: str, document: Path, published: Path, charts: dict[Path, str]) -
         other = _words(filters, ("table", "other"), where).get("other", "")
         if other not in known:
             raise UsageError(f"{where}: {unknown_name('published run', other, known)}")
-        again = analysis.load([published / other])
+        again = loading.load([published / other])
         stated = [markdown.provenance(each.sources[0]) for each in (made, again)]
         return "\n\n".join([tables.repeat(made, again), *stated])
     if table is not None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mambench.harness.analysis import Source
+from mambench.harness.analysis.runs import Source
 from mambench.harness.instruments import datasheets
 from mambench.reports import figures, units
 from mambench.reports.figures import Figure

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
-from mambench.harness.analysis import Analysis, Result, Run, Source, flatten, values_of
+from mambench.harness.analysis.results import Analysis, Result, values_of
+from mambench.harness.analysis.runs import Run, Source, flatten
 from mambench.harness.spec import METRICS, Family, Level, Outcome, Pass
 from mambench.reports import units
 

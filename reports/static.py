@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mambench.harness import analysis
+from mambench.harness.analysis import loading
 from mambench.harness.errors import UsageError
 from mambench.reports import figures, rows, svg
 from mambench.reports.page import write_atomically
@@ -21,7 +21,7 @@ def write(run_folders: Sequence[Path], folder: Path, *, png: bool = True) -> tup
     Raises RunFolderError where a folder is not a sound run, UsageError if PNG is asked for and
     resvg-py is missing: the SVG files are written before.
     """
-    report = rows.make(analysis.load(run_folders))
+    report = rows.make(loading.load(run_folders))
     pictures = charts(report)
     written: list[Path] = []
     for name, text in pictures.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from mambench.harness.analysis import Analysis, Result
+from mambench.harness.analysis.results import Analysis, Result
 from mambench.harness.errors import RunFolderError
 from mambench.harness.spec import Case, Family, Outcome, Pass
 from mambench.reports import units

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from mambench.harness.analysis import Run
+from mambench.harness.analysis.runs import Run
 
 FILE = "check.json"
 _FIELDS: dict[str, Any] = dict.fromkeys(("verdict", "name", "metric", "change_frac", "reason"))

@@ -41,7 +41,7 @@ WORKER_SIDE = (
 # Their module-level imports, followed through all of ours, reach neither torch nor triton.
 TORCH_FREE = (
     *("harness.spec", "harness.records", "harness.errors", "harness.plan", "harness.suite"),
-    *("harness.registry", "harness.machine", "harness.store", "harness.analysis"),
+    *("harness.registry", "harness.machine", "harness.store", "harness.analysis.loading"),
     *("harness.runner", "harness.doctor", "harness.progress", "harness.cli.views"),
     *("harness.cli.options", "harness.cli.begin", "harness.reproduce"),
     *("harness.cli.check", "harness.check.commands", "harness.check.report", "harness.verdict"),

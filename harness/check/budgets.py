@@ -23,8 +23,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mambench.harness import analysis
-from mambench.harness.analysis import ROUNDS_FOR_INTERVAL, Analysis, Result
+from mambench.harness.analysis import loading
+from mambench.harness.analysis.intervals import ROUNDS_FOR_INTERVAL
+from mambench.harness.analysis.results import Analysis, Result
 from mambench.harness.curves import PROCESS_FRAC, speedup
 from mambench.harness.errors import SuiteError, UsageError, unknown_name
 from mambench.harness.filters import Predicate, compile_filter
@@ -126,7 +127,7 @@ def _filters(reader: Reader) -> tuple[Predicate, ...]:
 
 def judge_runs(budgets: Sequence[Budget], runs: Sequence[Path]) -> tuple[Point, ...]:
     """Judge run folders (of one machine and one code); raises RunFolderError, UsageError."""
-    loaded = analysis.load(runs)
+    loaded = loading.load(runs)
     if len(loaded.sources) != 1:
         labels = ", ".join(source.label for source in loaded.sources)
         raise UsageError(f"budgets are judged on one machine and one code, got: {labels}.")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mambench.harness.analysis import Result
+from mambench.harness.analysis.results import Result
 from mambench.harness.curves import CrossoverKind, Point, crossover, curve, exponent, speedup
 from mambench.harness.spec import Case, DType, Family, Outcome, Pass, Problem
 

@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("pytest_benchmark")
 
-from mambench.harness import analysis, pytest_benchmark_import
+from mambench.harness import pytest_benchmark_import
+from mambench.harness.analysis import loading
 from mambench.harness.errors import UsageError
 from mambench.harness.pytest_plugin import Timer
 from mambench.harness.spec import Device, DeviceKind
@@ -143,7 +144,7 @@ def test_there_and_back_keeps_cases_and_samples(repository, tmp_path):
         repository / "first.json", tmp_path / "run"
     )
     assert (count, left_out) == (2, 2)
-    results = analysis.load([path]).results
+    results = loading.load([path]).results
     exported = json.loads(render([path], "pytest-benchmark"))
     before = {
         b["extra_info"]["mambench"]["case_id"]: b["stats"]

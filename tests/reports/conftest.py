@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
-from mambench.harness import analysis
+from mambench.harness.analysis import loading
 from mambench.harness.records import Observation
 from mambench.harness.spec import Case, DType, Family, Level, Outcome, Pass, Problem
 from mambench.harness.store import RunFolder
@@ -359,12 +359,12 @@ def kernels():
 
 @pytest.fixture(scope="session")
 def report(gpu_run, cpu_run) -> Report:
-    return rows.make(analysis.load([gpu_run, cpu_run]))
+    return rows.make(loading.load([gpu_run, cpu_run]))
 
 
 @pytest.fixture(scope="session")
 def gpu_report(gpu_run) -> Report:
-    return rows.make(analysis.load([gpu_run]))
+    return rows.make(loading.load([gpu_run]))
 
 
 @pytest.fixture(scope="session")

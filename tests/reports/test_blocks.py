@@ -2,7 +2,8 @@
 
 import pytest
 
-from mambench.harness.analysis import Analysis, Result, Source
+from mambench.harness.analysis.results import Analysis, Result
+from mambench.harness.analysis.runs import Source
 from mambench.harness.errors import RunFolderError
 from mambench.harness.spec import Case, DeviceKind, DType, Family, Level, Outcome, Pass, Problem
 from mambench.reports import blocks

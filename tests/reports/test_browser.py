@@ -5,7 +5,8 @@ import json
 import pytest
 
 from mambench import reports
-from mambench.harness import analysis, reproduce
+from mambench.harness import reproduce
+from mambench.harness.analysis import loading
 from mambench.harness.plan import Plan
 from mambench.harness.spec import Device, DeviceKind, Settings
 from mambench.reports import machines, rows, units
@@ -241,7 +242,7 @@ def full_page(full_run, other_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both(full_run, other_run):
-    return rows.make(analysis.load([full_run, other_run]))
+    return rows.make(loading.load([full_run, other_run]))
 
 
 def test_who_wins_where_holds_the_ratios_of_the_records(open_page, full_page, both):

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from mambench import reports
-from mambench.harness import analysis
+from mambench.harness.analysis import loading
 from mambench.harness.errors import UsageError
 from mambench.reports import export, figures, markdown, readme, rows, svg, text, units
 
@@ -62,7 +62,7 @@ def test_text_holds_no_control_characters(hostile_run, gpu_report, tmp_path, wri
     observations = RunFolder.open(hostile_run).observations()
     planted = [replace(o, reason=HOSTILE_ESCAPE) if o.reason else o for o in observations]
     run = write_run(tmp_path / "run", planted)
-    said = text.render(rows.make(analysis.load([run])))
+    said = text.render(rows.make(loading.load([run])))
     assert "[31mred" in said
     assert "\x1b" not in said
     assert "\x07" not in said
@@ -109,13 +109,13 @@ def test_chart_is_well_formed_and_regenerates_equal(gpu_report, hostile_run):
     labels = [t.text for t in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "flash_attention · fa4" in labels
     assert "128K" in labels
-    hostile = rows.make(analysis.load([hostile_run]))
+    hostile = rows.make(loading.load([hostile_run]))
     root = ET.fromstring(svg.chart(hostile, hostile.slices[0]))
     assert not list(root.iter("{http://www.w3.org/2000/svg}script"))
 
 
 def test_points_with_gaps_between_launches_are_hollow_where_the_time_is_drawn(gaps_run):
-    report = rows.make(analysis.load([gaps_run]))
+    report = rows.make(loading.load([gaps_run]))
     part = report.slices[0]
     drawn = svg.chart(report, part)
     marked = [row for row in part.rows if row.result.launch_gaps]

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from mambench.harness import analysis
-from mambench.harness.analysis import Result
+from mambench.harness.analysis.results import Analysis, Result
+from mambench.harness.analysis.runs import Source, make_run
 from mambench.harness.curves import CrossoverKind
 from mambench.harness.spec import Case, DType, Family, Outcome, Pass, Problem
 from mambench.reports import export, figures, page, rows, summary, text
 
 LENGTHS = (512, 2048, 8192)
-RUN = analysis.make_run({"run_id": "r", "device": {"kind": "cuda", "name": "Fixture"}})
+RUN = make_run({"run_id": "r", "device": {"kind": "cuda", "name": "Fixture"}})
 
 
 def result(name: str, family: Family, seqlen: int | None, time_s: float | None) -> Result:
@@ -35,10 +35,10 @@ def result(name: str, family: Family, seqlen: int | None, time_s: float | None) 
 
 
 def make(*results: Result) -> rows.Report:
-    source = analysis.Source(
+    source = Source(
         key=RUN.source, label="Fixture", kind="cuda", device_name="Fixture", runs=(RUN,)
     )
-    return rows.make(analysis.Analysis(sources=(source,), results=results))
+    return rows.make(Analysis(sources=(source,), results=results))
 
 
 SSD = result("ssd", Family.SSD, None, 2e-5)

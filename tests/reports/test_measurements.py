@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from mambench import reports
-from mambench.harness import analysis
+from mambench.harness.analysis import loading
 from mambench.harness.curves import CrossoverKind
 from mambench.harness.errors import RunFolderError, UsageError
 from mambench.reports import figures, index, machines, page, roofline, rows, static, summary, units
@@ -16,12 +16,12 @@ from mambench.reports import figures, index, machines, page, roofline, rows, sta
 
 @pytest.fixture(scope="module")
 def full(full_run):
-    return rows.make(analysis.load([full_run]))
+    return rows.make(loading.load([full_run]))
 
 
 @pytest.fixture(scope="module")
 def both(full_run, other_run):
-    return rows.make(analysis.load([full_run, other_run]))
+    return rows.make(loading.load([full_run, other_run]))
 
 
 def test_every_measurement_has_its_chart_and_none_without(full, gpu_report):
@@ -108,7 +108,7 @@ def test_measured_limits_are_preferred_where_every_machine_has_them(full_run, tm
     device = {"kind": "cuda", "name": "NVIDIA H200", "compute_capability": [9, 0]}
     ceilings = {"ceilings": {"copy": {"value": 4.2e12, "datasheet": 4.8e12}}}
     other = write_run(tmp_path / "ceilings", [], device=device, ceilings=ceilings)
-    found = machines.describe(rows.make(analysis.load([full_run, other])), "bf16")
+    found = machines.describe(rows.make(loading.load([full_run, other])), "bf16")
     assert [machine.origin for machine in found] == ["measured"] * 2
     assert {machine.bytes_per_s for machine in found} == {3.0e12, 4.2e12}
 
@@ -138,7 +138,7 @@ def three(gpu_observations, write_run, tmp_path_factory):
         elsewhere("NVIDIA H200", 0.75, **gpu),
         elsewhere("A processor", 300.0, kind="cpu"),
     )
-    return rows.make(analysis.load(folders))
+    return rows.make(loading.load(folders))
 
 
 def test_a_cpu_stands_beside_gpus_though_its_variants_are_others(three):
@@ -244,9 +244,9 @@ def test_a_verdict_beside_the_records_is_shown_as_text(tmp_path, write_run, gpu_
     same = point | {"verdict": "same"}
     text = json.dumps({"conclusion": "Regressed: 1 regressed.", "points": [point, same]})
     (folder / "check.json").write_text(text)
-    html = page.render(rows.make(analysis.load([folder])))
+    html = page.render(rows.make(loading.load([folder])))
     assert "&lt;u&gt;ssd" in html
     assert "+7.0" in html
     assert " 1 points are the same" in html
     (folder / "check.json").write_text("not a verdict")
-    assert "Verdict of a check" not in page.render(rows.make(analysis.load([folder])))
+    assert "Verdict of a check" not in page.render(rows.make(loading.load([folder])))

@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mambench import reports
-from mambench.harness import analysis, beside
+from mambench.harness import beside
+from mambench.harness.analysis import loading
+from mambench.harness.analysis.results import QUANTILES
 from mambench.harness.errors import RunFolderError
 from mambench.harness.spec import METRICS
 from mambench.reports import figures, packing, page, rows
@@ -191,7 +193,7 @@ def test_quantiles_stand_beside_the_median_and_the_times_own_is_not_repeated():
     assert [row and row[0] for row in found] == [0, 1.0, None, 0]
     for row, taken in ((found[0], samples), (found[3], (3.0,))):
         middle = statistics.median(taken)
-        expected = np.quantile(taken, analysis.QUANTILES) / middle - 1
+        expected = np.quantile(taken, QUANTILES) / middle - 1
         assert row[1:] == pytest.approx(np.delete(expected, 3) * 1e4, abs=0.5)
 
 
@@ -255,7 +257,7 @@ def test_static_tables_hold_the_results_without_script(report, html):
 
 
 def test_hostile_records_are_shown_as_text(hostile_run):
-    hostile = page.render(rows.make(analysis.load([hostile_run])))
+    hostile = page.render(rows.make(loading.load([hostile_run])))
     parsed = outline(hostile)
     tags = {tag for tag, _ in parsed.tags}
     assert not tags & {"img", "b"}

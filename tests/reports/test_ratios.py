@@ -2,7 +2,9 @@
 
 import pytest
 
-from mambench.harness.analysis import ROUNDS_FOR_INTERVAL, Analysis, Interval, Result, Source
+from mambench.harness.analysis.intervals import ROUNDS_FOR_INTERVAL, Interval
+from mambench.harness.analysis.results import Analysis, Result
+from mambench.harness.analysis.runs import Source
 from mambench.harness.errors import UsageError
 from mambench.harness.records import Observation
 from mambench.harness.spec import Case, DeviceKind, DType, Family, Outcome, Pass, Problem

@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from mambench.harness import analysis
-from mambench.harness.analysis import Result
+from mambench.harness.analysis.intervals import median_interval
+from mambench.harness.analysis.results import Analysis, Result
+from mambench.harness.analysis.runs import Source, make_run
 from mambench.harness.curves import Crossover, CrossoverKind
 from mambench.harness.spec import Case, DType, Family, Level, Outcome, Pass, Problem
 from mambench.reports import names, rows, summary
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
-RUN = analysis.make_run({"run_id": "r", "device": {"kind": "cuda", "name": "Fixture"}})
+RUN = make_run({"run_id": "r", "device": {"kind": "cuda", "name": "Fixture"}})
 
 
 def results(
@@ -40,7 +41,7 @@ def results(
             reason=None if value else "too large",
             time_s=value,
             samples_s=samples,
-            interval=analysis.median_interval(samples),
+            interval=median_interval(samples),
             peak_memory_bytes=1000 if value else None,
             weight_count=12345 if level is Level.BLOCK else None,
         )
@@ -49,11 +50,11 @@ def results(
 
 
 def summarise(*groups: list[Result]) -> summary.SliceSummary:
-    source = analysis.Source(
+    source = Source(
         key=RUN.source, label="Fixture", kind="cuda", device_name="Fixture", runs=(RUN,)
     )
     every = tuple(result for group in groups for result in group)
-    made = rows.make(analysis.Analysis(sources=(source,), results=every))
+    made = rows.make(Analysis(sources=(source,), results=every))
     return summary.summarise_slice(made.slices[0])
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import mambench
-from mambench.harness.analysis import Analysis, Result, Source
+from mambench.harness.analysis.results import Analysis, Result
+from mambench.harness.analysis.runs import Source
 from mambench.harness.errors import RunFolderError, UsageError
 from mambench.harness.spec import Case, DeviceKind, DType, Family, Outcome, Pass, Problem
 from mambench.reports import markdown, readme, tables

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mambench.harness.analysis import Analysis, Interval, Result, Source
+from mambench.harness.analysis.intervals import Interval
+from mambench.harness.analysis.results import Analysis, Result
+from mambench.harness.analysis.runs import Source
 from mambench.harness.check import budgets
 from mambench.harness.errors import SuiteError
 from mambench.harness.spec import Case, DeviceKind, DType, Family, Outcome, Pass, Problem

@@ -2,17 +2,14 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mambench.harness import analysis
-from mambench.harness.analysis import combine, fold, make_run, median_interval, record
-from mambench.harness.errors import RunFolderError
+from mambench.harness.analysis.folding import fold
+from mambench.harness.analysis.results import QUANTILES, Result, columns
 from mambench.harness.records import Observation
 from mambench.harness.spec import Case, DType, Family, Outcome, Pass, Problem
-from mambench.harness.store import RunFolder
 
 CASE = Case(
     implementation="ssd",
@@ -46,7 +43,7 @@ def failed(outcome: Outcome, second: int = 0, **changes) -> Observation:
     return observation(second, outcome=outcome, **changes)
 
 
-def fold_one(*observations: Observation) -> analysis.Result:
+def fold_one(*observations: Observation) -> Result:
     (result,) = fold([("run", o) for o in observations], source="s")
     return result
 
@@ -66,7 +63,7 @@ def test_one_round_keeps_the_records_numbers():
     assert result.peak_memory_bytes == 4096
     assert result.first_call_s == 0.5
     assert result.converged is True
-    assert result.quantiles_s == pytest.approx(np.quantile(SAMPLES, analysis.QUANTILES))
+    assert result.quantiles_s == pytest.approx(np.quantile(SAMPLES, QUANTILES))
     assert result.missing["call_time_s"] == "not measured"
     assert result.flags == ()
 
@@ -124,8 +121,8 @@ def test_wrong_in_any_measurement_condemns_the_case():
     result = fold_one(observation(), failed(Outcome.WRONG, measurement="memory"))
     assert result.outcome is Outcome.WRONG
     assert result.time_s is None
-    assert record(result)["time_s"] is None
-    assert record(result)["tokens_per_s"] is None
+    assert columns([result])["time_s"] == [None]
+    assert columns([result])["tokens_per_s"] == [None]
     assert result.missing["time_s"] == "the case ended as wrong"
     assert result.model_flop == 1000, "what is modelled does not depend on the outcome"
 
@@ -175,121 +172,10 @@ def test_memory_that_could_not_be_read_says_why():
     assert fold_one(observation(), memory).missing["peak_memory_bytes"] == "no meter here"
 
 
-@pytest.mark.parametrize(("n", "ranks"), [(6, (0, 5)), (20, (5, 14)), (100, (39, 60))])
-def test_median_interval_is_the_binomial_one(n, ranks):
-    # The textbook order statistics for 95 %: e.g. the 40th and 61st of 100.
-    interval = median_interval([float(v) for v in range(n)])
-    assert interval is not None
-    assert (interval.low, interval.high) == ranks
-    assert interval.coverage >= 0.95
-
-
-def test_median_interval_covers_as_often_as_it_says():
-    rng = np.random.default_rng(1)
-    for draw in (rng.normal, rng.exponential, rng.standard_cauchy):
-        samples = draw(size=(2000, 31))
-        truth = math.log(2) if draw == rng.exponential else 0.0
-        intervals = [median_interval(row.tolist()) for row in samples]
-        hits = [i is not None and i.low <= truth <= i.high for i in intervals]
-        assert 0.94 <= np.mean(hits) <= 0.985
-
-
-def test_too_few_values_have_no_interval():
-    assert median_interval([1.0, 2.0, 3.0, 4.0]) is None
-    five = median_interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert five is not None
-    assert five.coverage == pytest.approx(0.9375)
-
-
-def manifest(run_id: str, name: str = "Fixture GPU", **changes) -> dict:
-    base = {
-        "run_id": run_id,
-        "created_at": run_id,
-        "command": ["run_bench.py", "run", "--suite", "a b"],
-        "suite": "quick",
-        "plan": [],
-        "settings": {},
-        "device": {"kind": "cuda", "name": name, "memory_bytes": 1},
-        "environment": {"libraries": {"torch": "2.11"}, "memory": {"available_bytes": run_id}},
-        "code": {"commit": "c" * 40},
-    }
-    return base | changes
-
-
-def analyse(*entries: tuple[dict, list[Observation]]) -> analysis.Analysis:
-    return combine([(make_run(m, Path(m["run_id"])), o, m) for m, o in entries])
-
-
-def test_runs_of_one_machine_pool_and_the_newer_observation_wins():
-    new = observation(9, values={"time_s": 0.02}, samples_s=None)
-    result = analyse((manifest("b"), [new]), (manifest("a"), [observation(1)]))
-    assert len(result.sources) == 1
-    assert [run.run_id for run in result.runs] == ["a", "b"]
-    (only,) = result.results
-    assert only.time_s == 0.02
-    assert only.run_id == "b"
-    assert result.runs[0].command == "run_bench.py run --suite 'a b'"
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"device": {"kind": "cuda", "name": "Other", "memory_bytes": 1}},
-        {"environment": {"libraries": {"torch": "2.12"}}},
-        {"environment": {"libraries": {"torch": "2.11"}, "gpu": {"uuid": "another"}}},
-        {"code": {"commit": "d" * 40}},
-        {"code": {"commit": "c" * 40, "dirty": True}},
-    ],
-)
-def test_runs_that_differ_in_device_software_or_code_stay_apart(other):
-    result = analyse((manifest("a"), [observation()]), (manifest("b", **other), [observation()]))
-    assert len(result.sources) == 2
-    assert len({source.label for source in result.sources}) == 2
-    assert len(result.results) == 2
-
-
-def test_a_folder_named_twice_counts_once():
-    entry = (manifest("a"), [observation()])
-    assert len(analyse(entry, entry).results) == 1
-
-
-def test_planned_cases_without_observation_are_visible():
-    other = replace(CASE, variant="other")
-    third = replace(CASE, variant="third")
-    plan = [
-        {"case": CASE.to_dict(), "outcome": None},
-        {"case": other.to_dict(), "outcome": "unavailable", "reason": "pip install it"},
-        {"case": third.to_dict(), "outcome": None, "reason": None},
-    ]
-    result = analyse((manifest("a", plan=plan), [observation()]))
-    found = {r.case.variant: (r.outcome, r.reason) for r in result.results}
-    assert found["triton"] == (Outcome.OK, None)
-    assert found["other"] == (Outcome.UNAVAILABLE, "pip install it")
-    assert found["third"][0] is Outcome.SKIPPED
-    assert "interrupted" in (found["third"][1] or "")
-
-
-def test_frame_and_record_hold_the_results_numbers():
-    result = analyse((manifest("a"), [observation()]))
-    table = analysis.frame(result)
-    assert table.loc[0, "time_s"] == 0.011
-    assert table.loc[0, "device"] == "Fixture GPU"
-    assert table.loc[0, "case_id"] == CASE.case_id
-    assert table["call_time_s"].isna().all()
-
-
-def test_load_reads_run_folders_and_passes_their_warnings_on(tmp_path):
-    settings = {"schema": 1, "plan_hash": "x", "plugins": [], "notes": ["a note"]}
-    with RunFolder.create(tmp_path / "run", manifest("a", **settings)) as folder:
-        folder.append(observation())
-    with (tmp_path / "run" / "results.jsonl").open("a") as file:
-        file.write('{"torn')
-    result = analysis.load([tmp_path / "run"])
-    assert [r.time_s for r in result.results] == [0.011]
-    assert result.runs[0].notes[0] == "a note"
-    assert "torn" in result.runs[0].notes[1]
-
-
-def test_load_refuses_what_is_no_run(tmp_path):
-    with pytest.raises(RunFolderError, match="not a run"):
-        analysis.load([tmp_path])
+def test_columns_hold_the_results_numbers():
+    result = fold_one(observation())
+    table = columns([result], {"s": "Fixture GPU"})
+    assert table["time_s"] == [0.011]
+    assert table["device"] == ["Fixture GPU"]
+    assert table["case_id"] == [CASE.case_id]
+    assert table["call_time_s"] == [None]

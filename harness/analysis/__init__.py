@@ -1,0 +1,1 @@
+"""Records -> results: what a person reads is computed from these. Imports no torch."""
