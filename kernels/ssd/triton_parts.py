@@ -214,7 +214,7 @@ def state_kernel(
         if CHUNK_STATES:
             slot = (head * nchunks + chunk) * P * N
             if REVERSE:
-                product = tl.sum(tl.sum(ahead.to(tl.float32) * state, 1), 0)
+                product = tl.sum(ahead.to(tl.float32) * state)
                 part = (head * nchunks + chunk) * nblocks + tl.program_id(0) % nblocks
                 tl.store(passed_ptr + part, product)
                 more = tile_mask & (k + 1 < count)
