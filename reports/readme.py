@@ -17,8 +17,8 @@ implementations (names or globs, separated by commas), `pass=` and `dtype=` some
 of those named by `pass=` and `dtype=`.
 `table=traffic` shows counted beside modelled bytes, `table=memory` what a token adds to memory (of
 one `batch=`), `table=repeat other=RUN` how well a second run of the same cases agrees,
-`table=selftest` the file `selftest.json` in the named folder, and `table=gate` what repeated checks
-ended in, of the named file without its `.json`.
+`table=selftest` the file `selftest.json` in the named folder; of a file named without its `.json`,
+`table=gate` what repeated checks ended in, and `table=compiled` what kernels compile to.
 """
 
 import os
@@ -32,14 +32,34 @@ import mambench
 from mambench.harness.analysis import loading
 from mambench.harness.analysis.results import Analysis
 from mambench.harness.errors import UsageError, unknown_name
-from mambench.reports import blocks, gates, growth, markdown, ratios, rows, summary, svg, tables
+from mambench.reports import (
+    blocks,
+    compiled,
+    gates,
+    growth,
+    markdown,
+    ratios,
+    rows,
+    summary,
+    svg,
+    tables,
+)
 from mambench.reports.page import write_atomically
 from mambench.reports.rows import Report, Slice
 
 _BEGIN = re.compile(r"<!-- figures:begin (?P<spec>[^\n]*?) -->")
 _BLOCK = re.compile(_BEGIN.pattern + r".*?<!-- figures:end -->", re.DOTALL)
 _FILTERS: tuple[str, ...] = ("level", "pass", "dtype", "batch", "width")
-_TABLES: tuple[str, ...] = ("ratios", "blocks", "traffic", "memory", "repeat", "selftest", "gate")
+_TABLES: tuple[str, ...] = (
+    "ratios",
+    "blocks",
+    "traffic",
+    "memory",
+    "repeat",
+    "selftest",
+    "gate",
+    "compiled",
+)
 _RATIO_WORDS: tuple[str, ...] = ("table", "metric", "ours", "peers", "pass", "dtype")
 
 
@@ -83,6 +103,8 @@ def _body(spec: str, document: Path, published: Path, charts: dict[Path, str]) -
         return tables.selftest(published / name / "selftest.json")
     if "table=gate" in filters:
         return gates.table(published / f"{name}.json")
+    if "table=compiled" in filters:
+        return compiled.table(published / f"{name}.json")
     known = sorted(path.parent.name for path in published.glob("*/manifest.json"))
     if name not in known:
         raise UsageError(f"{document}: {unknown_name('published run', name, known)}")
