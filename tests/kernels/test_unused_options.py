@@ -10,7 +10,9 @@ pytest.importorskip("triton.experimental.gluon")
 from mambench.harness.static.record import record
 
 FP32 = torch.float32
-POINTERS = ("D_ptr", "z_ptr", "bias_ptr", "seq_ptr", "kept_ptr", "checkpoints_ptr")
+POINTERS = (
+    "D_ptr", "z_ptr", "bias_ptr", "seq_ptr", "kept_ptr", "checkpoints_ptr", "start",
+)  # fmt: skip
 FLAGS = (
     "HAS_D", "HAS_Z", "HAS_BIAS", "SOFTPLUS", "HAS_FIRST", "HAS_START", "HAS_SEQ", "D_DIMS",
     "STORE_FINAL",
@@ -25,6 +27,7 @@ def s6(module):
         options = {
             "D": lambda: draw(2048, dtype=FP32), "z": lambda: draw(*like_u),
             "delta_bias": lambda: draw(2048, dtype=FP32), "delta_softplus": lambda: True,
+            "initial_state": lambda: draw(1, 2048, 16, dtype=FP32),
         }  # fmt: skip
         chosen = {name: options[name]() for name in given}
         A = draw(2048, 16, dtype=FP32)
@@ -41,7 +44,8 @@ def ssd(module):
         options = {
             "D": lambda: draw(32, dtype=FP32), "z": lambda: draw(*like_x),
             "dt_bias": lambda: draw(32, dtype=FP32), "dt_softplus": lambda: True,
-            "return_final_states": lambda: True,
+            "return_final_states": lambda: True, "dt_limit": lambda: (0.01, 0.3),
+            "initial_states": lambda: draw(1, 32, 64, 128, dtype=FP32),
         }  # fmt: skip
         chosen = {name: options[name]() for name in given}
         x, dt, A = draw(*like_x), draw(1, 8192, 32), draw(32, dtype=FP32)
@@ -73,6 +77,9 @@ def used(call, *given):
                 ("delta_bias", {"bias_ptr", "HAS_BIAS"}), ("delta_softplus", {"SOFTPLUS"}),
             )
         ),
+        (s6, "triton_scan", "initial_state", {"HAS_FIRST"}),
+        (ssd, "triton_ssd", "initial_states", {"HAS_START"}),
+        (ssd, "hopper_op", "initial_states", {"HAS_START", "start"}),
         *(
             (ssd, module, option, taken)
             for module in ("triton_ssd", "hopper_op")
@@ -80,6 +87,7 @@ def used(call, *given):
                 ("D", {"D_ptr", "D_DIMS"}), ("z", {"HAS_Z"}),
                 ("dt_bias", {"bias_ptr", "HAS_BIAS"}), ("dt_softplus", {"SOFTPLUS"}),
                 ("return_final_states", {"STORE_FINAL"}),
+                ("dt_limit", set()),  # two comparisons of each dt, given or not
             )
         ),
     ],

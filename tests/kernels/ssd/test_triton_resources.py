@@ -15,6 +15,13 @@ def test_no_kernel_spills_its_registers(resources, arch, gated):
     assert not {name: u.text for name, u in found.items() if u.shared_bytes > SHARED_BYTES[arch]}
 
 
+@pytest.mark.slow
+def test_the_walks_over_states_compile_for_blackwell(binaries):
+    """Triton 3.6 lays a tile that is summed twice, one axis after the other, out wrongly there."""
+    found = binaries("ssd triton bf16 P=64 N=128", 100, "state_kernel")
+    assert found["state_kernel"].stack_bytes == 0
+
+
 def test_a_tile_that_is_too_large_is_seen_to_spill(resources, monkeypatch):
     from dataclasses import replace
 
