@@ -16,7 +16,8 @@ implementations (names or globs, separated by commas), `pass=` and `dtype=` some
 `table=blocks` shows tokens per second and peak memory of whole blocks, of all passes and dtypes or
 of those named by `pass=` and `dtype=`.
 `table=traffic` shows counted beside modelled bytes, `table=memory` what a token adds to memory (of
-one `batch=`), `table=repeat other=RUN` how well a second run of the same cases agrees,
+one `batch=`), `table=pace` the time per token over the length,
+`table=repeat other=RUN` how well a second run of the same cases agrees,
 `table=selftest` the file `selftest.json` in the named folder; of a file named without its `.json`,
 `table=gate` what repeated checks ended in, and `table=compiled` what kernels compile to.
 """
@@ -38,6 +39,7 @@ from mambench.reports import (
     gates,
     growth,
     markdown,
+    pace,
     ratios,
     rows,
     summary,
@@ -55,6 +57,7 @@ _TABLES: tuple[str, ...] = (
     "blocks",
     "traffic",
     "memory",
+    "pace",
     "repeat",
     "selftest",
     "gate",
@@ -111,6 +114,8 @@ def _body(spec: str, document: Path, published: Path, charts: dict[Path, str]) -
     made = loading.load([published / name])
     where = f"{document}, table of {name}"
     table = dict(word.split("=", 1) for word in filters if "=" in word).get("table")
+    if table == "pace":
+        return "\n\n".join([pace.table(made), markdown.provenance(made.sources[0])])
     if table == "traffic":
         return "\n\n".join([tables.traffic(made), markdown.provenance(made.sources[0])])
     if table == "memory":
