@@ -159,7 +159,22 @@ def _import_plugin(plugin: str) -> ModuleType:
     except PluginError:
         raise
     except (Exception, SystemExit) as error:  # see above; a script may also end itself
-        raise PluginError(f"plugin '{plugin}' cannot be imported: {_brief(error)}") from error
+        hint = ""
+        if isinstance(error, ModuleNotFoundError):
+            hint = "; install it, or name its folder in PYTHONPATH"
+        said = f"plugin '{plugin}' cannot be imported: {_brief(error)}{hint}"
+        raise PluginError(said) from error
+
+
+def beside(path: Path) -> list[str]:
+    """Return the folders in which a plugin's file finds its package though it is not installed.
+
+    As a script does: its own folder, and src/ in it; not those that are on sys.path already. They
+    come last, so that nothing which lies there hides what is installed.
+    """
+    folder = path.expanduser().resolve().parent
+    found = [str(each) for each in (folder / "src", folder) if each.is_dir()]
+    return [each for each in found if each not in sys.path]
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -174,6 +189,7 @@ def _import_file(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise PluginError(f"plugin '{path}' is not a Python file.")
     module = importlib.util.module_from_spec(spec)
+    sys.path.extend(beside(path))
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)

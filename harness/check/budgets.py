@@ -26,6 +26,7 @@ from pathlib import Path
 from mambench.harness.analysis import loading
 from mambench.harness.analysis.intervals import ROUNDS_FOR_INTERVAL
 from mambench.harness.analysis.results import Analysis, Result
+from mambench.harness.check.report import quantity
 from mambench.harness.curves import PROCESS_FRAC, speedup
 from mambench.harness.errors import SuiteError, UsageError, unknown_name
 from mambench.harness.filters import Predicate, compile_filter
@@ -265,11 +266,15 @@ def _verdict(budget: Budget, value: Value) -> Verdict:
 def _reason(budget: Budget, value: Value, verdict: Verdict) -> str:
     side = "at most" if budget.at_most else "at least"
     relative = " of the other's" if budget.of else ""
-    said = f"{value.value:.4g}{relative}, promised {side} {budget.limit:.4g}"
+
+    def shown(number: float | None) -> str:
+        return f"{number:.4g}" if budget.of else quantity(number, budget.metric)
+
+    said = f"{shown(value.value)}{relative}, promised {side} {shown(budget.limit)}"
     if value.low is None:
         return f"{said}: too few samples for an interval"
     if verdict is Verdict.INCONCLUSIVE:
-        return f"{said}: the limit lies within {value.low:.4g} .. {value.high:.4g}"
+        return f"{said}: the limit lies within {shown(value.low)} .. {shown(value.high)}"
     return said
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mambench.harness import machine_cache, reproduce
-from mambench.harness.check import accept, explain, noise, side_plan, sides
+from mambench.harness.check import accept, explain, imports, noise, side_plan, sides
+from mambench.harness.check import budgets as promises
 from mambench.harness.check.judge import Evidence, Stages, assess
 from mambench.harness.check.measure import AGAIN, BASE, HEAD, Arm, Check, Measured, Progress, Terms
 from mambench.harness.check.report import DEFAULT_FAIL_ON, CheckReport
@@ -26,11 +27,10 @@ from mambench.harness.errors import (
     UsageError,
 )
 from mambench.harness.plan import Plan
-from mambench.harness.profilers import catalog
-from mambench.harness.spec import METRICS, Device
+from mambench.harness.spec import Device
 from mambench.harness.store import MANIFEST, RunFolder, new_run
 from mambench.harness.text import duration
-from mambench.harness.verdict import EXACT, TIMES, Assessment, Point, Verdict, with_points
+from mambench.harness.verdict import TIMES, Assessment, Point, Verdict, with_points
 
 CHECK_FILE = "check.json"
 _NOTHING = Assessment(points=())
@@ -51,6 +51,7 @@ class Request:
     promise_frac: float = 0.05
     fail_on: Sequence[str] = DEFAULT_FAIL_ON
     accepted: Sequence[accept.Accepted] = field(default=())
+    budgets: Sequence[promises.Budget] = field(default=())
     wait: bool = False
     program: Sequence[str] = ("mambench",)
 
@@ -113,22 +114,26 @@ def _checked(request: Request, path: Path, progress: Progress) -> CheckReport:
         with ThreadPoolExecutor() as beside:  # each is asked in a process of its own
             planned = {s.name: beside.submit(side_plan.ask, s, request.asked) for s in both}
         plan = planned[head.name].result()
-        if left := unjudged(plan):
+        if left := side_plan.unjudged(plan):
             progress.on_note(f"measured, and judged by budgets only: {', '.join(left)}")
         if request.baseline is not None:
             return _against_stored(request, path, head, plan, progress)
-        notes: list[str] = []
+        libraries = imports.differences(base, head, base.plugins, head.plugins)
+        notes = [f"changed: {library}" for library in libraries]
         try:
             base_plan = planned[base.name].result()
         except UsageError as error:
-            base_plan, notes = replace(plan, cases=()), [str(error)]
+            base_plan = replace(plan, cases=())
+            notes.append(str(error))
         arms = [
             Arm(name=BASE, side=base, plan=base_plan),
             Arm(name=HEAD, side=head, plan=plan),
         ]
         known = noise.load(plan.device, plan.settings, request.store)
         stored = None
-        if known is not None and known.knows([p.case for p in plan.runnable], times(plan)):
+        if known is not None and known.knows(
+            [p.case for p in plan.runnable], side_plan.times(plan)
+        ):
             stored = known.pairs
         else:
             arms.append(Arm(name=AGAIN, side=base, plan=base_plan))
@@ -140,7 +145,7 @@ def _checked(request: Request, path: Path, progress: Progress) -> CheckReport:
         job = Check(arms, path, terms, progress)
         measured = job.run(wait=request.wait)
         evidence = measured.evidence
-        assessment = replace(measured.assessment, notes=tuple(notes))
+        assessment = replace(_promised(measured, request, path), notes=tuple(notes))
         facts = {
             "base": base.label,
             "head": head.label,
@@ -151,7 +156,9 @@ def _checked(request: Request, path: Path, progress: Progress) -> CheckReport:
         )
         rate = noise.alarm_rate(aa, list(evidence.head.cases.values()), request.rule)
         assessment = _annotated(assessment, evidence)
-        told = _explained(assessment, evidence, plan, request, base_ref=wanted.base)
+        told = _explained(
+            assessment, evidence, plan, request, base_ref=wanted.base, libraries=libraries
+        )
         return CheckReport(
             title=_title(request),
             assessment=accept.apply(told, request.accepted),
@@ -162,20 +169,12 @@ def _checked(request: Request, path: Path, progress: Progress) -> CheckReport:
         )
 
 
-def times(plan: Plan) -> list[str]:
-    """Return the metrics of time that a plan measures on its device."""
-    found = catalog.load()
-    return [
-        metric
-        for metric, measurement in TIMES.items()
-        if measurement in plan.settings.measurements and not found[measurement].missing(plan.device)
-    ]
-
-
-def unjudged(plan: Plan) -> list[str]:
-    """Return the measurements that were asked for and of which no value is judged."""
-    judged = {m.measured_by for m in METRICS if m.tag in TIMES or m.tag in EXACT}
-    return [name for name in plan.settings.measurements if name not in judged]
+def _promised(measured: Measured, request: Request, path: Path) -> Assessment:
+    """Return the assessment with what the budgets say of the head that was measured."""
+    if not request.budgets:
+        return measured.assessment
+    points = promises.judge_runs(request.budgets, [path / HEAD])
+    return replace(measured.assessment, points=(*measured.assessment.points, *points))
 
 
 def _terms(request: Request, **more: Any) -> Terms:
@@ -216,14 +215,21 @@ def _annotated(assessment: Assessment, evidence: Evidence) -> Assessment:
 
 
 def _explained(
-    assessment: Assessment, evidence: Evidence, plan: Plan, request: Request, *, base_ref: str
+    assessment: Assessment,
+    evidence: Evidence,
+    plan: Plan,
+    request: Request,
+    *,
+    base_ref: str,
+    libraries: Sequence[str] = (),
 ) -> Assessment:
     """Say beside each point that got worse what else changed, and how to see it again."""
 
     def tell(point: Point) -> Point:
         if point.case is None or point.verdict not in (Verdict.REGRESSED, Verdict.FAILED):
             return point
-        notes = explain.differences(point.case, evidence.base, evidence.head)
+        found = (*explain.differences(point.case, evidence.base, evidence.head), *libraries)
+        notes = found or (explain.NOTHING,)
         return replace(point, notes=notes, command=command(point, plan, request, base_ref))
 
     return with_points(assessment, tell)
@@ -271,8 +277,9 @@ def _against_stored(
         "told from a change of the code; `--base REF` measures both in one job"
     )
     changed = explain.environments(folder.manifest, RunFolder.open(path / HEAD).manifest)
-    assessment = replace(measured.assessment, notes=(note, *(f"changed: {c}" for c in changed)))
-    told = _explained(assessment, measured.evidence, plan, request, base_ref="")
+    notes = (note, *(f"changed: {c}" for c in changed))
+    assessment = replace(_promised(measured, request, path), notes=notes)
+    told = _explained(assessment, measured.evidence, plan, request, base_ref="", libraries=changed)
     facts = {
         "base": f"{request.baseline}, made {folder.manifest['created_at']}",
         "head": head.label,

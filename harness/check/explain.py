@@ -12,6 +12,7 @@ from mambench.harness.spec import Case
 
 MAX_NOTES = 8
 NOTABLE_FRAC = 0.02
+NOTHING = "nothing else that is recorded (clocks, memory, kernels, configuration, libraries)"
 # Details that explain a time, as parts of their dotted names.
 _TELLING = re.compile(
     r"config|tuning|tuned|num_warps|num_stages|block|registers|spill|shared|kernel|launch|method"

@@ -276,6 +276,8 @@ def _case_point(
 def _point(i: int, kind: Kind, name: str, metric: str, judged: _Judgement) -> Point:
     overall, first = judged.overall, judged.first
     low, high = overall.interval()
+    # It is of the trimmed mean; of rounds in two modes the median, which is shown, can lie beyond.
+    low, high = np.fmin(low, overall.median), np.fmax(high, overall.median)
     verdict, reason = _said(i, judged, float(low[i]), float(high[i]))
     return Point(
         kind=kind,

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from xml.etree import ElementTree
 
+from mambench.harness.metrics import METRICS
 from mambench.harness.text import binary_bytes, si_time, table
 from mambench.harness.verdict import TIMES, Assessment, Kind, Point, Verdict
 
@@ -32,6 +33,7 @@ _ORDER = (
     *(Verdict.REGRESSED, Verdict.FAILED, Verdict.MISSING, Verdict.UNSTABLE),
     *(Verdict.INCONCLUSIVE, Verdict.IMPROVED, Verdict.NEW, Verdict.SAME),
 )
+_UNITS = {m.tag: m.unit for m in METRICS}
 _SIGNS = {
     Verdict.REGRESSED: "🔴",
     Verdict.FAILED: "❌",
@@ -91,7 +93,16 @@ class CheckReport:
         more = f", {accepted} accepted" if accepted else ""
         if not self.judged:
             return f"{len(self.assessment.points)} points, not judged."
-        return f"{_RESULTS[self.exit_code]}: {said}{more}."
+        return f"{self._result}: {said}{more}."
+
+    @property
+    def _result(self) -> str:
+        code = self.exit_code
+        if code != 3 or self.assessment.blind:
+            return _RESULTS[code]
+        if self.assessment.suspects:
+            return _UNSETTLED
+        return _UNSTABLE if self.assessment.unstable else _UNDECIDED
 
     @property
     def seen(self) -> str:
@@ -103,7 +114,9 @@ class CheckReport:
         text = f"In nine of ten cases a slowdown of {smallest:.1%} would have been seen"
         if self.assessment.blind:
             return (
-                f"{text}; {promise:.1%} was promised: more rounds or a quieter machine are needed."
+                f"{text}; {promise:.1%} was promised. To see less: a quieter machine, larger "
+                f"cases, more --rounds. To promise what this machine keeps: --promise "
+                f"{math.ceil(smallest * 100)}."
             )
         return f"{text} (promised: {promise:.1%})."
 
@@ -126,7 +139,10 @@ class CheckReport:
         """Return the points, what matters first."""
         return sorted(
             self.assessment.points,
-            key=lambda p: (_ORDER.index(p.verdict), -(p.change_frac or 0.0), p.name),
+            key=lambda p: (
+                *(_ORDER.index(p.verdict), p.accepted is not None),
+                *(-(p.change_frac or 0.0), p.name),
+            ),
         )
 
 
@@ -138,6 +154,11 @@ _RESULTS = {
 }
 
 
+_UNSTABLE = "Something was too unstable to be judged"
+_UNDECIDED = "Not everything could be decided"
+_UNSETTLED = "A suspicion was not settled, for want of time"
+
+
 # --- how quantities are written ------------------------------------------------------------------
 
 
@@ -145,9 +166,12 @@ def quantity(value: float | None, metric: str) -> str:
     """Return a value with its unit."""
     if value is None:
         return "-"
-    if metric.endswith("_s"):
+    if metric.endswith("_bytes"):
+        return binary_bytes(value)
+    unit = _UNITS.get(metric, "1")
+    if unit == "s":
         return si_time(value)
-    return binary_bytes(value) if metric.endswith("_bytes") else f"{value:,.6g}"
+    return f"{value:,.6g}" if unit == "1" else f"{value:,.6g} {unit}"
 
 
 def percent(value: float | None, *, sign: bool = True) -> str:
@@ -180,7 +204,7 @@ def text(report: CheckReport, *, everything: bool = False) -> str:
     shown = [p for p in report.ordered() if everything or p.verdict is not Verdict.SAME]
     rows = [
         (
-            p.verdict.upper() if report.judged else "",
+            _word(p).upper() if report.judged else "",
             what(p),
             quantity(p.base, p.metric),
             quantity(p.head, p.metric),
@@ -198,9 +222,14 @@ def text(report: CheckReport, *, everything: bool = False) -> str:
     for point in shown:
         if point.verdict in (Verdict.SAME, Verdict.IMPROVED) or not report.judged:
             continue
-        lines += ["", f"{point.verdict.upper()} {what(point)}"]
+        lines += ["", f"{_word(point).upper()} {what(point)}"]
         lines += [f"  {line}" for line in _explanation(point)]
     return "\n".join([*lines, "", *_closing(report)])
+
+
+def _word(point: Point) -> str:
+    """Return the verdict, and of a regression that is meant that it is."""
+    return f"{point.verdict} (accepted)" if point.accepted else str(point.verdict)
 
 
 def _closing(report: CheckReport) -> list[str]:
@@ -276,7 +305,7 @@ def _markdown_row(point: Point, judged: bool) -> str:
     if point.low_frac is not None:
         interval = f"{percent(point.low_frac)} … {percent(point.high_frac)}"
     cells = (
-        f"{_SIGNS[point.verdict]} {point.verdict}" if judged else "",
+        f"{'☑️' if point.accepted else _SIGNS[point.verdict]} {_word(point)}" if judged else "",
         _escaped(what(point)),
         quantity(point.base, point.metric),
         quantity(point.head, point.metric),
@@ -288,7 +317,7 @@ def _markdown_row(point: Point, judged: bool) -> str:
 
 
 def _markdown_details(point: Point) -> str:
-    lines = [f"\n<details><summary>{point.verdict}: {_html(what(point))}</summary>\n"]
+    lines = [f"\n<details><summary>{_word(point)}: {_html(what(point))}</summary>\n"]
     lines += [f"- {_escaped(line)}" for line in ([because(point)] if because(point) else [])]
     lines += [f"- changed too: {_escaped(note)}" for note in point.notes]
     if point.command:
@@ -317,13 +346,16 @@ def as_json(report: CheckReport) -> dict[str, Any]:
         "problem": report.problem,
         "facts": dict(report.facts),
         "notes": list(assessment.notes),
-        "counts": {v.value: n for v, n in assessment.counts().items()},
+        "judged": report.judged,
+        "counts": {v.value: n for v, n in assessment.counts().items()} if report.judged else {},
         "smallest_seen_frac": assessment.smallest_seen_frac,
         "promise_frac": assessment.promise_frac,
         "blind": assessment.blind,
         "alarm_rate": report.alarm_rate,
         "wall_s": report.wall_s,
-        "points": [_point_json(p) for p in report.ordered()],
+        "points": [
+            _point_json(p) | ({} if report.judged else {"verdict": None}) for p in report.ordered()
+        ],
     }
 
 

@@ -16,7 +16,9 @@ import mambench
 from mambench.harness.check.sides import Side
 from mambench.harness.errors import MeasurementError, UsageError
 from mambench.harness.plan import Plan, make_plan
-from mambench.harness.spec import DeviceKind
+from mambench.harness.profilers import catalog
+from mambench.harness.spec import METRICS, DeviceKind
+from mambench.harness.verdict import EXACT, TIMES
 from mambench.harness.workers.pool import environment
 
 LIMIT_S = 300.0
@@ -81,6 +83,22 @@ def from_request(asked: Mapping[str, Any]) -> Plan:
         measure=reproduce.parse_names(asked.get("measure") or ()),
         plugins=asked["plugins"],
     )
+
+
+def times(plan: Plan) -> list[str]:
+    """Return the metrics of time that a plan measures on its device."""
+    found = catalog.load()
+    return [
+        metric
+        for metric, measurement in TIMES.items()
+        if measurement in plan.settings.measurements and not found[measurement].missing(plan.device)
+    ]
+
+
+def unjudged(plan: Plan) -> list[str]:
+    """Return the measurements that were asked for and of which no value is judged."""
+    judged = {m.measured_by for m in METRICS if m.tag in TIMES or m.tag in EXACT}
+    return [name for name in plan.settings.measurements if name not in judged]
 
 
 def main() -> None:

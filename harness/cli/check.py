@@ -13,6 +13,7 @@ from mambench.harness.cli import options
 from mambench.harness.errors import UsageError
 
 if TYPE_CHECKING:
+    from mambench.harness.check.budgets import Budget
     from mambench.harness.check.commands import Request
     from mambench.harness.check.report import CheckReport
 
@@ -119,10 +120,9 @@ def check(context: click.Context, **asked: Any) -> None:
         report, folder = cli_gate.static_check(asked, _fail_on)
     else:
         cli_gate.refuse_without_static(asked)
-        request = _request(asked)
+        request = _request(asked, promised)
         with check_progress.make(quiet=asked["quiet"], environment=os.environ) as progress:
             report, folder = checking.check(request, progress)
-        report = cli_gate.with_budgets(report, folder, promised)
     # What could not even begin leaves no folder, unless one was asked for.
     if kept := report.problem is None or asked["output"] is not None or folder.exists():
         _write(report, folder)
@@ -169,7 +169,7 @@ def calibrate(**asked: Any) -> None:
     click.echo(f"kept: {file}")
 
 
-def _request(asked: dict[str, Any]) -> "Request":
+def _request(asked: dict[str, Any], promised: "Sequence[Budget]" = ()) -> "Request":
     from mambench.harness.check import accept, sides
     from mambench.harness.check import commands as checking
 
@@ -199,6 +199,7 @@ def _request(asked: dict[str, Any]) -> "Request":
         promise_frac=asked.get("promise", 5.0) / 100,
         fail_on=_fail_on(asked.get("fail_on")),
         accepted=accept.read(accept_file) if accept_file else (),
+        budgets=promised,
         wait=asked["wait"],
         program=checking.program(),
     )

@@ -134,21 +134,6 @@ def read_budgets(asked: dict[str, Any]) -> "Sequence[Budget]":
     return budgets.read(asked["budgets"])
 
 
-def with_budgets(
-    report: "CheckReport", folder: Path, promised: "Sequence[Budget]"
-) -> "CheckReport":
-    """Add what the budgets say of the head that a check has just measured."""
-    from dataclasses import replace
-
-    from mambench.harness.check import budgets
-
-    if not promised or report.problem is not None:
-        return report
-    points = budgets.judge_runs(promised, [head_of(folder)])
-    found = report.assessment
-    return replace(report, assessment=replace(found, points=(*found.points, *points)))
-
-
 def head_of(path: Path) -> Path:
     """Return the run in a check's folder, or the folder itself."""
     inside = path / "head"

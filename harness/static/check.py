@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import mambench
 from mambench.harness import machine_cache
-from mambench.harness.check import accept, sides
+from mambench.harness.check import accept, imports, sides
 from mambench.harness.check.report import CheckReport
 from mambench.harness.check.sides import Side, Wanted
 from mambench.harness.errors import MeasurementError, UsageError
@@ -76,6 +76,8 @@ def check(request: Request, note: Callable[[str], None]) -> tuple[CheckReport, d
                     base, label = _asked(read(request.baseline), request), str(request.baseline)
                 else:
                     own = _inventory(base_side, request)
+                    named = [str(_inventory(side, request)) for side in (base_side, head_side)]
+                    imports.differences(base_side, head_side, named[:1], named[1:])
                     files = [_required(head_side, request), *([own] if own.is_file() else [])]
                     base, label = _figures(base_side, files, request, folder), base_side.label
                 head = _figures(head_side, [_required(head_side, request)], request, folder)

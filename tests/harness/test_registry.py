@@ -1,5 +1,6 @@
 """Finding implementations: built-ins, plugins, entry points, and what is refused."""
 
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -111,6 +112,23 @@ def test_a_plugin_that_failed_can_be_mended(plugin: Path):
         registry.load([edited(plugin, "import Family", "import Familie")])
     plugin.write_text(PLUGIN)
     assert "mine" in registry.load([str(plugin)])
+
+
+@pytest.mark.parametrize("folder", ["", "src"])
+def test_a_plugin_file_finds_its_package_beside_it(
+    plugin: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    name = f"mambench_test_beside_{folder or 'it'}"
+    (plugin.parent / folder).mkdir(exist_ok=True)
+    (plugin.parent / folder / f"{name}.py").write_text("SUMMARY = 'of the package'")
+    plugin.write_text(PLUGIN.replace('"a plugin"', f"__import__('{name}').SUMMARY"))
+    assert registry.load([str(plugin)])["mine"].summary == "of the package"
+
+
+def test_a_package_that_is_nowhere_can_be_installed(plugin: Path):
+    with pytest.raises(PluginError, match="No module named 'no_such_package'; install it"):
+        registry.load([edited(plugin, "class Mine", "import no_such_package\nclass Mine")])
 
 
 @pytest.mark.parametrize("name", ["absent.py", "./absent.py", "no_such_module_anywhere"])

@@ -63,5 +63,25 @@ def test_a_mistake_is_named(tmp_path: Path, text: str, said: str):
         applied(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("point", "name"),
+    [
+        (regressed("peak_memory_bytes"), f"{CASES[0].label} [peak_memory_bytes]"),
+        (
+            Point(kind=Kind.EXPONENT, name="a", metric="time_s", verdict=Verdict.REGRESSED),
+            "scaling of a",
+        ),
+        (
+            Point(kind=Kind.FAMILY, name="a:torch b", metric="time_s", verdict=Verdict.REGRESSED),
+            "family a:*",
+        ),
+    ],
+)
+def test_a_name_is_written_as_in_the_report(tmp_path: Path, point: Point, name: str):
+    found = applied(tmp_path, ENTRY.format(case=name, expires=TODAY), point, regressed())
+    assert [p.accepted is not None for p in found.points] == [True, False]
+    assert not found.notes
+
+
 def test_an_empty_file_accepts_nothing(tmp_path: Path):
     assert applied(tmp_path, "", regressed()).points[0].accepted is None

@@ -12,9 +12,10 @@ import pytest
 from check_rounds import ALL, CASES, side
 
 from mambench.harness import machine, machine_cache
+from mambench.harness.check import accept, budgets, explain, noise, side_plan, sides
 from mambench.harness.check import commands as checking
-from mambench.harness.check import noise, side_plan, sides
 from mambench.harness.check.commands import Request
+from mambench.harness.check.judge import assess
 from mambench.harness.check.measure import Measured
 from mambench.harness.check.progress import make
 from mambench.harness.check.report import CheckReport
@@ -26,7 +27,7 @@ from mambench.harness.plan import Plan, PlannedCase
 from mambench.harness.records import Observation
 from mambench.harness.spec import Settings
 from mambench.harness.store import RunFolder
-from mambench.harness.verdict import Assessment, Kind
+from mambench.harness.verdict import Assessment, Kind, Verdict
 from mambench.harness.workers.pool import Code
 
 CPU = machine.cpu()
@@ -61,13 +62,14 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Chec
     monkeypatch.setattr(sides, "prepared", lambda wanted, folder, note: nullcontext(both))
     monkeypatch.setattr(side_plan, "ask", lambda side, asked: PLAN)
 
-    def run(baseline: Path | None) -> CheckReport:
+    def run(baseline: Path | None, **more: Any) -> CheckReport:
         request = Request(
             asked={},
             wanted=Wanted(repository=tmp_path, base="main"),
             baseline=baseline,
             output=tmp_path / "out",
             store=tmp_path / "store",
+            **more,
         )
         return checking.check(request, make(quiet=True, environment={}))[0]
 
@@ -133,7 +135,7 @@ def test_a_busy_device_is_not_measured(
 def test_what_is_measured_and_not_judged_is_named():
     asked = ("time", "call_time", "memory", "traffic", "launches", "energy", "cold_time")
     plan = replace(PLAN, settings=replace(PLAN.settings, measurements=asked))
-    assert checking.unjudged(plan) == ["energy", "cold_time"]
+    assert side_plan.unjudged(plan) == ["energy", "cold_time"]
 
 
 def test_a_mistake_stays_a_mistake(
@@ -243,9 +245,6 @@ def test_noise_that_cannot_be_read_is_refused(tmp_path: Path, text: str):
 def test_a_regression_is_explained_and_can_be_reproduced(tmp_path: Path):
     from check_rounds import evidence, observation
 
-    from mambench.harness.check import explain
-    from mambench.harness.check.judge import assess
-
     def with_details(observations: list[Observation], clock: float, warps: int):
         return [
             replace(
@@ -279,8 +278,6 @@ def test_a_regression_is_explained_and_can_be_reproduced(tmp_path: Path):
 def test_a_kernel_of_another_configuration_is_named():
     from check_rounds import evidence, observation
 
-    from mambench.harness.check import explain
-
     def launches(warps: int, registers: int) -> Observation:
         constants = {"BLOCK": 64, "WIDE": "True"}
         kernel = {"name": "_scan", "shared_bytes": 8 * registers, "warps": warps}
@@ -301,6 +298,52 @@ def test_a_kernel_of_another_configuration_is_named():
     )
 
 
+def test_budgets_are_judged_explained_and_accepted_with_the_rest(
+    check: Callable[..., CheckReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from check_rounds import evidence
+
+    slower = side(ALL, seed=1, factor=lambda c: 1 + 0.2 * (c == CASES[0]))
+    found = evidence(side(ALL), slower)
+    libraries = ["fastlib: 1.0 -> 1.1"]
+
+    class Measures:
+        def __init__(self, arms: Any, path: Path, *_: Any) -> None:
+            if not (path / "head").exists():
+                stored(path / "head", slower)
+
+        def run(self, *, wait: bool) -> Measured:
+            return Measured(assessment=assess(found, Rule()), evidence=found, wall_s=1.0)
+
+    monkeypatch.setattr(checking, "Check", Measures)
+    monkeypatch.setattr(checking.imports, "differences", lambda *_: tuple(libraries))
+    (tmp_path / "budgets.yaml").write_text(
+        "budgets:\n"
+        "  - {name: fast, cases: [implementation=a, seqlen=256], at_most: 1.0e-9}\n"
+        "  - {name: slow, cases: [implementation=a, seqlen=256], at_most: 1.0}\n"
+    )
+    meant = "[{case: 'fast: *', reason: meant, expires: 2999-01-01}]"
+    (tmp_path / "accepted.yaml").write_text(meant)
+    made = check(
+        None,
+        budgets=budgets.read(tmp_path / "budgets.yaml"),
+        accepted=accept.read(tmp_path / "accepted.yaml"),
+    )
+    told = {p.name: p for p in made.assessment.points if p.metric == "time_s"}
+    label = CASES[0].label
+    assert told[f"fast: {label}"].accepted == "meant (until 2999-01-01)"
+    assert told[f"slow: {label}"].verdict is Verdict.SAME
+    assert told[label].verdict is Verdict.REGRESSED
+    for name in (label, f"fast: {label}"):
+        assert told[name].notes == tuple(libraries)
+        assert told[name].command
+    assert "changed: fastlib: 1.0 -> 1.1" in made.assessment.notes
+    assert not any("covers no regression" in note for note in made.assessment.notes)
+    libraries.clear()
+    again = next(p for p in check(None).assessment.points if p.name == label)
+    assert again.notes == (explain.NOTHING,)
+
+
 def test_a_busy_machine_is_told():
     from check_rounds import evidence
 
@@ -314,7 +357,6 @@ def test_a_busy_machine_is_told():
 
 
 def test_equal_environments_are_not_mentioned(tmp_path: Path):
-    from mambench.harness.check import explain
 
     manifest = RunFolder.open(five(tmp_path / "run")).manifest
     other = json.loads(json.dumps(manifest, default=str))

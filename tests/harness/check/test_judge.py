@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from check_rounds import ALL, CASES, LENGTHS, evidence, observation, side
 
-from mambench.harness.check.judge import assess
+from mambench.harness.check.judge import Stages, assess
 from mambench.harness.check.report import CheckReport
 from mambench.harness.check.rounds import AA
 from mambench.harness.check.rule import Rule
@@ -315,3 +315,17 @@ def test_a_case_without_a_length_has_no_curve_and_a_time():
     assert {p.name for p in found.points if p.kind is Kind.EXPONENT} == {
         f"{name}:torch attention/op forward B=1 D=64 fp32 over L" for name in "abc"
     }
+
+
+def test_the_change_that_is_shown_lies_within_its_interval():
+    head = [
+        replace(o, values={"time_s": o.values["time_s"] * (1.1 if o.round <= 5 else 1.9)})
+        if "time_s" in o.values
+        else o
+        for o in side(range(1, 10), seed=1)
+    ]
+    found = evidence(side(range(1, 10)), head, confirmed=0)
+    found = assess(replace(found, stages=Stages(screening=tuple(range(1, 10)))), Rule())
+    timed = [p for p in found.points if p.kind is Kind.CASE and p.metric == "time_s"]
+    assert all(0.05 < p.change_frac < 0.15 for p in timed)
+    assert all(p.low_frac <= p.change_frac <= p.high_frac for p in timed)

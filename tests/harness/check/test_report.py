@@ -132,6 +132,40 @@ def test_markdown_of_a_table_keeps_its_columns():
     assert "<script>" not in formats.markdown(report(odd))
 
 
+def test_an_accepted_regression_looks_like_one_everywhere():
+    meant = a_point(Verdict.REGRESSED, 1, accepted="safer", change_frac=0.9)
+    not_meant = a_point(Verdict.REGRESSED, 2)
+    made = report(meant, not_meant)
+    assert [p.accepted for p in made.ordered()[:2]] == [None, "safer"]
+    assert "REGRESSED (ACCEPTED)" in formats.text(made)
+    assert "| ☑️ regressed (accepted) |" in formats.markdown(made)
+    assert formats.markdown(made).count("🔴") == 1
+
+
+def test_a_blind_run_says_what_to_do_and_what_it_could_promise():
+    text = formats.text(EXITS["blind"][0])
+    assert "5.0% was promised" in text
+    assert "--rounds" in text
+    assert "--promise 20." in text
+    for name, said in (("unstable", "too unstable"), ("suspects not measured again", "for want")):
+        assert said in EXITS[name][0].conclusion
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [("time_s", "2 s"), ("tokens_per_s", "2 tokens/s"), ("peak_memory_bytes", "2 B"),
+     ("kernel_count", "2"), ("barriers", "2")],
+)  # fmt: skip
+def test_quantities_have_their_units(metric: str, said: str):
+    assert formats.quantity(2.0, metric) == said
+
+
+def test_what_is_not_judged_has_no_verdict_in_json_either():
+    told = formats.as_json(EXITS["not judged"][0])
+    assert (told["judged"], told["counts"]) == (False, {})
+    assert {point["verdict"] for point in told["points"]} == {None}
+
+
 def test_annotations_are_single_lines():
     bad = a_point(Verdict.REGRESSED, reason="100%\nslower", notes=("a: b, c",))
     lines = list(formats.annotations(report(bad)))
