@@ -18,7 +18,11 @@ from mambench.implementations.peers.warm import CONFIGURATION_S, TUNING_S, compi
 if TYPE_CHECKING:
     from torch import Tensor
 
-INSTALL = "MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation mamba-ssm"
+# Both are needed: without the first, releases since 2026 leave the CUDA extension out; without the
+# second, an older one takes a wheel of another torch.
+INSTALL = (
+    "MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation mamba-ssm"
+)
 _TRITON = ("mamba_ssm", "einops", "triton")
 _MAX_D_STATE = 256
 _MAX_GRID_Y = 65_535  # the scan launches one block for each channel along the grid's y

@@ -75,6 +75,7 @@ def test_one_missing_module_is_named_alone(monkeypatch):
     )
     (variant,) = registry.get("mamba_ssm_scan").variants(H100)
     assert variant.unavailable.startswith("selective_scan_cuda is not installed: ")
+    assert "MAMBA_KEEP_CUDA_BUILD=TRUE" in variant.unavailable  # or it is left out again
 
 
 @pytest.mark.parametrize(
