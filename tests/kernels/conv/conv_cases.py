@@ -22,38 +22,6 @@ ROOT = Path(__file__).resolve().parents[3]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 DTYPES = tuple(TOLERANCE)
 
-# In the kernels' source: what is right, and what is wrong.
-FAULTS = {
-    "a tap too early": (
-        "pre += weight[:, None] * x[5 + k + tap]",
-        "pre += weight[:, None] * x[4 + k + tap]",
-    ),
-    "a tap dropped in the backward": (
-        "dx += w1 * gradients[k + 2] + w0 * gradients[k + 3]",
-        "dx += w1 * gradients[k + 2]",
-    ),
-    "no second gradient after a run": (
-        "            dout_after += tl.load(",
-        "            tl.load(",
-    ),
-    "a run's first steps from zero": (
-        "x2 = _step_before(x_at, 1,",
-        "x2 = _step_before(x_at, 1 + 99999,",
-    ),
-    "the next run's gradients missing": (
-        "+ (STEPS + i) * stride_time, mask=mask",
-        "+ (STEPS + i) * stride_time, mask=mask & (i < 0)",
-    ),
-    "a range's channels shifted": (
-        "offset = tl.where(third, width0 + width1, offset)",
-        "offset = tl.where(third, width0, offset)",
-    ),
-    "a partial sum left out": (
-        "mask = (first + part < parts)",
-        "mask = (first + part < parts - 1)",
-    ),
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
@@ -124,8 +92,8 @@ def reference(shape, x, weight, bias, dout, more):
     return (out, *torch.autograd.grad(out, leaves, total))
 
 
-def wrong(shape, *, seed, device):
-    """Run forward and backward twice; return what is wrong, by name."""
+def wrong(shape, *, seed, device, times=2):
+    """Run forward and backward; return what is wrong, by name."""
     from mambench.kernels.conv.triton_conv import conv_backward, conv_forward
 
     x, weight, bias, dout, more = made = make(shape, seed=seed, device=device)
@@ -133,7 +101,7 @@ def wrong(shape, *, seed, device):
     widths = [shape.channels // shape.ranges] * (shape.ranges - 1)
     ranges = dout.split([*widths, shape.channels - sum(widths)], 1)
     found, results = {}, []
-    for _ in range(2):  # the second goes the way of a launch that is known
+    for _ in range(times):  # the second goes the way of a launch that is known
         out = conv_forward(x, weight, bias, shape.silu)
         back = conv_backward(x, weight, bias, ranges, shape.silu, more=more)
         results.append([t for t in (out, *back) if t is not None])
@@ -145,7 +113,7 @@ def wrong(shape, *, seed, device):
             found[name] = f"{error:.2e}"
         if got.dtype != shape.dtype:
             found[f"{name}'s dtype"] = str(got.dtype)
-    if not all(torch.equal(a, b) for a, b in zip(*results, strict=True)):
+    if not all(torch.equal(a, b) for a, b in zip(results[0], results[-1], strict=True)):
         found["repeated"] = "other bits"
     return found
 
@@ -153,19 +121,55 @@ def wrong(shape, *, seed, device):
 SMALL = {
     "batch": 1, "taps": 4, "dtype": torch.float32, "bias": True, "silu": True, "strided": True,
 }  # fmt: skip
-PLANTED = (
-    Shape(channels=3, seqlen=300, channels_last=False, ranges=1, more=True, **SMALL),
-    Shape(channels=7, seqlen=20, channels_last=True, ranges=3, more=False, **SMALL),
-)
+TIME = Shape(channels=3, seqlen=300, channels_last=False, ranges=1, more=True, **SMALL)
+CHANNELS = Shape(channels=7, seqlen=20, channels_last=True, ranges=3, more=False, **SMALL)
+# The call that notices it; in the kernels' source, what is right, and what is wrong.
+FAULTS = {
+    "a tap too early": (
+        TIME,
+        "pre += weight[:, None] * x[5 + k + tap]",
+        "pre += weight[:, None] * x[4 + k + tap]",
+    ),
+    "a tap dropped in the backward": (
+        TIME,
+        "dx += w1 * gradients[k + 2] + w0 * gradients[k + 3]",
+        "dx += w1 * gradients[k + 2]",
+    ),
+    "no second gradient after a run": (
+        TIME,
+        "            dout_after += tl.load(",
+        "            tl.load(",
+    ),
+    "a run's first steps from zero": (
+        CHANNELS,
+        "x2 = _step_before(x_at, 1,",
+        "x2 = _step_before(x_at, 1 + 99999,",
+    ),
+    "the next run's gradients missing": (
+        CHANNELS,
+        "+ (STEPS + i) * stride_time, mask=mask",
+        "+ (STEPS + i) * stride_time, mask=mask & (i < 0)",
+    ),
+    "a range's channels shifted": (
+        CHANNELS,
+        "offset = tl.where(third, width0 + width1, offset)",
+        "offset = tl.where(third, width0, offset)",
+    ),
+    "a partial sum left out": (
+        TIME,
+        "mask = (first + part < parts)",
+        "mask = (first + part < parts - 1)",
+    ),
+}
 
 
 def unnoticed(device="cpu"):
-    """Plant every fault in a copy of the kernels; return those that no call of two notices."""
+    """Plant every fault in a copy of the kernels; return those that go unnoticed."""
     from mambench.kernels.conv import triton_conv, triton_kernels
 
     source = Path(triton_kernels.__file__).read_text()
     missed = []
-    for name, (right, fault) in FAULTS.items():
+    for name, (shape, right, fault) in FAULTS.items():
         assert right in source, right
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "faulty.py"
@@ -173,7 +177,7 @@ def unnoticed(device="cpu"):
             spec = importlib.util.spec_from_file_location("faulty", path)
             triton_conv.triton_kernels = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(triton_conv.triton_kernels)
-            if not any(wrong(shape, seed=0, device=device) for shape in PLANTED):
+            if not wrong(shape, seed=0, device=device, times=1):
                 missed.append(name)
     triton_conv.triton_kernels = triton_kernels
     return missed
@@ -185,7 +189,7 @@ def traced():
 
     failed = {}
     for last in (False, True):
-        x = torch.randn(2, 20, 5).mT if last else torch.randn(2, 5, 20)
+        x = torch.randn(1, 20, 5).mT if last else torch.randn(1, 5, 20)
         tensors = (x, torch.randn(5, 4), torch.randn(5))
         leaves = [t.detach().requires_grad_() for t in tensors]
 
@@ -217,10 +221,11 @@ def main():
     package = ROOT / "mambench"
     runpy.run_path(str(package / "_start.py"))["load_package"](package)
     torch.set_num_threads(1)
-    draw = random.Random(0)
+    draw = random.Random(2817)  # its first four calls differ in every option, in both layouts
     found = {}
-    for seed in range(int(sys.argv[1])):
-        shape = draw_shape(draw, small=True)
+    drawn = [draw_shape(draw, small=True) for _ in range(int(sys.argv[1]))]
+    # What the planted faults are judged by is right without them.
+    for seed, shape in enumerate((TIME, CHANNELS, *drawn)):
         if problems := wrong(shape, seed=seed, device="cpu"):
             found[str(asdict(shape))] = problems
     print(json.dumps({"wrong": found, "unnoticed": unnoticed(), "traced": traced()}))

@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 @pytest.fixture(scope="module")
 def interpreted():
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("conv_cases.py"), "6"],
+        [sys.executable, Path(__file__).with_name("conv_cases.py"), "4"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
