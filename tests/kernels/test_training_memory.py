@@ -160,7 +160,9 @@ def test_a_training_step_launches_few_kernels(name, batch):
     grad = torch.ones_like(inputs["u" if name.startswith("s6") else "x"])
     step(op, inputs, grad)
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True
+    ) as profile:
         step(op, inputs, grad)
         torch.cuda.synchronize()
     device = torch.autograd.DeviceType.CUDA

@@ -187,5 +187,6 @@ def test_energy_of_a_load_is_its_power_times_its_time() -> None:
     reading = energy.measure(load.burst, meter, region_s=1.0)
     load.close()
     assert reading.missing is None
-    assert reading.energy_j == pytest.approx(reading.power_w * timing.median_s, rel=0.1)
+    expected_j = reading.power_w * timing.median_s
+    assert reading.energy_j == pytest.approx(expected_j, rel=0.1), (timing, reading.details)
     assert reading.details["resolution_frac"] <= energy.RESOLUTION_FRAC
