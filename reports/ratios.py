@@ -186,6 +186,15 @@ def sentences(ratios: Sequence[Ratio]) -> str:
     return " ".join(said)
 
 
+def described(ratio: Ratio) -> str:
+    """Return both values and the peer's name, as short as a chart's label."""
+    if ratio.ours_value is None or ratio.peer_value is None:
+        return units.MISSING
+    ours, peer = (_quantity(v, _UNITS[ratio.metric]) for v in (ratio.ours_value, ratio.peer_value))
+    name = "" if ratio.peer is None else f" ({ratio.peer.case.implementation})"
+    return f"{ours}, {peer}{name}"
+
+
 def _line(ratio: Ratio) -> str:
     unit = _UNITS[ratio.metric]
     ours, peer = (

@@ -12,7 +12,8 @@ informative one is shown. Each block gets provenance, a chart, and the table of 
 
 With `table=ratios` a block is the table "ours / best peer" instead, of all questions that ours and
 a peer were asked; `metric=TAG` chooses another metric than time_s, `ours=` and `peers=` other
-implementations (names or globs, separated by commas), `pass=` and `dtype=` some of the questions.
+implementations (names or globs, separated by commas), `pass=` and `dtype=` some of the questions;
+with `chart=bars` bars of the ratios stand before it.
 `table=blocks` shows tokens per second and peak memory of whole blocks, of all passes and dtypes or
 of those named by `pass=` and `dtype=`.
 `table=traffic` shows counted beside modelled bytes, `table=memory` what a token adds to memory (of
@@ -34,6 +35,7 @@ from mambench.harness.analysis import loading
 from mambench.harness.analysis.results import Analysis
 from mambench.harness.errors import UsageError, unknown_name
 from mambench.reports import (
+    bars,
     blocks,
     compiled,
     gates,
@@ -63,7 +65,7 @@ _TABLES: tuple[str, ...] = (
     "gate",
     "compiled",
 )
-_RATIO_WORDS: tuple[str, ...] = ("table", "metric", "ours", "peers", "pass", "dtype")
+_RATIO_WORDS: tuple[str, ...] = ("table", "chart", "metric", "ours", "peers", "pass", "dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,18 +138,31 @@ def _body(spec: str, document: Path, published: Path, charts: dict[Path, str]) -
         stated = [markdown.provenance(each.sources[0]) for each in (made, again)]
         return "\n\n".join([tables.repeat(made, again), *stated])
     if table is not None:
-        return _ratios(made, filters, where)
+        return _ratios(made, filters, where, _Place(document, published / name, charts))
     report = rows.make(made)
     part = _chosen(report, filters, f"{document}, figures of {name}")
     entry = summary.summarise_slice(part)
     picture = published / name / f"time-{'-'.join(str(word) for word in part.key[1:])}.svg"
     charts[picture] = svg.chart(report, part)
-    link = Path(os.path.relpath(picture, document.parent)).as_posix()
-    image = f"![{markdown.escape(f'Time against sequence length. {entry.crossing}')}]({link})"
+    image = _image(f"Time against sequence length. {entry.crossing}", picture, document)
     return "\n\n".join([image, markdown.block(entry), markdown.provenance(report.sources[0])])
 
 
-def _ratios(made: Analysis, words: Sequence[str], where: str) -> str:
+def _image(said: str, picture: Path, document: Path) -> str:
+    link = Path(os.path.relpath(picture, document.parent)).as_posix()
+    return f"![{markdown.escape(said)}]({link})"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a block's picture goes, and the document that shows it."""
+
+    document: Path
+    folder: Path
+    charts: dict[Path, str]
+
+
+def _ratios(made: Analysis, words: Sequence[str], where: str, place: _Place) -> str:
     wanted = _words(words, _RATIO_WORDS, where)
     if wanted["table"] != "ratios":
         raise UsageError(f"{where}: {unknown_name('table', wanted['table'], _TABLES)}")
@@ -163,7 +178,15 @@ def _ratios(made: Analysis, words: Sequence[str], where: str) -> str:
         ]
     if not chosen:
         raise UsageError(f"{where}: no question was asked of ours and of a peer.")
-    return "\n\n".join([ratios.table(chosen), markdown.provenance(made.sources[0])])
+    shown = [ratios.table(chosen), markdown.provenance(made.sources[0])]
+    if "chart" in wanted:
+        if wanted["chart"] != "bars":
+            raise UsageError(f"{where}: {unknown_name('chart', wanted['chart'], ('bars',))}")
+        picture = place.folder / f"ratios-{wanted.get('pass', 'all')}.svg"
+        subtitle = f"{made.sources[0].device_name}: GPU time of ours, of the other"
+        place.charts[picture] = bars.chart(chosen, subtitle=subtitle)
+        shown.insert(0, _image(ratios.sentences(chosen), picture, place.document))
+    return "\n\n".join(shown)
 
 
 def _words(filters: Sequence[str], known: Sequence[str], where: str) -> dict[str, str]:
