@@ -11,8 +11,8 @@ from mambench.reports import units
 from mambench.reports.ratios import Ratio, described
 from mambench.reports.style import Style, styles
 
-WIDTH, TOP, STEP, BAR, BOTTOM = 960, 66, 24, 15, 30
-LEFT, RIGHT = 330, 270  # of the bars: names stand before them, times after
+WIDTH, TOP, STEP, BAR, BOTTOM = 980, 66, 24, 15, 30
+LEFT, RIGHT = 330, 300  # of the bars: names stand before them, times after
 _OURS = {Family.S6: "selective_scan", Family.SSD: "ssd"}  # whose colours the families have
 
 
