@@ -73,7 +73,7 @@ def refuse_shared(base: Imports, head: Imports) -> None:
             raise UsageError(
                 f"both sides would import '{name}' from {origin}, and the check would compare it "
                 f"with itself. Name the folder of each side that holds it (--path python), or "
-                f"build each side (--build 'pip install --no-deps -t .bench .' --path .bench)."
+                f"build each: --build 'pip install --no-deps --upgrade -t .bench .' --path .bench."
             )
 
 

@@ -113,10 +113,10 @@ class CheckReport:
             return "No slowdown could have been seen: too few cases have enough rounds."
         text = f"In nine of ten cases a slowdown of {smallest:.1%} would have been seen"
         if self.assessment.blind:
+            keeps = f", or promise what it keeps: --promise {math.ceil(smallest * 100)}"
             return (
-                f"{text}; {promise:.1%} was promised. To see less: a quieter machine, larger "
-                f"cases, more --rounds. To promise what this machine keeps: --promise "
-                f"{math.ceil(smallest * 100)}."
+                f"{text}; {promise:.1%} was promised. A quieter machine, larger cases or more "
+                f"--rounds see more{'' if self.assessment.unstable else keeps}."
             )
         return f"{text} (promised: {promise:.1%})."
 
@@ -430,7 +430,7 @@ def annotations(report: CheckReport) -> Iterable[str]:
             continue
         kind = kinds[point.verdict] if _fails(point, report) else "notice"
         said = [f"{what(point)}: {percent(point.change_frac)}", *_explanation(point)]
-        yield f"::{kind} title={_property(point.verdict.upper())}::{_command(chr(10).join(said))}"
+        yield f"::{kind} title={_property(_word(point).upper())}::{_command(chr(10).join(said))}"
     kind = "notice" if report.exit_code == 0 else "error"
     yield f"::{kind} title={_property(report.title)}::{_command(' '.join(_closing(report)))}"
 

@@ -12,7 +12,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +116,14 @@ def prepared(
                     root = folder / name
                     made.append(root)
                     _check_out(wanted.repository, ref, root)
+                code = version(root)  # before what a build leaves there
                 command = (
                     wanted.build_base if name == "base" and wanted.build_base else wanted.build
                 )
                 if command:
                     note(f"building the {name}: {command}")
                     _build(command, root, name)
-                sides.append(_side(name, ref, root, wanted))
+                sides.append(replace(_side(name, ref, root, wanted), version=code))
             yield sides[0], sides[1]
         finally:
             for root in made:
@@ -149,7 +150,6 @@ def _side(name: str, ref: str, root: Path, wanted: Wanted) -> Side:
         root=root,
         code=Code(root=root if own else None, path=tuple(map(str, folders))),
         plugins=tuple(_plugin(text, root, wanted.repository) for text in wanted.plugins),
-        version=version(root),
     )
 
 

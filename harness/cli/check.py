@@ -30,7 +30,8 @@ _side_options = options.all_of(
     click.option(
         "--build",
         metavar="COMMAND",
-        help="Run at the root of each side before measuring, e.g. 'pip install -t .bench .'.",
+        help="Run at the root of each side before measuring, e.g. 'pip install --upgrade -t "
+        ".bench .'.",
     ),
     click.option("--build-base", metavar="COMMAND", help="Instead of --build for the base."),
     click.option(

@@ -147,6 +147,8 @@ def test_a_blind_run_says_what_to_do_and_what_it_could_promise():
     assert "5.0% was promised" in text
     assert "--rounds" in text
     assert "--promise 20." in text
+    wild = Assessment(points=(a_point(Verdict.UNSTABLE, smallest_seen_frac=0.9),))
+    assert "--promise" not in report(assessment=wild).seen  # that is unstable all the same
     for name, said in (("unstable", "too unstable"), ("suspects not measured again", "for want")):
         assert said in EXITS[name][0].conclusion
 

@@ -97,6 +97,13 @@ def test_a_build_runs_on_each_side_and_may_differ_for_the_base(repository: Path,
         assert head.code.path == (str(head.root / "lib"),)
 
 
+def test_what_a_build_leaves_is_no_change_of_the_code(repository: Path, tmp_path: Path):
+    wanted = Wanted(repository=repository, base="main", head="main~1", build="touch built")
+    with prepared(wanted, tmp_path / "t") as both:
+        assert all((one.root / "built").exists() for one in both)
+        assert [one.version["dirty"] for one in both] == [False, False]
+
+
 def test_a_commit_that_is_not_there(repository: Path, tmp_path: Path):
     wanted = Wanted(repository=repository, base="no-such-branch")
     with (
