@@ -12,7 +12,7 @@ waited for before and after, so that launching is included and nothing is left o
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--mambench-suite", metavar="NAME|FILE", default="quick", help="Cases of mambench_case."
     )
+    group.addoption("--mambench-plugin", action="append", metavar="FILE", help="See run --plugin.")
     group.addoption("--mambench-device", metavar="DEVICE", help="cpu, cuda or cuda:INDEX.")
     group.addoption(
         "--mambench-filter", action="append", metavar="EXPRESSION", help="See run --filter."
@@ -46,6 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         suite.find(str(config.getoption("--mambench-suite"))),
         _device(config),
         filters=config.getoption("--mambench-filter") or (),
+        plugins=config.getoption("--mambench-plugin") or (),
     )
     cases = [planned.case for planned in made.runnable]
     metafunc.parametrize("mambench_case", cases, ids=[case.label for case in cases])
@@ -64,7 +66,12 @@ def bench_case(request: pytest.FixtureRequest) -> "BenchCase":
         named |= marker.kwargs
     # The nearest marker is the one that pytest-benchmark reads, when its fixture is made.
     node.add_marker(pytest.mark.benchmark(**named), append=False)
-    return BenchCase(request.getfixturevalue("benchmark"), _device_once(request.config), timer)
+    return BenchCase(
+        request.getfixturevalue("benchmark"),
+        _device_once(request.config),
+        timer,
+        plugins=request.config.getoption("--mambench-plugin") or (),
+    )
 
 
 class Timer:
@@ -93,10 +100,17 @@ class Timer:
 class BenchCase:
     """What the fixture `bench_case` is."""
 
-    def __init__(self, benchmark: Any, device: "Callable[[], Device]", timer: Timer) -> None:
+    def __init__(
+        self,
+        benchmark: Any,
+        device: "Callable[[], Device]",
+        timer: Timer,
+        plugins: Sequence[str] = (),
+    ) -> None:
         self.benchmark = benchmark  # pytest-benchmark's fixture, for its further settings
         self._device = device
         self._timer = timer
+        self._plugins = tuple(plugins)
 
     def __call__(self, target: "Callable[..., Any] | Case", *args: Any, **named: Any) -> Any:
         """Time a function with its arguments, or a case; returns what one call returns.
@@ -115,7 +129,7 @@ class BenchCase:
         from mambench.harness import gate, registry
         from mambench.implementations.workload import build
 
-        workload = build(case, registry.get(case.implementation), device, seed=0)
+        workload = build(case, registry.get(case.implementation, self._plugins), device, seed=0)
         try:
             report = gate.check(workload, case, seed=0)
             if not report.passed:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -100,6 +101,20 @@ def test_the_timer_waits_for_a_gpu_before_it_reads_the_clock(monkeypatch):
     first, second = timer(), timer()
     assert waited == ["cuda:1", "cuda:1"]
     assert second >= first
+
+
+def test_the_cases_of_a_users_own_implementation(tmp_path):
+    for name in ("bench_plugin.py", "fastmix.py", "gate.yaml"):
+        shutil.copy(ROOT / "tests/gate_example" / name, tmp_path)
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "test_speed.py").write_text(
+        "def test_ours(bench_case, mambench_case):\n    bench_case(mambench_case)\n"
+    )
+    asked = ("--mambench-suite=gate.yaml", "--mambench-device=cpu", "--mambench-filter=seqlen=128")
+    done = run(tmp_path, *asked, "--mambench-plugin=bench_plugin.py", "--benchmark-json=j.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads((tmp_path / "j.json").read_text())["benchmarks"]
+    assert found["extra_info"]["mambench"]["case"]["implementation"] == "fastmix"
 
 
 WRONG = (
