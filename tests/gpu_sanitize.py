@@ -6,16 +6,22 @@ several at once, each with a time limit; a summary comes last. The exit status i
 something or a part failed, 2 if nothing could be run.
 
 memcheck finds accesses out of bounds and misaligned ones: memory is not cached, so that what lies
-beyond a tensor belongs to nothing. racecheck finds hazards in shared memory, and must find those of
-`PLANTED`. synccheck finds barriers that not all who must take part in can reach. initcheck finds
-global memory that is read before it was written. What is run is in `sanitized_parts.py`.
+beyond a tensor belongs to nothing. racecheck finds hazards in shared memory, synccheck barriers
+that are used wrongly, initcheck global memory that is read before it was written. Each must find
+what is planted for it, and under each a part must compute the bits that it computes by itself: a
+wait that is missing shows where a tool lets some warps run many times slower than others. (Not
+under initcheck, which takes what TMA wrote for unwritten when it is copied to the host.)
+What is run is in `sanitized_parts.py`.
 
-One kind of report is excused. Before a partition of `warp_specialize` begins, the compiler hands
-each of its warps a byte in shared memory that says which one it is; writing and reading lie on the
-two sides of a barrier of the whole block (`bar.sync 1`), and the next writing is behind another.
-racecheck has reported them all the same; "hand-over, hopper" is a kernel that has nothing else in
-shared memory. So a report is not counted if the machine code at every access is such a read (of a
-byte, right behind that barrier) or write (right before it); any other access in it, and it counts.
+One kind of report of racecheck is excused. It takes the barriers that a warp has passed for its
+time: if a warp has passed more of them, also such that are only for its group, what it writes is
+reported when others read it, though a barrier of all lies between ("in order: ..."; details in
+docs/experiments.md). Where `warp_specialize` begins, the compiler hands each warp a byte in shared
+memory that says which partition it is. So a report is not counted if
+
+- at every access the machine code is such a read (of a byte, right behind the barrier of the whole
+  block, `bar.sync 1`) or write (right before it), and the kernel has barriers of a group;
+- racecheck, in the same run, reports "in order: ..." and notices the partitions that do not wait.
 """
 
 import argparse
@@ -29,7 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -44,6 +50,7 @@ LINES = 12  # of a report that are shown
 _REPORT = re.compile(r"(?:Error|Warning): Race reported between .*?(?=\n=+ *\n|\Z)", re.S)
 _ACCESS = re.compile(r"(Read|Write) access at (\w+)(?:\([^)]*\))?\+(0x[0-9a-f]+)")
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);")
+_GROUP_BARRIER = re.compile(r"BAR\.SYNC\S* 0x\w+, 0x\w+$")  # of a number of threads
 _BLOCK_BARRIER = re.compile(r"BAR\.SYNC\S* 0x1$")  # all threads: no number of them behind
 _NEAR = 12  # instructions between the barrier and the byte
 # What may not lie between: memory accesses, synchronisation and jumps.
@@ -56,14 +63,22 @@ class Result:
 
     part: str
     tool: str | None
-    status: str  # ok, found, excused, noticed or missed (if planted), failed, timeout or skipped
+    status: str  # ok, found, excused, other bits, failed, timeout or skipped; noticed or missed
+    # (if planted); mistaken (if in order)
     seconds: float
     text: str
+    kernels: Path | None = None  # where its kernels' machine code is
 
     @property
     def good(self) -> bool:
         """Whether nothing speaks against the part."""
-        return self.status in ("ok", "excused", "noticed", "skipped")
+        return self.status in ("ok", "excused", "noticed", "mistaken", "skipped")
+
+    @property
+    def digest(self) -> str | None:
+        """A hash of what the part computed."""
+        found = re.search(r"^digest (\w+)$", self.text, re.M)
+        return found and found[1]
 
 
 def parts() -> ModuleType:
@@ -77,12 +92,14 @@ def parts() -> ModuleType:
 
 
 _RUN = parts()
-PARTS: dict[str, Callable[[], None]] = _RUN.PARTS
-PLANTED: dict[str, Callable[[], None]] = _RUN.PLANTED
+PARTS: dict[str, Callable[[], object]] = _RUN.PARTS
+PLANTED: dict[str, tuple[str, Callable[[], object]]] = _RUN.PLANTED
+IN_ORDER: dict[str, Callable[[], object]] = _RUN.IN_ORDER
+CALLS = PARTS | IN_ORDER | {name: call for name, (_, call) in PLANTED.items()}
 
 
-def child(part: str) -> int:
-    """Run one part in this process."""
+def child(part: str, *, copy: bool) -> int:
+    """Run one part in this process, and say what it computed if that may be copied."""
     package = ROOT / "mambench"
     runpy.run_path(str(package / "_start.py"))["load_package"](package)
     import torch
@@ -91,8 +108,10 @@ def child(part: str) -> int:
         print("needs compute capability 9.0")
         return FOUND + 1
     torch.manual_seed(0)
-    (PARTS | PLANTED)[part]()
+    computed = CALLS[part]()
     torch.cuda.synchronize()
+    if copy:
+        print("digest", _RUN.digest(computed))
     return 0
 
 
@@ -121,6 +140,7 @@ def is_hand_over(report: str, kernels: dict[str, list[dict[int, str]]]) -> bool:
         return False
     return any(
         all(_hands_over(kind, int(at, 16), code) for kind, _, at in accesses)
+        and any(_GROUP_BARRIER.match(text) for text in code.values())
         for code in kernels.get(names.pop(), ())
     )
 
@@ -142,13 +162,15 @@ def _hands_over(kind: str, at: int, code: dict[int, str]) -> bool:
     return False
 
 
-def uncounted(text: str, folder: Path) -> list[str] | None:
+def uncounted(result: Result) -> list[str] | None:
     """Return a run's reports if all are the hand-over's; None if there are others, or none."""
-    reports = _REPORT.findall(text)
-    summary = re.search(r"RACECHECK SUMMARY: (\d+) hazard", text)
+    reports = _REPORT.findall(result.text)
+    summary = re.search(r"RACECHECK SUMMARY: (\d+) hazard", result.text)
     if not reports or summary is None or int(summary[1]) != len(reports):
         return None  # some are not shown, or are no races
-    kernels = disassembled(folder)
+    if result.kernels is None:
+        return None
+    kernels = disassembled(result.kernels)
     return reports if all(is_hand_over(report, kernels) for report in reports) else None
 
 
@@ -158,8 +180,10 @@ def _kernels() -> Path:
 
 
 def run(part: str, tool: str | None, limit_s: float) -> Result:
-    """Run a part in a process of its own and classify how it ended."""
+    """Run a part in a process of its own and say how it ended."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child", part]
+    if tool == "initcheck":
+        command.append("--no-copy")
     if tool is not None:
         extra = ("--error-exitcode", str(FOUND), "--print-limit", "40")
         command = ["compute-sanitizer", "--tool", tool, *extra, *command]
@@ -178,11 +202,30 @@ def run(part: str, tool: str | None, limit_s: float) -> Result:
         status = "timeout"
         text = error.stdout.decode() if isinstance(error.stdout, bytes) else ""
     seconds = time.monotonic() - began
-    if tool == "racecheck" and part in PLANTED:
+    if tool is not None and part in PLANTED:
         status = {"found": "noticed", "ok": "missed"}.get(status, status)
-    elif tool == "racecheck" and status == "found" and uncounted(text, kernels):
-        status = "excused"
-    return Result(part=part, tool=tool, status=status, seconds=seconds, text=text)
+    elif tool == "racecheck" and part in IN_ORDER and status == "found":
+        status = "mistaken"
+    return Result(part=part, tool=tool, status=status, seconds=seconds, text=text, kernels=kernels)
+
+
+def judge(alone: list[Result], checked: list[Result]) -> list[Result]:
+    """Return what the tools found, with what is excused, and results that are not the same bits."""
+    computed = {result.part: result.digest for result in alone}
+    race = [result for result in checked if result.tool == "racecheck"]
+    able = any(r.status == "mistaken" for r in race) and all(
+        r.status == "noticed" and uncounted(r) is None for r in race if r.part in PLANTED
+    )
+    judged = []
+    for result in checked:
+        status = result.status
+        if status == "found" and result.tool == "racecheck" and able and uncounted(result):
+            status = "excused"
+        other = result.digest not in (None, computed[result.part])
+        if status in ("ok", "excused") and other:
+            status = "other bits"
+        judged.append(replace(result, status=status))
+    return judged
 
 
 def show(results: list[Result]) -> None:
@@ -193,35 +236,35 @@ def show(results: list[Result]) -> None:
             print("\n".join(result.text.strip().splitlines()[:LINES]))
     for result in results:
         tool = result.tool or "by itself"
-        print(f"{result.status:8s} {tool:10s} {result.part:46s} {result.seconds:6.1f} s")
+        print(f"{result.status:10s} {tool:10s} {result.part:46s} {result.seconds:6.1f} s")
 
 
 def main() -> int:
     """Run what is asked for and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--part", choices=PARTS | PLANTED, action="append", help="only these")
+    parser.add_argument("--part", choices=PARTS, action="append", help="only these")
     parser.add_argument("--tool", choices=TOOLS, action="append", help="only these")
     parser.add_argument("--jobs", type=int, default=_JOBS, help=f"at once (default {_JOBS})")
     parser.add_argument("--limit", type=float, default=100.0, help="seconds for one (default 100)")
-    parser.add_argument("--child", choices=PARTS | PLANTED, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=CALLS, help=argparse.SUPPRESS)
+    parser.add_argument("--no-copy", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
-        return child(options.child)
+        return child(options.child, copy=not options.no_copy)
     if shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
         return 2
-    parts = options.part or list(PARTS | PLANTED)
+    tools = options.tool or TOOLS
+    tasks = dict.fromkeys(options.part or PARTS, tools)
+    tasks |= {part: ("racecheck",) for part in IN_ORDER if "racecheck" in tools}
+    tasks |= {part: (tool,) for part, (tool, _) in PLANTED.items() if tool in tools}
     try:
         with ThreadPoolExecutor(options.jobs) as pool:
-            alone = list(pool.map(lambda part: run(part, None, options.limit), parts))
+            alone = list(pool.map(lambda part: run(part, None, options.limit), tasks))
             able = [result.part for result in alone if result.status == "ok"]
-            tasks = [
-                (part, tool)
-                for tool in options.tool or TOOLS
-                for part in able
-                if tool == "racecheck" or part not in PLANTED
-            ]
-            checked = list(pool.map(lambda task: run(*task, options.limit), tasks))
+            each = [(part, tool) for tool in TOOLS for part in able if tool in tasks[part]]
+            checked = list(pool.map(lambda task: run(*task, options.limit), each))
+        checked = judge(alone, checked)
     finally:
         shutil.rmtree(_kernels(), ignore_errors=True)
     show(alone + checked)

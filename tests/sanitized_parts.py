@@ -1,10 +1,14 @@
 """What `gpu_sanitize.py` runs: every kernel of the package, on small and odd shapes.
 
-`PARTS` must pass; `PLANTED` (tests/faults/races.py) has what racecheck must find. Every kernel of
-`kernels/` is launched by some part, which tests/test_gpu_sanitize.py checks without a GPU.
+`PARTS` must pass; `PLANTED` has what each tool must find, `IN_ORDER` what racecheck takes for a
+race and is none (both: tests/faults/races.py). Every kernel of `kernels/` is launched by some part,
+which tests/test_gpu_sanitize.py checks without a GPU. A part returns what it computed, tensors
+nested as they come; it is the same, to the bit, however slowly a tool lets the threads run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from hashlib import sha256
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -17,6 +21,9 @@ from torch import Tensor
 HOPPER = "hopper"  # in the name of a part that needs compute capability 9.0
 
 
+Computed = Any  # tensors, or None, in sequences
+
+
 def normal(*shape: int) -> Tensor:
     """Return bf16 values on the GPU."""
     return torch.randn(shape).bfloat16().cuda()
@@ -25,7 +32,7 @@ def normal(*shape: int) -> Tensor:
 def s6(
     module: str, d_state: int, *, batch: int = 2, channels: int = 34, seqlen: int = 75,
     train: bool = True, **more: Tensor,
-) -> None:  # fmt: skip
+) -> Computed:  # fmt: skip
     """Run a selective scan with every option, forward and backward unless told not to."""
     groups = 2
     wide, shared = (batch, channels, seqlen), (batch, groups, d_state, seqlen)
@@ -36,33 +43,42 @@ def s6(
         "z": torch.randn(wide).bfloat16(), "delta_bias": torch.randn(channels), **more,
     }  # fmt: skip
     scan = operation(f"{module}.selective_scan")
-    passes(lambda **t: scan(**t, delta_softplus=True, return_last_state=True), inputs, train=train)
+    return passes(
+        lambda **t: scan(**t, delta_softplus=True, return_last_state=True), inputs, train=train
+    )
 
 
-def s6_hopper_backward() -> None:
+def s6_hopper_backward() -> Computed:
     """Run the backward where blocks add up sums in the gradients, and where in scratch memory."""
-    for batch, channels, seqlen in (
-        (2, 256, 512),  # two blocks of 64 channels in each group, a segment for each chunk
-        (2, 2048, 512),  # segments of two parts
-        (9, 2048, 128),  # more batch elements than rows of blocks
-        (2, 256, 330),  # a last chunk that is cut short
-        (2, 150, 330),  # a last block that is cut short, too
-    ):
+    return [
         s6("kernels.s6.hopper_op", 16, batch=batch, channels=channels, seqlen=seqlen)
+        for batch, channels, seqlen in (
+            (2, 256, 512),  # two blocks of 64 channels in each group, a segment for each chunk
+            (2, 2048, 512),  # segments of two parts
+            (9, 2048, 128),  # more batch elements than rows of blocks
+            (2, 256, 330),  # a last chunk that is cut short
+            (2, 150, 330),  # a last block that is cut short, too
+        )
+    ]
 
 
-def s6_hopper_serial() -> None:
+def s6_hopper_serial() -> Computed:
     """Run the forward of many channels, which goes through time in order."""
-    for d_state, batch, channels in ((16, 8, 2010), (9, 4, 2002), (72, 2, 1002)):
-        sizes = {"batch": batch, "channels": channels, "seqlen": 75}
-        s6("kernels.s6.hopper_op", d_state, train=False, **sizes)
-    s6("kernels.s6.hopper_op", 16, batch=4, channels=2002, seqlen=75)  # keeps states
+    return [
+        s6("kernels.s6.hopper_op", d_state, batch=batch, channels=channels, train=train)
+        for d_state, batch, channels, train in (
+            (16, 8, 2010, False),
+            (9, 4, 2002, False),
+            (72, 2, 1002, False),
+            (16, 4, 2002, True),  # keeps states
+        )
+    ]
 
 
 def ssd(
     path: str, headdim: int, d_state: int, *, seqlen: int = 150, heads: int = 6,
     gated: bool = True, per_channel: bool = False, train: bool = True, **options: Any,
-) -> None:  # fmt: skip
+) -> Computed:  # fmt: skip
     """Run an SSD with every option, forward and backward unless told not to."""
     batch, groups = 2, 2
     wide, shared = (batch, seqlen, heads, headdim), (batch, seqlen, groups, d_state)
@@ -78,49 +94,59 @@ def ssd(
         inputs["z"] = torch.randn(wide).bfloat16()
     op = operation(path)
     given = {"chunk_size": 64, "dt_softplus": True, "return_final_states": True, **options}
-    passes(lambda **t: op(**t, **given), inputs, train=train)
+    return passes(lambda **t: op(**t, **given), inputs, train=train)
 
 
-def ssd_ungated(path: str) -> None:
+def ssd_ungated(path: str) -> Computed:
     """Run the backward that takes a head's tiles at once: one block of heads, and several."""
-    ssd(path, 40, 24, gated=False, segments=2)
-    ssd(path, 64, 128, gated=False, per_channel=True, segments=1)
-    ssd(path, 64, 128, gated=False, heads=70, seqlen=700)
+    return [
+        ssd(path, 40, 24, gated=False, segments=2),
+        ssd(path, 64, 128, gated=False, per_channel=True, segments=1),
+        ssd(path, 64, 128, gated=False, heads=70, seqlen=700),
+    ]
 
 
-def ssd_packed(gated: bool) -> None:
+def ssd_packed(gated: bool) -> Computed:
     """Run sequences of different lengths in a row of tokens; one spans chunks and segments."""
     ends = (3, 64, 65, 140, 400)
     seq_idx = torch.zeros(2, 450, dtype=torch.int32)
     for end in ends:
         seq_idx[:, end:] += 1
     sizes = {"seqlen": 450, "gated": gated, "seq_idx": seq_idx.cuda()}
-    for headdim, d_state in ((40, 24), (64, 128)):
+    return [
         ssd("kernels.ssd.triton_ssd.ssd", headdim, d_state, segments=3, **sizes)
+        for headdim, d_state in ((40, 24), (64, 128))
+    ]
 
 
-def ssd_fused() -> None:
+def ssd_fused() -> Computed:
     """Run the forward of one launch, whose blocks look back at earlier ones, and alone."""
     path = "kernels.ssd.hopper_op.ssd"
-    for headdim, d_state in ((40, 24), (64, 128), (128, 128)):
-        ssd(path, headdim, d_state, seqlen=450, train=False)
-        ssd(path, headdim, d_state, seqlen=450, train=False, gated=False, segments=5)
-    ssd(path, 64, 64, seqlen=150, train=False, per_channel=True, segments=1)
+    sizes = {"seqlen": 450, "train": False}
+    return [
+        [
+            ssd(path, headdim, d_state, **sizes, **more)
+            for headdim, d_state in ((40, 24), (64, 128), (128, 128))
+            for more in ({}, {"gated": False, "segments": 5})
+        ],
+        ssd(path, 64, 64, train=False, per_channel=True, segments=1),
+    ]
 
 
-def ssd_forward() -> None:
+def ssd_forward() -> Computed:
     """Run the forward of four launches without a backward: segments combined, and summed."""
-    for segments in (1, 2, 3):
-        sizes = {"heads": 66, "seqlen": 1030, "segments": segments}  # too long for one launch
-        ssd("kernels.ssd.hopper_op.ssd", 40, 24, train=False, **sizes)
+    sizes = {"heads": 66, "seqlen": 1030, "train": False}  # too long for one launch
+    path = "kernels.ssd.hopper_op.ssd"
+    return [ssd(path, 40, 24, segments=segments, **sizes) for segments in (1, 2, 3)]
 
 
-def state_update() -> None:
+def state_update() -> Computed:
     """Update states of both families by one token, with several tilings."""
     from mambench.kernels.state_update.config import CONFIGS
     from mambench.kernels.state_update.triton_update import selective_state_update
 
     batch, heads, d_state = 3, 10, 20
+    done: list[Computed] = []
     for headdim in (None, 24):
         places = (heads,) if headdim is None else (heads, headdim)
         x, dt = normal(batch, *places), normal(batch, heads)
@@ -128,10 +154,14 @@ def state_update() -> None:
         B, C = (normal(batch, 2, d_state) for _ in "BC")
         for config in CONFIGS[:: 1 if headdim is None else 4]:
             state = normal(batch, *places, d_state)
-            selective_state_update(state, x, dt, A, B, C, z=x, dt_softplus=True, config=config)
+            out = selective_state_update(
+                state, x, dt, A, B, C, z=x, dt_softplus=True, config=config
+            )
+            done.append((state, out))
+    return done
 
 
-def around_mixers() -> None:
+def around_mixers() -> Computed:
     """Run what blocks run around their mixers, forward and backward, at odd sizes."""
     from mambench.kernels.conv.triton_conv import conv_backward, conv_forward
     from mambench.kernels.elementwise import triton_elementwise as elementwise
@@ -139,25 +169,31 @@ def around_mixers() -> None:
 
     batch, channels, seqlen = 2, 70, 301
     weight, bias = normal(channels, 4), normal(channels)
+    done: list[Computed] = []
     for last in (False, True):
         x = normal(batch, seqlen, channels).mT if last else normal(batch, channels, seqlen)
         dout = (x[:, :40], x[:, 40:55], x[:, 55:]) if last else (x,)
-        conv_forward(x, weight, bias, True)
-        conv_backward(x, weight, bias, dout, True, more=None if last else normal(*x.shape))
+        done.append(conv_forward(x, weight, bias, True))
+        more = None if last else normal(*x.shape)
+        done.append(conv_backward(x, weight, bias, dout, True, more=more))
     for width in (20, 301, 2048):
         for z in (None, normal(37, width)):
             x, scale, dout = normal(37, width), normal(width), normal(37, width)
-            _, rstd = norm_forward(x, scale, z, 1e-5)
-            norm_backward(x, scale, z, rstd, dout, residual=x, give_out=True, overwrite=True)
-    tables = normal(seqlen, 1, 1, 24), normal(seqlen, 1, 1, 24)
-    elementwise.rotate_(normal(batch, seqlen, 3, 3, 24), *tables)
-    elementwise.rotate_back(*(normal(batch, seqlen, 3, 24) for _ in "qkv"), *tables)
-    elementwise.gated_product_backward(normal(37, 602), normal(37, 301))
-    elementwise.gated_product(normal(37, 602))
+            out, rstd = norm_forward(x, scale, z, 1e-5)
+            done.append(out.clone())
+            how = {"residual": x, "give_out": True, "overwrite": True}
+            done.append(norm_backward(x, scale, z, rstd, dout, **how))
+    tables, qkv = (normal(seqlen, 1, 1, 24), normal(seqlen, 1, 1, 24)), normal(2, seqlen, 3, 3, 24)
+    elementwise.rotate_(qkv, *tables)
+    done.append(qkv)
+    done.append(elementwise.rotate_back(*(normal(batch, seqlen, 3, 24) for _ in "qkv"), *tables))
+    done.append(elementwise.gated_product_backward(normal(37, 602), normal(37, 301)))
+    done.append(elementwise.gated_product(normal(37, 602)))
+    return done
 
 
-def measuring() -> None:
-    """Run what waits, reads clocks and finds a device's ceilings."""
+def measuring() -> Computed:
+    """Run what waits, reads clocks and finds a device's ceilings; no clock is returned."""
     from mambench.kernels import ceilings_triton, probes
 
     probes.spin(probes.new_record(), 1000)
@@ -167,12 +203,14 @@ def measuring() -> None:
     target, totals = torch.empty_like(source), source[:3].clone()
     probes.copy(source, target)
     probes.total(source, totals)
+    sums = totals.clone()
     for found in (ceilings_triton.exponentials, ceilings_triton.multiply_adds):
         found(totals, 3)
     ceilings_triton.nothing(totals)
+    return target, sums
 
 
-PARTS: dict[str, Callable[[], None]] = {
+PARTS: dict[str, Callable[[], Computed]] = {
     "s6 triton": lambda: s6("kernels.s6.triton_scan", 16),
     "s6 triton, from a state": lambda: s6(
         "kernels.s6.triton_scan", 20, seqlen=331, initial_state=torch.randn(2, 34, 20)
@@ -197,11 +235,25 @@ PARTS: dict[str, Callable[[], None]] = {
     "around mixers": around_mixers,
     "measuring": measuring,
     "hand-over, hopper": lambda: races().hand_over(),
+    "hand-over behind a barrier, hopper": lambda: races().hand_over(barriers=1),
 }
-# What racecheck must find, or it would find nothing elsewhere either.
-PLANTED: dict[str, Callable[[], None]] = {
-    "planted: partitions that do not wait, hopper": lambda: races().unsynchronised(),
-    "planted: lanes that round a sum differently": lambda: races().contracted_sum(),
+# Of each tool what it must find, or it would find nothing elsewhere either.
+PLANTED: dict[str, tuple[str, Callable[[], Computed]]] = {
+    "planted: partitions that do not wait, hopper": (
+        "racecheck", lambda: races().unsynchronised(),
+    ),
+    "planted: partitions, behind a barrier, hopper": (
+        "racecheck", lambda: races().unsynchronised(barriers=1),
+    ),
+    "planted: lanes that round a sum differently": ("racecheck", lambda: races().contracted_sum()),
+    "planted: read after a barrier of others": ("racecheck", lambda: races().barriers(False)),
+    "planted: read past the end": ("memcheck", lambda: races().past_the_end()),
+    "planted: read before any write": ("initcheck", lambda: races().never_written()),
+    "planted: barrier that nobody made, hopper": ("synccheck", lambda: races().never_made()),
+}  # fmt: skip
+# Racecheck reports it all the same.
+IN_ORDER: dict[str, Callable[[], Computed]] = {
+    "in order: a barrier of some, then of all": lambda: races().barriers(True),
 }
 
 
@@ -221,11 +273,30 @@ def operation(path: str) -> Callable[..., Any]:
     return getattr(import_module(f"mambench.{module}"), name)
 
 
-def passes(op: Callable[..., Any], inputs: dict[str, Tensor], *, train: bool) -> None:
+def passes(op: Callable[..., Any], inputs: dict[str, Tensor], *, train: bool) -> Computed:
     """Run both passes; or the forward alone, twice: the second repeats the first's launches."""
     leaves = {name: t.cuda().requires_grad_(train) for name, t in inputs.items()}
     outputs = op(**leaves)
-    if train:
-        torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(o) for o in outputs])
-    else:
-        op(**leaves)
+    if not train:
+        return outputs, op(**leaves)
+    ones = [torch.ones_like(out) for out in outputs]
+    return outputs, torch.autograd.grad(outputs, list(leaves.values()), ones)
+
+
+def digest(computed: Computed) -> str:
+    """Return a hash of every bit of what a part computed."""
+    found = sha256()
+    for tensor in _tensors(computed):
+        bits = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+        found.update(bits.numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _tensors(computed: Computed) -> Iterator[Tensor]:
+    if isinstance(computed, Tensor):
+        yield computed
+    elif is_dataclass(computed) and not isinstance(computed, type):
+        yield from _tensors(list(vars(computed).values()))
+    elif computed is not None:
+        for part in computed:
+            yield from _tensors(part)

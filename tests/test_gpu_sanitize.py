@@ -44,14 +44,15 @@ def test_what_the_tool_says_is_the_result(tool, exit_status, status):
 
 def test_findings_are_shown_and_fail(tool, monkeypatch, capsys):
     tool(86)
-    alone = gpu_sanitize.Result(part="state update", tool=None, status="ok", seconds=1.0, text="")
     real = gpu_sanitize.run
-    monkeypatch.setattr(gpu_sanitize, "run", lambda p, t, s: real(p, t, s) if t else alone)
+    monkeypatch.setattr(gpu_sanitize, "run", lambda p, t, s: real(p, t, s) if t else result(p, t))
     monkeypatch.setattr(sys, "argv", ["gpu_sanitize.py", "--part", "state update"])
     assert gpu_sanitize.main() == 1
     printed = capsys.readouterr().out
     assert printed.count("Invalid __global__ write") == len(gpu_sanitize.TOOLS)
-    assert "found    racecheck" in printed
+    assert "found      racecheck" in printed
+    assert printed.count("noticed") == len(gpu_sanitize.PLANTED)
+    assert {tool for tool, _ in gpu_sanitize.PLANTED.values()} == set(gpu_sanitize.TOOLS)
 
 
 REPORTED = """========= COMPUTE-SANITIZER
@@ -63,35 +64,58 @@ REPORTED = """========= COMPUTE-SANITIZER
 """
 
 
+def result(part, tool, text="", status="ok", kernels=None):
+    return gpu_sanitize.Result(
+        part=part, tool=tool, text=text, status=status, kernels=kernels, seconds=1.0
+    )
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Compile the kernels with races, and the hand-over alone, as the sanitizer's child would."""
+    """Compile the kernels with races, and the hand-over with and without a barrier before it."""
     pytest.importorskip("triton.experimental.gluon")
     from mambench.harness.static.record import record
 
     races, folder = gpu_sanitize.parts().races(), tmp_path_factory.mktemp("kernels")
-    found = {}
-    for name in ("hand_over", "unsynchronised", "contracted_sum"):
-        run = getattr(races, name)
-        (launch,) = record(lambda draw, run=run: run(), 90)
-        found[name] = launch.compile()
-        (folder / f"{launch.name}.cubin").write_bytes(found[name].asm["cubin"])
-    return folder, found
+    runs = {
+        "alone": races.hand_over,
+        "behind": lambda: races.hand_over(barriers=1),
+        "racing": races.unsynchronised,
+        "in order": lambda: races.barriers(True),
+        "out of order": lambda: races.barriers(False),
+    }
+    for name, run in runs.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "cuda", lambda self: self.to("meta"))
+            (launch,) = record(lambda draw, run=run: run(), 90)
+        (folder / name).mkdir()
+        cubin = launch.compile().asm["cubin"]
+        (folder / name / f"{launch.name}.cubin").write_bytes(cubin)
+    return folder
+
+
+def code_of(folder):
+    ((code,),) = gpu_sanitize.disassembled(folder).values()
+    return code
 
 
 def places(code, what):
     return [at for at, text in sorted(code.items()) if text.startswith(what)]
 
 
-def test_a_hand_over_to_partitions_is_excused(compiled):
-    folder, _ = compiled
-    (code,) = gpu_sanitize.disassembled(folder)["hand_over_kernel"]
+def reported(folder):
+    """Return what racecheck says of a hand-over, by this machine code's addresses."""
+    code = code_of(folder)
     (read,) = places(code, "LDS.U8")
-    writes = places(code, "STS")
-    for second in writes[1:]:
-        text = REPORTED.format(read=read, first=writes[0], second=second)
-        assert gpu_sanitize.uncounted(text, folder)
-    other = places(code, "LDG")[0]
+    first, *_, second = places(code, "STS")
+    return REPORTED.format(read=read, first=first, second=second), read, second
+
+
+def test_a_hand_over_to_partitions_is_excused(compiled):
+    folder = compiled / "behind"
+    text, read, second = reported(folder)
+    assert gpu_sanitize.uncounted(result("", "racecheck", text, kernels=folder))
+    other = places(code_of(folder), "LDG")[0]
     for wrong in (
         text.replace(f"{read:#x}", f"{other:#x}"),  # another instruction
         text.replace(f"{second:#x}", f"{other:#x}"),
@@ -100,24 +124,78 @@ def test_a_hand_over_to_partitions_is_excused(compiled):
         text.replace("SUMMARY: 1 hazard", "SUMMARY: 2 hazards"),  # one that is not shown
         "========= RACECHECK SUMMARY: 0 hazards displayed",
     ):
-        assert not gpu_sanitize.uncounted(wrong, folder), wrong
+        assert not gpu_sanitize.uncounted(result("", "racecheck", wrong, kernels=folder)), wrong
+
+
+def test_a_hand_over_without_a_barrier_before_it_is_not_excused(compiled):
+    text, _, _ = reported(compiled / "alone")
+    assert gpu_sanitize.uncounted(result("", None, text, kernels=compiled / "alone")) is None
 
 
 def test_a_race_between_partitions_is_not_excused(compiled):
-    folder, _ = compiled
-    (code,) = gpu_sanitize.disassembled(folder)["unsynchronised_kernel"]
-    read, write = places(code, "LDSM")[0], places(code, "STSM")[0]
+    code = code_of(compiled / "racing")
+    (read,), (write,) = places(code, "LDS.64"), places(code, "STS.64")
     text = REPORTED.replace("hand_over", "unsynchronised")
     text = text.format(read=read, first=write, second=write)
-    assert gpu_sanitize.uncounted(text, folder) is None
+    assert gpu_sanitize.uncounted(result("", None, text, kernels=compiled / "racing")) is None
+
+
+def test_excuses_need_the_tool_to_be_mistaken_and_able_in_the_same_run(compiled):
+    text, _, _ = reported(compiled / "behind")
+    found = result("ssd", "racecheck", text, "found", compiled / "behind")
+    planted = next(name for name, (tool, _) in gpu_sanitize.PLANTED.items() if tool == "racecheck")
+    (in_order,) = gpu_sanitize.IN_ORDER
+    for mistaken, noticed, status in (
+        ("mistaken", "noticed", "excused"),
+        ("ok", "noticed", "found"),  # the tool is not mistaken any more
+        ("mistaken", "missed", "found"),
+    ):
+        others = [
+            result(in_order, "racecheck", status=mistaken),
+            result(planted, "racecheck", status=noticed),
+        ]
+        alone = [result(name, None) for name in ("ssd", in_order, planted)]
+        judged = gpu_sanitize.judge(alone, [*others, found])
+        assert judged[-1].status == status
+    hidden = result(planted, "racecheck", text, "noticed", compiled / "behind")  # by the excuse
+    others[1] = hidden
+    assert gpu_sanitize.judge(alone, [*others, found])[-1].status == "found"
+
+
+def test_other_bits_under_a_tool_are_wrong():
+    alone = result("ssd", None, "digest 0a\n")
+    same, other = (result("ssd", "memcheck", f"=====\ndigest {bits}\n") for bits in ("0a", "0b"))
+    judged = gpu_sanitize.judge([alone], [same, other, result("ssd", "initcheck")])
+    assert [found.status for found in judged] == ["ok", "other bits", "ok"]
+    assert [found.good for found in judged] == [True, False, True]
+
+
+def test_every_bit_of_what_a_part_computed_counts():
+    digest = gpu_sanitize.parts().digest
+    x = torch.arange(8, dtype=torch.bfloat16).view(2, 4)
+    assert digest([x.T, (None, x)]) == digest((x.T.contiguous(), [x.clone()]))
+    for other in ([x, x], [x.T], [x.T, x.float()], [x.T, -x]):
+        assert digest(other) != digest([x.T, x])
+
+
+def test_a_barrier_of_all_lies_between_what_is_in_order(compiled):
+    """In every path: the machine code has neither a branch before the read nor another barrier."""
+    kept = ("STS", "LDS", "BAR", "BRA", "EXIT")
+    for name, between in (("in order", ["BAR"]), ("out of order", [])):
+        code = code_of(compiled / name)
+        texts = [text for _, text in sorted(code.items()) if text.startswith(kept)]
+        names = [next(kind for kind in kept if text.startswith(kind)) for text in texts]
+        assert names[: 4 + len(between)] == ["BAR", "STS", *between, "LDS", "EXIT"]
+        assert texts[0].endswith("0x2, 0x80")
+        assert [text.split()[-1] for text in texts[2 : 2 + len(between)]] == ["0x3"] * len(between)
 
 
 @pytest.mark.parametrize(("exit_status", "status"), [(0, "missed"), (86, "noticed")])
 def test_what_is_planted_must_be_found(tool, exit_status, status):
     tool(exit_status)
-    result = gpu_sanitize.run(next(iter(gpu_sanitize.PLANTED)), "racecheck", 20.0)
-    assert result.status == status
-    assert result.good == (status == "noticed")
+    found = gpu_sanitize.run(next(iter(gpu_sanitize.PLANTED)), "racecheck", 20.0)
+    assert found.status == status
+    assert found.good == (status == "noticed")
 
 
 def test_without_the_tool_it_says_so(monkeypatch, capsys):
