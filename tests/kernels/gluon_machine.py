@@ -6,8 +6,8 @@ Blocks run in the order of their index, each to its end. What one stores is seen
 its launch once it has set a flag with release after it; a wait for a flag that no earlier block
 sets raises. Partitions are threads. What the GPU does asynchronously happens as late as the kernel
 allows: products when they are waited for, and stores by TMA when their source may be reused, so
-that a tile overwritten too early gives a wrong result. Shared memory begins as NaN. A wait that
-never ends and a read or write outside a tensor raise.
+that a tile overwritten too early gives a wrong result. Shared memory begins as NaN. A read or write
+outside a tensor raises, and so does a wait that never ends: when all partitions of a block wait.
 
 `installed()` replaces `triton.experimental.gluon` while a kernel's module is imported; `Launcher`
 then stands for its kernels.
@@ -16,12 +16,11 @@ then stands for its kernels.
 import contextlib
 import sys
 import threading
-import time
 import types
 
 import torch
 
-_PATIENCE_S = 6.0
+_SLICE_S = 0.02  # of a wait, after which it is asked whether it will ever end
 _state = threading.local()
 
 
@@ -113,11 +112,22 @@ def inline_assembly(text, constraints, arguments, **_):
         if not bool((values != 0).all()):
             raise RuntimeError("waits for a later block")
     elif text.startswith("ld.relaxed.gpu.global.b32"):
-        time.sleep(1e-4)  # the other partitions go on
-        if _state.launch.failed or time.monotonic() > _state.launch.began + _PATIENCE_S:
-            raise RuntimeError("waits for ever for readers")
+        values = changed_since(*arguments, values)
     else:
         raise NotImplementedError(text)
+    return values
+
+
+def changed_since(pointer, values):
+    """Return what is loaded; if that was what the last such load found there, once it is not."""
+    found = (pointer.offset, values)
+    if _state.polled is not None and all(map(torch.equal, _state.polled, found)):
+        idle = threading.Event()
+        _state.launch.wait(
+            lambda: not torch.equal(load(pointer, other=0), values), lambda: idle.wait(_SLICE_S)
+        )
+        values = load(pointer, other=0)
+    _state.polled = (pointer.offset, values)
     return values
 
 
@@ -183,16 +193,13 @@ class Barrier:
 
     def wait(self, parity):
         def over():
-            return _state.launch.failed or (self.phase & 1) != parity
+            return (self.phase & 1) != parity
 
-        ends = time.monotonic() + _PATIENCE_S
-        with self.condition:
-            # In slices: another partition's failure does not notify this barrier.
-            while not self.condition.wait_for(over, 0.05) and time.monotonic() < ends:
-                pass
-            done = over()
-        if _state.launch.failed or not done:
-            raise RuntimeError("waits for ever at a barrier")
+        def sleep():
+            with self.condition:
+                self.condition.wait_for(over, _SLICE_S)
+
+        _state.launch.wait(over, sleep)
 
 
 class BarrierRing:
@@ -281,11 +288,48 @@ class Launch:
 
     def __init__(self, program, blocks):
         self.program, self.blocks = program, blocks
-        self.failed, self.began = None, time.monotonic()
+        self.failed = None
         self.written = []  # not seen by other blocks before the launch ends
+        self.running = 1  # partitions that have not ended
+        self._lock = threading.Lock()
+        self._waits = {}  # thread -> whether what it waits for has come
+        self._changes = 0  # of _waits
 
     def enter(self):
         _state.launch, _state.stores, _state.products, _state.written = self, [], [], []
+        _state.polled = None
+
+    def wait(self, over, sleep):
+        """Call `sleep` until `over()`; raises where another partition failed or all wait."""
+        self._wait_for(over)
+        try:
+            while not over():
+                if self.failed or self._stuck():
+                    raise RuntimeError("waits for ever")
+                sleep()
+        finally:
+            self._wait_for(None)
+
+    def _wait_for(self, over):
+        with self._lock:
+            self._changes += 1
+            if over is None:
+                del self._waits[threading.get_ident()]
+            else:
+                self._waits[threading.get_ident()] = over
+
+    def _stuck(self):
+        """Whether nobody is left who could end a wait."""
+        with self._lock:
+            before, waits = self._changes, list(self._waits.values())
+            if len(waits) < self.running:
+                return False
+        over = any(over() for over in waits)
+        return not over and before == self._changes  # none went on meanwhile
+
+    def end_partition(self):
+        with self._lock:
+            self.running -= 1
 
 
 def warp_specialize(partitions, warps, registers):
@@ -301,12 +345,16 @@ def warp_specialize(partitions, warps, registers):
             launch.written += _state.written
         except BaseException as exc:
             launch.failed = launch.failed or exc
+        finally:
+            launch.end_partition()
 
     threads = [threading.Thread(target=run, args=p) for p in partitions]
+    launch.running = len(threads)
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    launch.running = 1
     if launch.failed:
         raise launch.failed
 

@@ -26,14 +26,14 @@ def cases():
 
 @pytest.fixture(scope="session")
 def hopper_judged():
-    """Judge cases of the Hopper SSD on the CPU in a process of its own: each one's errors."""
+    """Judge cases of the Hopper SSD on the CPU in a process of its own; errors by name."""
 
-    def judged(cases, *fault):
+    def judged(jobs):
         script = Path(__file__).with_name("hopper_cases.py")
-        command = [sys.executable, script, json.dumps(cases), *fault]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        command = [sys.executable, script, json.dumps(list(jobs.values()))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
         assert done.returncode == 0, done.stderr[-2000:]
-        return json.loads(done.stdout)
+        return dict(zip(jobs, json.loads(done.stdout), strict=True))
 
     return judged
 

@@ -1,10 +1,12 @@
 """Judge the Hopper SSD on the CPU: its Triton kernels interpreted, its Gluon kernels run by torch.
 
 A process of its own, because TRITON_INTERPRET is read when a kernel is defined:
-`hopper_cases.py '[{...}, ...]' [old new [fused]]` prints the errors of every case as JSON; with old
-and new, the source of the Gluon kernels, or of the fused one, is changed first, to plant a fault.
+`hopper_cases.py '[{"case": {...}}, ...]'` prints the errors of every case as JSON. A case that has
+"changes", [[old, new], ...], runs with the source of its Gluon kernels changed so, to plant a
+fault; what that raises is printed in the errors' place.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -34,33 +36,46 @@ machine = beside("gluon_machine", Path(__file__).parents[1] / "gluon_machine.py"
 cases = beside("ssd_cases", Path(__file__).with_name("ssd_cases.py"))
 
 
-def planted(kernels, old, new):
-    """Replace the module's kernels by those of a changed source."""
-    source = Path(kernels.__file__).read_text()
-    if old not in source:
-        raise ValueError(f"not in the source: {old}")
-    exec(compile(source.replace(old, new), "planted", "exec"), kernels.__dict__)
-
-
-def load(old=None, new=None, fused=None):
+def load():
     """Import the operation with Gluon stood in for."""
     package = ROOT / "mambench"
     runpy.run_path(str(package / "_start.py"))["load_package"](package)
     with machine.installed():
-        from mambench.kernels.ssd import (
-            hopper_fused,
-            hopper_fused_kernel,
-            hopper_kernel,
-            hopper_ssd,
-        )
+        from mambench.kernels.ssd import hopper_fused, hopper_fused_kernel, hopper_kernel
+        from mambench.kernels.ssd import hopper_ssd as op
+    launched(op, hopper_fused, hopper_fused_kernel, hopper_kernel)
+    return op
 
-        if old is not None:
-            planted(hopper_fused_kernel if fused else hopper_kernel, old, new)
-    hopper_fused.fused_kernel = machine.Launcher(hopper_fused_kernel.fused_kernel)
-    hopper_ssd.scan_kernel = machine.Launcher(hopper_kernel.scan_kernel)
-    hopper_ssd.state_kernel = machine.Launcher(hopper_kernel.state_kernel)
-    hopper_ssd.fused_kernel = hopper_fused.fused_kernel
-    return hopper_ssd
+
+def launched(op, hopper_fused, hopper_fused_kernel, hopper_kernel):
+    """Have the operation launch the Gluon kernels as they are now."""
+    op.fused_kernel = hopper_fused.fused_kernel = machine.Launcher(hopper_fused_kernel.fused_kernel)
+    op.scan_kernel = machine.Launcher(hopper_kernel.scan_kernel)
+    op.state_kernel = machine.Launcher(hopper_kernel.state_kernel)
+
+
+@contextlib.contextmanager
+def planted(op, changes, *, fused):
+    """Change the source of the fused kernel, or of the others, while the block runs."""
+    from mambench.kernels.ssd import hopper_fused, hopper_fused_kernel, hopper_kernel
+
+    kernels = hopper_fused_kernel if fused else hopper_kernel
+    right = wrong = Path(kernels.__file__).read_text()
+    for old, new in changes:
+        if old not in wrong:
+            raise ValueError(f"not in the source: {old}")
+        wrong = wrong.replace(old, new)
+
+    def run(source):
+        with machine.installed():
+            exec(compile(source, kernels.__file__, "exec"), kernels.__dict__)
+        launched(op, hopper_fused, hopper_fused_kernel, hopper_kernel)
+
+    run(wrong)
+    try:
+        yield
+    finally:
+        run(right)
 
 
 def errors(op, case):
@@ -110,13 +125,25 @@ def dtype_of(case):
     return getattr(torch, case["dtype"])
 
 
+def judged(op, job):
+    """Return a case's errors, or what it raised where a fault is planted."""
+    case = job["case"]
+    if "changes" not in job:
+        return errors(op, case)
+    try:
+        with planted(op, job["changes"], fused=case.get("fused", False)):
+            return errors(op, case)
+    except (RuntimeError, IndexError, TypeError) as raised:  # what the machine says of a kernel
+        return {"raised": repr(raised)}
+
+
 def main():
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    op = load(*sys.argv[2:])
+    op = load()
     torch.set_grad_enabled(False)
-    print(json.dumps([errors(op, case) for case in json.loads(sys.argv[1])]))
+    print(json.dumps([judged(op, job) for job in json.loads(sys.argv[1])]))
 
 
 if __name__ == "__main__":
