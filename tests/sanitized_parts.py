@@ -62,6 +62,19 @@ def s6_hopper_backward() -> Computed:
     ]
 
 
+def s6_hopper_wide() -> Computed:
+    """Run the backward of more than 16 states over several segments of time."""
+    return [
+        s6("kernels.s6.hopper_op", d_state, channels=channels, seqlen=seqlen)
+        for d_state, channels, seqlen in (
+            (32, 256, 512),
+            (64, 150, 330),  # a last chunk and a last block that are cut short
+            (128, 256, 512),
+            (200, 34, 138),
+        )
+    ]
+
+
 def s6_hopper_serial() -> Computed:
     """Run the forward of many channels, which goes through time in order."""
     return [
@@ -220,6 +233,7 @@ PARTS: dict[str, Callable[[], Computed]] = {
     "s6 hopper, forward": lambda: s6("kernels.s6.hopper_op", 20, train=False),
     "s6 hopper, many channels": s6_hopper_serial,
     "s6 hopper, sums in gradients": s6_hopper_backward,
+    "s6 hopper, more states": s6_hopper_wide,
     "s6 associative": lambda: s6("kernels.scan_triton", 16),
     "ssd triton": lambda: ssd("kernels.ssd.triton_ssd.ssd", 40, 24, segments=2),
     "ssd triton, ungated": lambda: ssd_ungated("kernels.ssd.triton_ssd.ssd"),
