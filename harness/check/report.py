@@ -87,12 +87,15 @@ class CheckReport:
             return f"Not judged: {self.problem}"
         if not self._compared:
             return "Nothing could be compared: no case was measured on both sides."
-        counts = self.assessment.counts()
+        counts, points = self.assessment.counts(), self.assessment.points
+        tolerated = sum(p.tolerated for p in points)
+        counts[Verdict.UNSTABLE] -= tolerated
         said = ", ".join(f"{counts[v]} {v}" for v in _ORDER if counts[v])
-        accepted = sum(p.accepted is not None for p in self.assessment.points)
+        accepted = sum(p.accepted is not None for p in points)
         more = f", {accepted} accepted" if accepted else ""
+        more += f"; {tolerated} call times too unstable to judge" if tolerated else ""
         if not self.judged:
-            return f"{len(self.assessment.points)} points, not judged."
+            return f"{len(points)} points, not judged."
         return f"{self._result}: {said}{more}."
 
     @property
@@ -140,7 +143,7 @@ class CheckReport:
         return sorted(
             self.assessment.points,
             key=lambda p: (
-                *(_ORDER.index(p.verdict), p.accepted is not None),
+                *(p.tolerated, _ORDER.index(p.verdict), p.accepted is not None),
                 *(-(p.change_frac or 0.0), p.name),
             ),
         )
@@ -201,7 +204,9 @@ def because(point: Point) -> str:
 
 def text(report: CheckReport, *, everything: bool = False) -> str:
     """Return what a terminal shows."""
-    shown = [p for p in report.ordered() if everything or p.verdict is not Verdict.SAME]
+    shown = [
+        p for p in report.ordered() if everything or not (p.verdict is Verdict.SAME or p.tolerated)
+    ]
     rows = [
         (
             _word(p).upper() if report.judged else "",
@@ -269,7 +274,7 @@ def markdown(report: CheckReport) -> str:
         for p in ordered
         if p.verdict in (Verdict.REGRESSED, Verdict.FAILED, Verdict.MISSING, Verdict.UNSTABLE)
         for block in (_markdown_details(p),)
-        if report.judged
+        if report.judged and not p.tolerated
     ]
     return _within("\n".join(lines), head, rows, details)
 
@@ -426,7 +431,7 @@ def annotations(report: CheckReport) -> Iterable[str]:
         Verdict.UNSTABLE: "warning",
     }
     for point in report.ordered():
-        if point.verdict not in kinds or not report.judged:
+        if point.verdict not in kinds or point.tolerated or not report.judged:
             continue
         kind = kinds[point.verdict] if _fails(point, report) else "notice"
         said = [f"{what(point)}: {percent(point.change_frac)}", *_explanation(point)]

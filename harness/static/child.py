@@ -151,14 +151,17 @@ _tasks: dict[str, Launch] = {}
 
 
 def _compile_all(tasks: dict[str, Launch]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Compile on all cores, in processes forked from this one: launches cannot be sent."""
+    """Compile on all cores, in processes forked from this one: launches cannot be sent.
+
+    Yields each as soon as it is done, so that who is ended early keeps what was compiled by then.
+    """
     if not tasks:
-        return []
+        return
     _tasks.clear()
     _tasks.update(tasks)
     workers = min(len(tasks), len(os.sched_getaffinity(0)))
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        return list(pool.imap_unordered(_compile_one, list(tasks)))
+        yield from pool.imap_unordered(_compile_one, list(tasks))
 
 
 def _compile_one(key: str) -> tuple[str, dict[str, Any]]:

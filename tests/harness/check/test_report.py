@@ -142,6 +142,19 @@ def test_an_accepted_regression_looks_like_one_everywhere():
     assert formats.markdown(made).count("🔴") == 1
 
 
+def test_unstable_call_times_are_counted_and_hide_nothing():
+    host = [a_point(Verdict.UNSTABLE, n, metric="call_time_s", reason="busy") for n in range(3)]
+    made = report(*host, a_point(Verdict.UNSTABLE, 4))
+    assert made.conclusion.endswith("1 unstable, 1 same; 3 call times too unstable to judge.")
+    assert "call_time_s" not in formats.text(made)
+    assert "call_time_s" in formats.text(made, everything=True)
+    assert len(list(formats.annotations(made))) == 2
+    text = formats.markdown(made)
+    assert text.count("call\\_time\\_s") == 3
+    assert text.count("<details>") == 1
+    assert made.ordered()[-1].tolerated
+
+
 def test_a_blind_run_says_what_to_do_and_what_it_could_promise():
     text = formats.text(EXITS["blind"][0])
     assert "5.0% was promised" in text
