@@ -229,6 +229,11 @@ ENTRIES = (
     ),
     Entry(name="s6 hopper bf16 N=16", call=_s6_hopper, architectures=HOPPER),
     Entry(
+        name="s6 hopper bf16 N=128",
+        call=lambda draw: _s6_hopper(draw, d_state=128),
+        architectures=HOPPER,
+    ),
+    Entry(
         name="s6 hopper serial bf16 N=16",
         call=lambda draw: _s6_hopper(draw, batch=8, seqlen=2048, train=False),
         architectures=HOPPER,
