@@ -5,10 +5,13 @@ A process of its own, because Triton decides at decoration whether to interpret.
 truth is the scan in plain torch in float64, which is tested against loops.
 """
 
+import importlib.util
 import json
 import runpy
 import sys
+import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from triton.runtime import interpreter
@@ -28,6 +31,11 @@ CASES = {
     "ssd-limits": {"sizes": (1, 18, 2, 3, 4, 1), "limit": (0.2, 1.0), "without": ("z",)},
     "ssd-wide-skip": {"sizes": (1, 17, 2, 2, 4, 1), "wide_skip": True},
     "ssd-bare": {"sizes": (1, 9, 2, 2, 4, 1), "without": ("D", "z", "dt_bias", "initial_states")},
+}
+FAULT = "        h += total * carry[:, None]\n"  # without it a block starts from no state
+FAULTY = {
+    "s6 without carry": {"sizes": (1, 37, 2, 1, 3, 1), "fault": True},
+    "one step without carry": CASES["s6-one-step"] | {"fault": True},
 }
 
 
@@ -90,12 +98,16 @@ def judge(case: dict) -> dict[str, str]:
 
     scan_triton._TILE, scan_triton._PROGRAMS = 64, 4  # several blocks and splits at small sizes
     names = S6 if case["sizes"][3] == 1 else SSD
+    right = scan_triton.kernels
+    if case.get("fault"):
+        scan_triton.kernels = faulty(Path(str(right.__file__)))
     inputs = draw(case, names)
     wide = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
     got, wanted = (
         run(module, case, values, names)
         for module, values in ((scan_triton, inputs), (scan_torch, wide))
     )
+    scan_triton.kernels = right
     rtol, wrong = case.get("rtol", 2e-5), {}
     for name, value in got.items():
         truth = wanted[name].detach()
@@ -103,6 +115,23 @@ def judge(case: dict) -> dict[str, str]:
         if not error <= rtol or value.shape != wanted[name].shape:
             wrong[name] = f"relative error {error:.2e}"
     return wrong
+
+
+def faulty(path: Path) -> ModuleType:
+    """Load kernels without `FAULT`, from a file: Triton reads a kernel's source."""
+    source = path.read_text()
+    if source.count(FAULT) != 1:
+        raise ValueError(f"expected once in {path}: {FAULT}")
+    with tempfile.TemporaryDirectory() as folder:
+        changed = Path(folder) / "faulty.py"
+        changed.write_text(source.replace(FAULT, ""))
+        spec = importlib.util.spec_from_file_location("faulty", changed)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for kernel in [*vars(module).values()]:  # to rewrite one adds names
+            if isinstance(kernel, interpreter.InterpretedFunction):
+                kernel.rewrite()  # while its source is there
+    return module
 
 
 if __name__ == "__main__":
@@ -114,4 +143,4 @@ if __name__ == "__main__":
     interpreter.ScanOps.generic_scan = scan_by_steps
     torch.empty, torch.empty_like = poison(torch.empty), poison(torch.empty_like)
     torch.set_num_threads(1)
-    print(json.dumps({name: judge(CASES[name]) for name in sys.argv[1:]}))
+    print(json.dumps({name: judge((CASES | FAULTY)[name]) for name in sys.argv[1:]}))

@@ -83,7 +83,7 @@ def main():
     found = {}
     for family in Family:
         # One sequence goes another way in Mamba's products only.
-        shapes = ((3, 5, 2), (1, 9, 1)) if family is Family.S6 else ((3, 5, 2),)
+        shapes = ((2, 5, 2), (1, 9, 1)) if family is Family.S6 else ((2, 5, 2),)
         for batch, seqlen, ngroups in shapes:
             problem = make_problem(family, batch=batch, seqlen=seqlen, d_model=16, ngroups=ngroups)
             if problems := wrong(problem, None, device="cpu", dtype=torch.float32):

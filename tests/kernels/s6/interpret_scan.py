@@ -4,9 +4,11 @@ A process of its own, because Triton decides at decoration whether to interpret.
 `TRITON_INTERPRET=1 python interpret_scan.py CASE ...`, a CASE being a key of CASES.
 """
 
+import contextlib
 import json
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import literal
@@ -30,6 +32,8 @@ CASES = {
     "wide": {"sizes": (1, 4, 6, 40, 1)},
     "started": {"sizes": (1, 2, 66, 3, 2), "started": True},
     "started-once": {"sizes": (2, 3, 6, 4, 1), "started": True, "wanted_warps": 1},
+    # a planted fault: all segments start from zero, as if the states before had been forgotten
+    "forgotten": {"sizes": (1, 1, 66, 3, 1), "forgotten": True},
 }
 
 
@@ -97,7 +101,27 @@ def judge(case: dict) -> dict[str, str]:
     def op(**arguments):
         return triton_scan.selective_scan(**arguments, return_last_state=True)
 
-    return literal.excesses(inputs, literal.run(op, inputs, softplus=softplus), softplus=softplus)
+    with forgetting() if case.get("forgotten") else contextlib.nullcontext():
+        results = literal.run(op, inputs, softplus=softplus)
+    return literal.excesses(inputs, results, softplus=softplus)
+
+
+@contextlib.contextmanager
+def forgetting() -> Iterator[None]:
+    """Start every segment from zero while the block runs."""
+    from mambench.kernels.s6 import triton_scan
+
+    combine = triton_scan._combine_segments
+
+    def forget(recording, inputs, cut, end, total, start, *, reverse) -> None:
+        combine(recording, inputs, cut, end, total, start, reverse=reverse)
+        start.zero_()
+
+    triton_scan._combine_segments = forget
+    try:
+        yield
+    finally:
+        triton_scan._combine_segments = combine
 
 
 if __name__ == "__main__":

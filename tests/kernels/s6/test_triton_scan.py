@@ -19,9 +19,10 @@ HERE = Path(__file__).parent
 CASES = ("segments", "columns", "float16", "bare", "no-softplus", "wide", "started", "started-once")
 
 
-def interpret(*cases: str, script: Path = HERE / "interpret_scan.py") -> dict[str, dict[str, str]]:
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, str]]:
     done = subprocess.run(
-        [sys.executable, str(script), *cases],
+        [sys.executable, str(HERE / "interpret_scan.py"), *CASES, "forgotten"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -31,37 +32,13 @@ def interpret(*cases: str, script: Path = HERE / "interpret_scan.py") -> dict[st
     return json.loads(done.stdout)
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, str]]:
-    return interpret(*CASES)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted(interpreted, case):
     assert interpreted[case] == {}
 
 
-def test_interpreter_notices_a_wrong_kernel(tmp_path):
-    # The forward's segments all start from zero, as if the states before had been forgotten.
-    script = (HERE / "interpret_scan.py").read_text()
-    fault = """
-    from mambench.kernels.s6 import triton_scan
-    combine = triton_scan._combine_segments
-    def forget(recording, inputs, cut, end, total, start, *, reverse):
-        combine(recording, inputs, cut, end, total, start, reverse=reverse)
-        start.zero_()
-    triton_scan._combine_segments = forget
-    print(json.dumps"""
-    here = f"HERE = Path({str(HERE / 'interpret_scan.py')!r})"
-    planted = tmp_path / "interpret_scan.py"
-    planted.write_text(
-        script.replace("\n    print(json.dumps", fault).replace(
-            "HERE = Path(__file__).resolve()", here
-        )
-    )
-    (tmp_path / "literal.py").write_text((HERE / "literal.py").read_text())
-    wrong = interpret("segments", script=planted)["segments"]
-    assert {"out", "last", "du", "ddelta"} <= set(wrong)
+def test_interpreter_notices_a_wrong_kernel(interpreted):
+    assert {"out", "last", "du", "ddelta"} <= set(interpreted["forgotten"])
 
 
 ENTRY = "s6 triton bf16 N=16"
