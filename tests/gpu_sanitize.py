@@ -2,7 +2,8 @@
 
 `python tests/gpu_sanitize.py` needs a GPU and compute-sanitizer (of the CUDA toolkit) on the PATH.
 Each part of `PARTS` runs by itself first, so that its kernels are compiled, then under every tool,
-several at once, each with a time limit; a summary comes last. The exit status is 1 if a tool found
+several at once, each with a time limit; what comes of it is told on the standard error at once, a
+summary comes last. The exit status is 1 if a tool found
 something or a part failed, 2 if nothing could be run.
 
 memcheck finds accesses out of bounds and misaligned ones: memory is not cached, so that what lies
@@ -34,7 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import module_from_spec, spec_from_file_location
@@ -67,7 +68,7 @@ class Result:
     # (if planted); mistaken (if in order)
     seconds: float
     text: str
-    kernels: Path | None = None  # where its kernels' machine code is
+    excusable: bool = False  # all that racecheck reported is the hand-over's
 
     @property
     def good(self) -> bool:
@@ -115,12 +116,9 @@ def child(part: str, *, copy: bool) -> int:
     return 0
 
 
-def disassembled(folder: Path) -> dict[str, list[dict[int, str]]]:
-    """Return the kernels of a folder of Triton's: of each name, every code's {address: text}."""
-    kernels = {}
-    for cubin in folder.rglob("*.cubin"):
-        kernels.setdefault(cubin.stem, []).append(_code(cubin))
-    return kernels
+def disassembled(folder: Path, name: str) -> list[dict[int, str]]:
+    """Return a kernel's machine codes in a folder of Triton's, each as {address: text}."""
+    return [_code(cubin) for cubin in sorted(folder.rglob(f"{name}.cubin"))]
 
 
 @lru_cache(maxsize=256)
@@ -132,7 +130,7 @@ def _code(cubin: Path) -> dict[int, str]:
     return {int(m[1], 16): (m[2] + m[3]).strip() for m in _INSTRUCTION.finditer(done.stdout)}
 
 
-def is_hand_over(report: str, kernels: dict[str, list[dict[int, str]]]) -> bool:
+def is_hand_over(report: str, folder: Path) -> bool:
     """Whether every access of a report is one of the hand-over to partitions, by machine code."""
     accesses = _ACCESS.findall(report)
     names = {name for _, name, _ in accesses}
@@ -141,7 +139,7 @@ def is_hand_over(report: str, kernels: dict[str, list[dict[int, str]]]) -> bool:
     return any(
         all(_hands_over(kind, int(at, 16), code) for kind, _, at in accesses)
         and any(_GROUP_BARRIER.match(text) for text in code.values())
-        for code in kernels.get(names.pop(), ())
+        for code in disassembled(folder, names.pop())
     )
 
 
@@ -162,16 +160,13 @@ def _hands_over(kind: str, at: int, code: dict[int, str]) -> bool:
     return False
 
 
-def uncounted(result: Result) -> list[str] | None:
-    """Return a run's reports if all are the hand-over's; None if there are others, or none."""
-    reports = _REPORT.findall(result.text)
-    summary = re.search(r"RACECHECK SUMMARY: (\d+) hazard", result.text)
+def is_excusable(text: str, folder: Path) -> bool:
+    """Whether racecheck reported the hand-over, nothing else, and everything is shown."""
+    reports = _REPORT.findall(text)
+    summary = re.search(r"RACECHECK SUMMARY: (\d+) hazard", text)
     if not reports or summary is None or int(summary[1]) != len(reports):
-        return None  # some are not shown, or are no races
-    if result.kernels is None:
-        return None
-    kernels = disassembled(result.kernels)
-    return reports if all(is_hand_over(report, kernels) for report in reports) else None
+        return False  # some are not shown, or are no races
+    return all(is_hand_over(report, folder) for report in reports)
 
 
 def _kernels() -> Path:
@@ -202,11 +197,15 @@ def run(part: str, tool: str | None, limit_s: float) -> Result:
         status = "timeout"
         text = error.stdout.decode() if isinstance(error.stdout, bytes) else ""
     seconds = time.monotonic() - began
+    excusable = tool == "racecheck" and status == "found" and is_excusable(text, kernels)
     if tool is not None and part in PLANTED:
         status = {"found": "noticed", "ok": "missed"}.get(status, status)
     elif tool == "racecheck" and part in IN_ORDER and status == "found":
         status = "mistaken"
-    return Result(part=part, tool=tool, status=status, seconds=seconds, text=text, kernels=kernels)
+    print(f"{status} {tool or 'by itself'} {part} {seconds:.1f} s", file=sys.stderr, flush=True)
+    return Result(
+        part=part, tool=tool, status=status, seconds=seconds, text=text, excusable=excusable
+    )
 
 
 def judge(alone: list[Result], checked: list[Result]) -> list[Result]:
@@ -214,12 +213,12 @@ def judge(alone: list[Result], checked: list[Result]) -> list[Result]:
     computed = {result.part: result.digest for result in alone}
     race = [result for result in checked if result.tool == "racecheck"]
     able = any(r.status == "mistaken" for r in race) and all(
-        r.status == "noticed" and uncounted(r) is None for r in race if r.part in PLANTED
+        r.status == "noticed" and not r.excusable for r in race if r.part in PLANTED
     )
     judged = []
     for result in checked:
         status = result.status
-        if status == "found" and result.tool == "racecheck" and able and uncounted(result):
+        if status == "found" and able and result.excusable:
             status = "excused"
         other = result.digest not in (None, computed[result.part])
         if status in ("ok", "excused") and other:
@@ -237,6 +236,15 @@ def show(results: list[Result]) -> None:
     for result in results:
         tool = result.tool or "by itself"
         print(f"{result.status:10s} {tool:10s} {result.part:46s} {result.seconds:6.1f} s")
+
+
+def _begin(
+    pool: ThreadPoolExecutor, part: str, tools: tuple[str, ...], limit_s: float
+) -> tuple[Result, list[Future[Result]]]:
+    """Run a part by itself, so that its kernels are compiled, and have it run under the tools."""
+    alone = run(part, None, limit_s)
+    asked = tools if alone.status == "ok" else ()
+    return alone, [pool.submit(run, part, tool, limit_s) for tool in asked]
 
 
 def main() -> int:
@@ -260,10 +268,10 @@ def main() -> int:
     tasks |= {part: (tool,) for part, (tool, _) in PLANTED.items() if tool in tools}
     try:
         with ThreadPoolExecutor(options.jobs) as pool:
-            alone = list(pool.map(lambda part: run(part, None, options.limit), tasks))
-            able = [result.part for result in alone if result.status == "ok"]
-            each = [(part, tool) for tool in TOOLS for part in able if tool in tasks[part]]
-            checked = list(pool.map(lambda task: run(*task, options.limit), each))
+            begun = [pool.submit(_begin, pool, *task, options.limit) for task in tasks.items()]
+            done = [future.result() for future in begun]
+            alone = [result for result, _ in done]
+            checked = [future.result() for _, more in done for future in more]
         checked = judge(alone, checked)
     finally:
         shutil.rmtree(_kernels(), ignore_errors=True)
