@@ -25,6 +25,7 @@ import triton.language as tl
 
 from mambench.kernels.rounding import rounded_product
 from mambench.kernels.s6.triton_parts import (
+    COUNTS,
     LN2,
     LOG2E,
     combine,
@@ -37,7 +38,7 @@ from mambench.kernels.s6.triton_parts import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def segment_adjoint(
     delta_ptr,
     A_ptr,
@@ -172,7 +173,7 @@ def prepare(
         tl.store(scratch_ptrs + 2 * BLOCK * CHUNK + step, dy)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", *COUNTS, "partials"])
 def scan_backward(
     u_ptr,
     delta_ptr,
@@ -420,7 +421,7 @@ def scan_backward(
             tl.store(dbias_ptr + segment_row * D + d, dbias, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["partials"])
 def sum_partials(
     partial_ptr,  # (partials, elements) fp32
     out_ptr,  # (elements,)

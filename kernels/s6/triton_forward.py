@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from mambench.kernels.s6.triton_parts import (
+    COUNTS,
     LOG2E,
     combine,
     locate,
@@ -22,7 +23,7 @@ from mambench.kernels.s6.triton_parts import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def segment_end(
     u_ptr,
     delta_ptr,
@@ -98,7 +99,7 @@ def segment_end(
     tl.store(sum_ptr + row, total, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def segment_start(
     A_ptr,
     end_ptr,  # (B, segments, D, N_TRUE) fp32
@@ -149,7 +150,7 @@ def segment_start(
         tl.store(start_ptr + (base + target)[:, None] * size + state[None, :], states, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def scan_forward(
     u_ptr,
     delta_ptr,

@@ -11,6 +11,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Not compiled anew for one segment or one block: both follow from the length and the width, and no
+# address is aligned by them.
+COUNTS = ["segments", "blocks"]
 
 
 @triton.jit

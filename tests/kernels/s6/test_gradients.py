@@ -119,6 +119,7 @@ def far(literal, op, inputs, *, tame):
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(600)  # some dozens of kernels are compiled
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("module", ["triton_scan", "hopper_op"])
 def test_two_hundred_shapes_on_the_gpu(literal, module):
