@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path.cwd()
 OUT = Path(os.environ.get("OUT", "/tmp/out"))
-AT_ONCE = int(os.environ.get("AT_ONCE", "6"))
+AT_ONCE = int(os.environ.get("AT_ONCE", "13"))
 S6, SSD, UPDATE = "mambench.kernels.s6", "mambench.kernels.ssd", "mambench.kernels.state_update.triton_update"
 JOBS = {  # name: module, function, sizes, whether with gradients
     "s6 forward, Hopper": (f"{S6}.hopper_op", "selective_scan", dict(L=8192), False),
@@ -50,7 +50,7 @@ def arguments(name, grad, B=1, L=512, N=None, heads=None):
         A = decay(entries) if heads else decay(entries, N)
         return (draw(*rows, N), draw(*rows), draw(B, entries), A, draw(B, 1, N), draw(B, 1, N)), {
             "D": draw(entries, **wide), "dt_bias": draw(entries, **wide, shift=-4), "dt_softplus": True}
-    if "scan" in name:
+    if name == "scan":
         D, N = 2048, N or 16
         return (draw(B, D, L), draw(B, D, L), decay(D, N), draw(B, 1, N, L), draw(B, 1, N, L)), {
             "D": draw(D, **wide), "delta_bias": draw(D, **wide, shift=-4), "delta_softplus": True}
