@@ -101,6 +101,8 @@ class CheckReport:
     @property
     def _result(self) -> str:
         code = self.exit_code
+        if code == 0 and self.assessment.blind:
+            return _BLINDLY
         if code != 3 or self.assessment.blind:
             return _RESULTS[code]
         if self.assessment.suspects:
@@ -157,6 +159,7 @@ _RESULTS = {
 }
 
 
+_BLINDLY = "Passed, though the promised slowdown could have gone unseen"
 _UNSTABLE = "Something was too unstable to be judged"
 _UNDECIDED = "Not everything could be decided"
 _UNSETTLED = "A suspicion was not settled, for want of time"

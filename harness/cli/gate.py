@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mambench.harness.check.budgets import Budget
     from mambench.harness.check.report import CheckReport
 
-OWN = ("static", "inventory", "static_cache", "architectures", "entries")
+OWN = ("static", "inventory", "static_cache", "architectures", "entries", "changed")
 
 gate_options = options.all_of(
     click.option(
@@ -48,6 +48,12 @@ gate_options = options.all_of(
         "--entries", metavar="TEXT", help="With --static: only entries whose name holds this."
     ),
     click.option(
+        "--changed",
+        is_flag=True,
+        help="With --static: compile only what the two commits launch differently. Leaves no "
+        "static.json, for want of the others' figures.",
+    ),
+    click.option(
         "--budgets",
         type=Path,
         metavar="FILE",
@@ -73,6 +79,8 @@ def static_check(
     from mambench.harness.static import check as static_check
     from mambench.harness.store import new_run
 
+    if asked["changed"] and asked["baseline"] is not None:
+        raise UsageError("--changed compares what two commits launch: it goes with --base.")
     given = asked["fail_on"]
     request = static_check.Request(
         wanted=sides.Wanted(
@@ -88,6 +96,7 @@ def static_check(
         cache=asked["static_cache"],
         architectures=asked["architectures"],
         entries=asked["entries"],
+        changed=asked["changed"],
         accepted=accept.read(asked["accept_file"]) if asked["accept_file"] else (),
         fail_on=static_check.FAIL_ON if given is None else fail_on(given),
     )

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from mambench.harness.check import accept, imports, sides
 from mambench.harness.check.report import CheckReport
 from mambench.harness.check.sides import Side, Wanted
 from mambench.harness.errors import MeasurementError, UsageError
+from mambench.harness.static.child import launched
 from mambench.harness.verdict import Assessment, Kind, Point, Tolerance, Verdict
 
 INVENTORY = "kernels/inventory.py"
@@ -43,6 +44,7 @@ TOLERANCES: Mapping[str, Tolerance] = {
     "instructions": Tolerance(frac=0.03, amount=8.0),
 }
 _OPCODES_SHOWN = 6
+ALIKE = "the same source, configuration and compiler"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,7 @@ class Request:
     cache: Path | None = None  # None: the user's cache
     architectures: tuple[int, ...] = ()  # (): all that an entry names
     entries: str | None = None  # only entries whose name holds this
+    changed: bool = False  # compile only what the sides launch differently
     accepted: Sequence[accept.Accepted] = field(default=())
     fail_on: Sequence[str] = FAIL_ON
 
@@ -72,15 +75,19 @@ def check(request: Request, note: Callable[[str], None]) -> tuple[CheckReport, d
         with tempfile.TemporaryDirectory(prefix="mambench-static-") as name:
             folder = Path(name)
             with sides.prepared(wanted, folder, note) as (base_side, head_side):
+                files = [_required(head_side, request)]
                 if request.baseline is not None:
                     base, label = _asked(read(request.baseline), request), str(request.baseline)
                 else:
                     own = _inventory(base_side, request)
                     named = [str(_inventory(side, request)) for side in (base_side, head_side)]
                     imports.differences(base_side, head_side, named[:1], named[1:])
-                    files = [_required(head_side, request), *([own] if own.is_file() else [])]
-                    base, label = _figures(base_side, files, request, folder), base_side.label
-                head = _figures(head_side, [_required(head_side, request)], request, folder)
+                    files += [own] if own.is_file() else []
+                    alike = _launched(head_side, request, folder)
+                    base = _figures(base_side, files, request, folder, alike)
+                    label = base_side.label
+                alike = [launched(kernel) for kernel in base["kernels"]] if request.changed else []
+                head = _figures(head_side, files[:1], request, folder, alike)
                 head |= {"code": head_side.version}
                 facts = {"base": label, "head": head_side.label}
     except (MeasurementError, OSError) as error:
@@ -91,7 +98,7 @@ def check(request: Request, note: Callable[[str], None]) -> tuple[CheckReport, d
             f"compile it again with the same version"
         )
         return _nothing(request, problem), head
-    return _report(base, head, facts, request), head
+    return _report(base, head, facts, request), {} if request.changed else head
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -137,11 +144,34 @@ def _required(side: Side, request: Request) -> Path:
     return path
 
 
+def _launched(side: Side, request: Request, folder: Path) -> list[Any]:
+    """Return what a side launches, [] where all of it is to be compiled anyway."""
+    if not request.changed:
+        return []
+    return _asked_of(side, [_required(side, request)], request, folder, "--list")
+
+
 def _figures(
-    side: Side, inventories: Sequence[Path], request: Request, folder: Path
+    side: Side,
+    inventories: Sequence[Path],
+    request: Request,
+    folder: Path,
+    alike: Sequence[Any] = (),
 ) -> dict[str, Any]:
-    """Compile a side's inventory in a process of its own and return its figures."""
+    """Compile a side's inventory, less what is launched alike if only changes are asked for."""
+    if not request.changed:
+        return _asked_of(side, inventories, request, folder)
+    known = folder / f"alike-{side.name}.json"
+    known.write_text(json.dumps(list(alike)))
+    return _asked_of(side, inventories, request, folder, "--alike", str(known))
+
+
+def _asked_of(
+    side: Side, inventories: Sequence[Path], request: Request, folder: Path, *options: str
+) -> Any:
+    """Ask a side, in a process of its own, see `harness.static.child`."""
     output = folder / f"{side.name}.json"
+    output.unlink(missing_ok=True)
     cache = request.cache or machine_cache.folder() / "static"
     start = Path(mambench.__file__).with_name("_start.py")
     command = [
@@ -151,6 +181,7 @@ def _figures(
         *(word for path in side.code.path for word in ("--path", path)),
         *(word for number in request.architectures for word in ("--architecture", str(number))),
         *(("--entries", request.entries) if request.entries else ()),
+        *options,
     ]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     try:
@@ -198,6 +229,8 @@ def _report(
         f"Compiled {head['compiled']} kernels of the head and {base.get('compiled', 0)} of the "
         f"base; {head['cached']} and {base.get('cached', 0)} came from the cache."
     )
+    if alike := sum(_uncompiled(kernel) for kernel in head["kernels"]):
+        counts += f" {alike} are launched alike on both sides and were not compiled."
     return CheckReport(
         title=_title(request),
         assessment=accept.apply(Assessment(points=points), request.accepted),
@@ -223,8 +256,14 @@ def judge(base: Iterable[Mapping[str, Any]], head: Iterable[Mapping[str, Any]]) 
         elif old is None or "error" in old:
             why = "the base has no such kernel" if old is None else "the base does not compile it"
             yield _said(name, Verdict.NEW, why)
+        elif _uncompiled(old) or _uncompiled(new):  # because all that makes their binaries is equal
+            yield replace(_said(name, Verdict.SAME, ALIKE), change_frac=0.0)
         else:
             yield from _changes(name, old, new)
+
+
+def _uncompiled(kernel: Mapping[str, Any]) -> bool:
+    return "digest" not in kernel and "error" not in kernel
 
 
 def name_of(kernel: Mapping[str, Any]) -> str:

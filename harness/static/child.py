@@ -36,6 +36,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--path", action="append", default=[])
     parser.add_argument("--architecture", type=int, action="append", default=[])
     parser.add_argument("--entries")
+    # What the other side launches alike, as `launched` has it: needs no binary to be the same.
+    parser.add_argument("--alike", type=Path)
+    parser.add_argument("--list", action="store_true")  # what is launched, and compile nothing
     asked = parser.parse_args(arguments)
     sys.path[:0] = asked.path
     _forget_positions()
@@ -43,9 +46,18 @@ def main(arguments: Sequence[str]) -> None:
     for path in asked.inventory:  # the first that has an entry of a name
         named = {entry.name: entry for entry in load(path)} | named
     entries = [entry for name, entry in named.items() if not asked.entries or asked.entries in name]
+    alike: Any = json.loads(asked.alike.read_text()) if asked.alike else []
     with tempfile.TemporaryDirectory(prefix="mambench-triton-") as folder:
-        result = compiled(entries, asked.architecture, asked.cache, Path(folder))
+        if asked.list:
+            result = [launched(kernel) for kernel in _asked(entries, asked.architecture)]
+        else:
+            result = compiled(entries, asked.architecture, asked.cache, Path(folder), alike)
     asked.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def launched(kernel: dict[str, Any]) -> list[Any]:
+    """Return what a kernel is called in a check, and the digest of all that makes its binary."""
+    return [kernel[name] for name in ("entry", "kernel", "number", "architecture", "key")]
 
 
 def load(path: Path) -> Iterable[Any]:
@@ -79,9 +91,16 @@ def _forget_positions() -> None:
 
 
 def compiled(
-    entries: Iterable[Any], architectures: Sequence[int], cache: Path | None, folder: Path
+    entries: Iterable[Any],
+    architectures: Sequence[int],
+    cache: Path | None,
+    folder: Path,
+    alike: Sequence[list[Any]] = (),
 ) -> dict[str, Any]:
-    """Return every kernel of the entries with its figures, or with why there are none."""
+    """Return every kernel of the entries with its figures, or with why there are none.
+
+    What the other side launches `alike` is left out, unless the cache has it.
+    """
     import triton
     from triton import knobs
 
@@ -92,10 +111,10 @@ def compiled(
         if launch is None or kernel["key"] in found or kernel["key"] in waiting:
             continue
         kept = _kept(cache, kernel["key"])
-        if kept is None:
-            waiting[kernel["key"]] = launch
-        else:
+        if kept is not None:
             found[kernel["key"]] = kept
+        elif launched(kernel) not in alike:
+            waiting[kernel["key"]] = launch
     cached = len(found)
     for key, result in _compile_all(waiting):
         found[key] = result

@@ -245,6 +245,29 @@ def test_an_entry_that_raises_is_a_failure_of_its_own(tmp_path):
     assert "sizes do not fit" in found["error"]
 
 
+def test_what_the_other_side_launches_alike_needs_no_binary(tmp_path, monkeypatch):
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.cache, "dir", knobs.cache.dir)
+    figures = {k: v for k, v in FIGURES.items() if k in Binary.__dataclass_fields__}
+    monkeypatch.setattr(
+        static_child, "_compile_all", lambda tasks: [(key, figures) for key in tasks]
+    )
+    module = load(tmp_path / "kernel.py", KERNEL)
+    entry = SimpleNamespace(
+        name="centre",
+        call=lambda draw: module.run(draw(1 << 20), draw(1 << 20)),
+        architectures=(80, 90),
+    )
+    first, second = [static_child.launched(kernel) for kernel in static_child._asked([entry], [])]
+    second[2] += 1  # the same binary, under another number: it is compared with another there
+    found = static_child.compiled([entry], [], None, tmp_path, [first, second])
+    assert ["digest" in kernel for kernel in found["kernels"]] == [False, True]
+    points = list(static_check.judge(found["kernels"], found["kernels"]))
+    assert [p.verdict for p in points] == [Verdict.SAME, Verdict.SAME]
+    assert points[0].reason == static_check.ALIKE
+
+
 # --- reading and asking --------------------------------------------------------------------------
 
 
@@ -338,28 +361,53 @@ ENTRIES = [
 """
 
 
-def test_the_command_judges_a_repository_of_a_user(tmp_path):
+def judge_a_barrier(tmp_path, inventory, *options):
     repository = tmp_path / "repository"
     repository.mkdir()
     (repository / "kernel.py").write_text(KERNEL)
-    (repository / "inventory.py").write_text(INVENTORY)
+    (repository / "still.py").write_text(KERNEL.replace("x * 2.0", "x * 3.0"))
+    (repository / "inventory.py").write_text(inventory)
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.example"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "One"]):
         subprocess.run([*git, *command], cwd=repository, check=True)
     old, new = CHANGES["an extra barrier"]
     (repository / "kernel.py").write_text(KERNEL.replace(old, new))
-    done = subprocess.run(
+    return subprocess.run(
         [
             *(sys.executable, str(ROOT / "run_bench.py"), "check", "--static", "--base", "HEAD"),
             *("--inventory", "inventory.py", "--static-cache", str(tmp_path / "cache")),
-            *("-o", str(tmp_path / "out")),
+            *("-o", str(tmp_path / "out"), *options),
         ],
         cwd=repository,
         capture_output=True,
         text=True,
     )
+
+
+def test_the_command_judges_a_repository_of_a_user(tmp_path):
+    done = judge_a_barrier(tmp_path, INVENTORY)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "REGRESSED  centre / centre sm_80 [barriers]" in done.stdout
     kept = json.loads((tmp_path / "out" / "static.json").read_text())
     assert (kept["compiled"], len(kept["kernels"])) == (1, 1)
     assert "barriers" in (tmp_path / "out" / "summary.md").read_text()
+
+
+TWO = INVENTORY.replace("import kernel", "import kernel, still").replace(
+    "ENTRIES = [",
+    """ENTRIES = [
+    SimpleNamespace(
+        name="still",
+        call=lambda draw: still.run(draw(1 << 20), draw(1 << 20)),
+        architectures=(80,),
+    ),""",
+)
+
+
+def test_only_what_changed_is_compiled_where_that_is_asked_for(tmp_path):
+    done = judge_a_barrier(tmp_path, TWO, "--changed")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "REGRESSED  centre / centre sm_80 [barriers]" in done.stdout
+    assert "Compiled 1 kernels of the head and 1 of the base; 0 and 0" in done.stdout
+    assert "1 are launched alike on both sides" in done.stdout
+    assert not (tmp_path / "out" / "static.json").exists()
