@@ -76,7 +76,7 @@ def test_a_sample_is_judged_exactly_as_the_whole_is() -> None:
     )
 
 
-@pytest.mark.parametrize("block_bytes", [2**10, 2**26])
+@pytest.mark.parametrize("block_bytes", [2**15, 2**26])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_independent_errs_by_about_a_rounding(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block_bytes: int
