@@ -87,18 +87,30 @@ def expand(
         implementations: as in `plan.make_plan`.
         overrides: values that replace the suite's, by axis, `dtype` or `pass`.
 
-    Raises UsageError for an unknown name or sizes that do not fit each other.
+    Raises UsageError for an unknown name, and for sizes that do not fit each other unless they are
+    the overrides' and fit another sweep.
     """
     chosen = _chosen(suite, found, implementations)
     candidates: dict[str, Candidate] = {}
     swept: set[str] = set()
+    misfits: list[UsageError] = []
     for sweep, picks in zip(suite.sweeps, chosen, strict=True):
-        for question, pick in _questions(sweep, picks, device, found, overrides):
+        try:
+            questions = list(_questions(sweep, picks, device, found, overrides))
+        except UsageError as error:
+            if not overrides:
+                raise
+            misfits.append(error)
+            continue
+        for question, pick in questions:
             swept.update(APPLICABLE[question.problem.level, question.problem.family])
             for candidate in _resolve(question, found[pick.name], pick.variant, device):
                 candidates.setdefault(candidate.case.case_id, candidate)
+    if misfits and not candidates:
+        raise misfits[0]
     idle = [name for name in overrides if name not in swept and name not in ("dtype", "pass")]
     notes = [f"axis {name} does not apply to any case of this run" for name in idle if candidates]
+    notes += [f"a sweep was left out: {error}" for error in misfits]
     return Expansion(candidates=tuple(candidates.values()), notes=tuple(notes))
 
 

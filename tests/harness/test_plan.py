@@ -243,6 +243,13 @@ def test_sizes_that_do_not_fit_each_other(axes: dict[str, tuple[int, ...]], says
     assert says in str(caught.value)
 
 
+def test_sizes_asked_for_need_not_fit_every_sweep():
+    two = SWEEP + SWEEP.replace("d_inner: 128", "d_inner: 192")
+    made = make(two, axes={"ngroups": (3,)}, implementations=["scan"])
+    assert {p.case.problem.d_inner for p in made.cases} == {192}
+    assert any("ngroups 3 does not divide d_inner, 128" in note for note in made.notes)
+
+
 def test_cases_that_cannot_fit_are_skipped_with_the_estimate(
     implementations: dict[str, Implementation],
 ):
