@@ -152,7 +152,8 @@ def test_a_run_is_held_to_the_budget_and_added_to_the_history(repository, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("static", "timing", "code"), [(0, 0, 0), (1, 0, 1), (4, 0, 1), (0, 1, 1), (0, 3, 0), (0, 4, 0)]
+    ("static", "timing", "code"),
+    [(0, 0, 0), (1, 0, 1), (4, 0, 1), (0, 1, 1), (0, 3, 0), (0, 4, 0), (0, 124, 0)],
 )
 def test_our_own_gate_fails_for_what_regressed_alone(tmp_path, static, timing, code):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.example"]
@@ -171,7 +172,9 @@ def test_our_own_gate_fails_for_what_regressed_alone(tmp_path, static, timing, c
     command = [str(tmp_path / ".ci" / "gate"), str(stands_for_python)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
-    assert ("no verdict" in done.stdout) is (timing in (3, 4))
+    assert ("no verdict" in done.stdout) is (timing in (3, 4, 124))
+    assert ("stopped after" in done.stdout) is (timing == 124)
+    assert ("nothing has regressed" in done.stdout) is (code == 0)
     shallow = {**os.environ, "GATE_BASE": "HEAD~9"}
     done = subprocess.run(command, capture_output=True, text=True, env=shallow)
     assert (done.returncode, "nothing to compare" in done.stdout) == (0, True)
