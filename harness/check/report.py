@@ -90,7 +90,7 @@ class CheckReport:
         counts, points = self.assessment.counts(), self.assessment.points
         tolerated = sum(p.tolerated for p in points)
         counts[Verdict.UNSTABLE] -= tolerated
-        said = ", ".join(f"{counts[v]} {v}" for v in _ORDER if counts[v])
+        said = ", ".join(f"{counts[v]} {v}" for v in _ORDER if counts[v] or v is Verdict.REGRESSED)
         accepted = sum(p.accepted is not None for p in points)
         more = f", {accepted} accepted" if accepted else ""
         more += f"; {tolerated} call times too unstable to judge" if tolerated else ""
@@ -259,8 +259,8 @@ def _explanation(point: Point) -> list[str]:
 
 def markdown(report: CheckReport) -> str:
     """Return a summary for a pull request, below 64 KB; what matters comes first."""
-    passed = report.exit_code == 0
-    lines = [f"## {'✅' if passed else '❌'} {report.title}", "", f"**{report.conclusion}**", ""]
+    sign = {0: "✅", 3: "⚠️"}.get(report.exit_code, "❌")
+    lines = [f"## {sign} {report.title}", "", f"**{report.conclusion}**", ""]
     if report.judged and report.problem is None:
         lines += [*_sentences(report), ""]
     lines += [f"- {name}: {_escaped(value)}" for name, value in report.facts.items()]

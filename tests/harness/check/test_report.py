@@ -93,6 +93,7 @@ def test_every_format_says_how_it_ended(name: str):
     assert bool(bad) == (code != 0)
     assert int(suite.get("failures", "")) + int(suite.get("errors", "")) == len(bad)
     assert int(suite.get("tests", "")) == len(suite.findall("testcase"))
+    assert formats.markdown(made)[3] == {0: "✅", 3: "⚠️"[0]}.get(code, "❌")
     last = list(formats.annotations(made))[-1]
     assert last.startswith("::error" if code else "::notice")
 
@@ -145,7 +146,9 @@ def test_an_accepted_regression_looks_like_one_everywhere():
 def test_unstable_call_times_are_counted_and_hide_nothing():
     host = [a_point(Verdict.UNSTABLE, n, metric="call_time_s", reason="busy") for n in range(3)]
     made = report(*host, a_point(Verdict.UNSTABLE, 4))
-    assert made.conclusion.endswith("1 unstable, 1 same; 3 call times too unstable to judge.")
+    assert made.conclusion.endswith(
+        "0 regressed, 1 unstable, 1 same; 3 call times too unstable to judge."
+    )
     assert "call_time_s" not in formats.text(made)
     assert "call_time_s" in formats.text(made, everything=True)
     assert len(list(formats.annotations(made))) == 2
