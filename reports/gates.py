@@ -63,10 +63,7 @@ def _cpu(record: Mapping[str, Any]) -> str:
 def _gpu(record: Mapping[str, Any]) -> str:
     parts: list[dict[str, Any]] = record["parts"]
     devices = sorted({line.partition(": ")[2].strip() for line in record["listed"]})
-    said = (
-        f"{record['made_at'][:10]}, {', '.join(map(escape, devices))}, {len(record['gpus'])} of "
-        f"them side by side, {record['took_s']:.0f} s in all."
-    )
+    said = f"{record['made_at'][:10]}, {', '.join(map(escape, devices))}, {_runs(record)}."
     told = [part for part in parts if "counts" in part]
     rows = [_series("equal code, 12 cases", [part for part in told if part["part"] == "aa"])]
     sixty = [part for part in told if part["part"] == "sixty"]
@@ -101,6 +98,15 @@ def _gpu(record: Mapping[str, Any]) -> str:
         ]
     rates = [part["alarm_rate"] for part in told if part["part"] == "aa" and part["alarm_rate"]]
     return "\n".join([said, "", *_markdown(rows), "", *named, *_found(rates)])
+
+
+def _runs(record: Mapping[str, Any]) -> str:
+    """Return on how many GPUs, and how often, a record was made."""
+    series: list[dict[str, Any]] = record.get("series", [])
+    if not series:
+        return f"{len(record['gpus'])} of them side by side, {record['took_s']:.0f} s in all"
+    counts = [one["gpus"] for one in series]
+    return f"{len(series)} runs, {min(counts)} to {max(counts)} of them side by side"
 
 
 def _slower(cases: Sequence[Mapping[str, Any]]) -> bool:

@@ -90,7 +90,11 @@ PLANTS = {
     ),
 }
 _lock = threading.Lock()
-record = {"made_at": datetime.now(UTC).isoformat(timespec="seconds"), "parts": []}
+record = {
+    "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    "commit": os.environ.get("MAMBENCH_COMMIT"),
+    "parts": [],
+}
 
 
 def tree(folder, part):
@@ -248,14 +252,17 @@ def table():
 
 
 def merge(paths):
-    """Join records into one."""
+    """Join records into one; a run that was cut short has only the parts that it ended."""
     for path in paths:
         other = json.loads(Path(path).read_text())
+        gpus = sorted({part["gpu"] for part in other["parts"]})
         record["made_at"] = min(record["made_at"], other["made_at"])
-        record["took_s"] = max(record.get("took_s", 0), other["took_s"])
-        for name in ("parts", "gpus", "listed", "not_begun"):
+        for name in ("parts", "listed"):
             record[name] = [*record.get(name, []), *other[name]]
+        told = {name: other.get(name) for name in ("made_at", "commit", "took_s")}
+        record["series"] = [*record.get("series", []), told | {"gpus": len(gpus)}]
     record["listed"] = list(dict.fromkeys(record["listed"]))
+    del record["commit"]  # each run has its own
     keep()
     table()
 

@@ -72,6 +72,9 @@ def test_a_series_on_gpus(tmp_path: Path):
     assert "REGRESSED ssd:x +12.0%" in text
     assert "1 of 400 checks of equal code" in text
     assert "at least 97.0% of +5%" in text
+    assert "1 of them side by side, 480 s in all" in text
+    joined = {**record, "parts": parts, "series": [{"gpus": 2}, {"gpus": 1}]}
+    assert "2 runs, 1 to 2 of them side by side." in gates.table(written(tmp_path / "r", joined))
 
 
 def test_what_is_no_record(tmp_path: Path):
