@@ -3,6 +3,7 @@
 import json
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Any, cast
 
 from mambench.harness.errors import RunFolderError
@@ -38,11 +39,11 @@ class Observation:
         None  # how the measurement was taken: "cuda-graph", "events", "perf_counter" ...
     )
     values: Mapping[str, float | int | None] = field(
-        default_factory=dict
+        default_factory=dict[str, float | int | None]
     )  # keys: tags of spec.METRICS
     samples_s: tuple[float, ...] | None = None  # raw, in the order taken; outliers are not dropped
     details: Mapping[str, Any] = field(
-        default_factory=dict
+        default_factory=dict[str, Any]
     )  # gate, telemetry, convergence, traceback
 
     def to_line(self) -> str:
@@ -112,6 +113,11 @@ def written(record: Mapping[str, Any]) -> Hashable:
     problem: Mapping[str, Any] = record["problem"]
     own = (record[name] for name in ("implementation", "variant", "pass", "dtype"))
     return (*own, *problem, *problem.values())
+
+
+def now() -> str:
+    """Return the time as records have it: ISO 8601, UTC, milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def observation_id(

@@ -8,15 +8,15 @@ import itertools
 import math
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 from mambench.harness import machine
 from mambench.harness.errors import RunFolderError
+from mambench.harness.failures import trace
+from mambench.harness.ledger import Ledger
 from mambench.harness.lock import device_lock
 from mambench.harness.plan import Plan, PlannedCase
 from mambench.harness.profilers import catalog
@@ -30,19 +30,16 @@ from mambench.harness.profilers.base import (
     Process,
 )
 from mambench.harness.progress import Listener
-from mambench.harness.records import Observation, observation_id
-from mambench.harness.spec import Case, Outcome, digest
+from mambench.harness.records import Observation, now
+from mambench.harness.spec import Case, Outcome
 from mambench.harness.store import Key, RunFolder
 from mambench.harness.workers import precompile
 from mambench.harness.workers.guard import Limits, supervise
 from mambench.harness.workers.limits import memory_limit, thread_count
 from mambench.harness.workers.pool import Code, Pool, Worker, make_pool
-from mambench.harness.workers.protocol import Done, Finding, Work, WorkerConfig
+from mambench.harness.workers.protocol import Done, Work, WorkerConfig
 
 MAX_WARM_S = 1.0  # an execution slower than this is not run once more just to measure its memory
-TRACEBACK_LENGTH = 4000
-# What does not change a measurement does not change its identity.
-_NOT_IDENTITY = ("time_limit_s", "compile_limit_s", "memory_limit_bytes", "measurements")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +177,7 @@ class _Runner:
         self._threads = threads
         self._listener = listener
         self._session = session
+        self._ledger = Ledger(plan, folder, session.round)
         self._wanted = plan.settings.measurements
         found = catalog.load(plan.plugins)
         self._profilers = {name: found[name] for name in self._wanted}
@@ -200,15 +198,14 @@ class _Runner:
         }
         self._workers: dict[Process, Worker] = {}
         self._memory_limit = memory_limit(plan.settings)
-        self._observed: list[Observation] = []  # of the present case
 
     def run(self, time_budget_s: float | None, retry_failed: bool) -> None:
         """Decide, compile ahead, run case after case, then what measures many at once."""
         deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
         for warning in self._folder.warnings:
             self._listener.on_note(warning)
-        self._record_decided()
-        finished = self._finished(retry_failed)
+        self._ledger.record_decided(self._plan.cases)
+        finished = self._ledger.finished(retry_failed=retry_failed)
         left = [(p, m) for p in self._plan.runnable if (m := self._missing(p.case, finished))]
         self._listener.on_plan(len(self._plan.cases), len(left))
         cases = [planned.case for planned, _ in left]
@@ -226,44 +223,34 @@ class _Runner:
         while self._workers:
             self._workers.popitem()[1].kill()
 
-    def _record_decided(self) -> None:
-        """Record the cases whose outcome the plan knows, once."""
-        newest = self._folder.newest()
-        for planned in self._plan.cases:
-            if planned.outcome is None:
-                continue
-            done = Done(outcome=planned.outcome, reason=planned.reason)
-            for measurement in self._wanted:
-                old = newest.get(self._key(planned.case, measurement))
-                if old is None or (old.outcome, old.reason) != (done.outcome, done.reason):
-                    self._append_failure(planned.case, measurement, done, _now(), 0.0)
-
-    def _finished(self, retry_failed: bool) -> set[Key]:
-        finished, newest = self._folder.finished(), self._folder.newest()
-        return {k for k in finished if not (retry_failed and newest[k].outcome.failed)}
-
     def _missing(self, case: Case, finished: set[Key]) -> tuple[str, ...]:
         return tuple(
-            m for m in self._wanted if m not in self._batched and self._key(case, m) not in finished
+            m
+            for m in self._wanted
+            if m not in self._batched and self._ledger.key(case, m) not in finished
         )
 
     def _case(self, planned: PlannedCase, missing: tuple[str, ...], deadline: float | None) -> None:
         case = planned.case
-        self._observed = []
-        started_at, begin = _now(), time.monotonic()
+        self._ledger.begin()
+        started_at, begin = now(), time.monotonic()
         self._listener.on_case_start(case)
-        done = self._over_budget(planned, deadline) or self._earlier_failure(case, missing)
+        done = self._over_budget(planned, deadline) or self._ledger.earlier_failure(case, missing)
         done = done or self._measured(case, missing)
-        pending = [m for m in missing if m not in {o.measurement for o in self._observed}]
+        pending = [m for m in missing if m not in {o.measurement for o in self._ledger.observed}]
         for measurement in pending:
             if done is not None:
                 taken_s = time.monotonic() - begin
-                self._append_failure(case, measurement, done, started_at, taken_s)
-            else:
-                self._append_measured(
-                    case, measurement, Measured.missing(self._absent[measurement])
+                self._ledger.failure(
+                    case, measurement, done, started_at=started_at, duration_s=taken_s
                 )
-        self._listener.on_case_end(case, tuple(self._observed))
+            else:
+                self._ledger.measured(
+                    case,
+                    self._profilers[measurement],
+                    Measured.missing(self._absent[measurement]),
+                )
+        self._listener.on_case_end(case, self._ledger.observed)
 
     def _over_budget(self, planned: PlannedCase, deadline: float | None) -> Done | None:
         left_s = float("inf") if deadline is None else deadline - time.monotonic()
@@ -274,20 +261,6 @@ class _Runner:
             f"left; resume the run or raise --time-budget"
         )
         return Done(outcome=Outcome.SKIPPED, reason=reason)
-
-    def _earlier_failure(self, case: Case, missing: tuple[str, ...]) -> Done | None:
-        """Return how the case failed before the run was cut off, or before this measurement.
-
-        A measurement that failed by itself says nothing about the others.
-        """
-        newest, alone = self._folder.newest(), set(self._wanted) - {DECIDING}
-        for measurement in self._wanted:
-            old = newest.get(self._key(case, measurement))
-            if old is None or measurement in missing or old.outcome is Outcome.OK:
-                continue
-            if old.details.get("phase") not in alone:
-                return Done(outcome=old.outcome, reason=old.reason, details=old.details)
-        return None
 
     def _measured(self, case: Case, missing: tuple[str, ...]) -> Done | None:
         """Let workers measure; returns how the case ended if it failed.
@@ -301,7 +274,7 @@ class _Runner:
             work, process = next_work
             done = self._work(work, process)
             proven, gate = True, False
-            seen = {o.measurement for o in self._observed}
+            seen = {o.measurement for o in self._ledger.observed}
             left = [m for m in pending if m not in seen]
             if done.outcome is Outcome.OK:
                 pending = [m for m in left if m not in work.measurements]
@@ -310,7 +283,7 @@ class _Runner:
             if culprit == DECIDING or culprit not in work.measurements:
                 return done
             if culprit in left:
-                self._append_failure(case, culprit, done, _now(), 0.0)
+                self._ledger.failure(case, culprit, done)
                 left.remove(culprit)
             pending = left
         return None
@@ -330,7 +303,10 @@ class _Runner:
             if not names and (proven or process is not Process.TIMED):
                 continue
             # An execution is not repeated just so that a second worker has seen one.
-            warm = process is not Process.TUNED_MALLOC or self._known(case, "time_s") < MAX_WARM_S
+            warm = (
+                process is not Process.TUNED_MALLOC
+                or self._ledger.value(case, "time_s") < MAX_WARM_S
+            )
             limit_s = self._plan.settings.time_limit_s
             work = Work(
                 case=case,
@@ -351,11 +327,6 @@ class _Runner:
         assert isinstance(profiler, CaseProfiler)
         return profiler.process(self._plan.device)
 
-    def _known(self, case: Case, tag: str) -> float:
-        """Return a value of the case's time; 0 where it is not known."""
-        timed = self._folder.newest().get(self._key(case, DECIDING))
-        return (timed.values.get(tag) if timed else None) or 0.0
-
     def _work(self, work: Work, process: Process) -> Done:
         worker = self._workers.get(process) or self._pool.worker(self._config(process))
         self._workers[process] = worker
@@ -369,7 +340,7 @@ class _Runner:
                 memory_bytes=self._memory_limit,
             ),
             on_phase=lambda phase: self._listener.on_phase(work.case, phase),
-            on_finding=lambda finding: self._append_finding(work.case, finding),
+            on_finding=lambda finding: self._ledger.finding(work.case, finding),
         )
         if done.replace:
             del self._workers[process]
@@ -382,18 +353,18 @@ class _Runner:
         left: list[Case] = []
         for planned in self._plan.runnable:
             case = planned.case
-            if self._key(case, name) in finished:
+            if self._ledger.key(case, name) in finished:
                 continue
-            self._observed = []
-            if failure := self._earlier_failure(case, (name,)):
-                self._append_failure(case, name, failure, _now(), 0.0)
+            self._ledger.begin()
+            if failure := self._ledger.earlier_failure(case, (name,)):
+                self._ledger.failure(case, name, failure)
             else:
                 left.append(case)
         if left and deadline is not None and time.monotonic() > deadline:
             reason = "time budget: nothing was left; resume the run or raise --time-budget"
             done = Done(outcome=Outcome.SKIPPED, reason=reason)
             for case in left:
-                self._append_failure(case, name, done, _now(), 0.0)
+                self._ledger.failure(case, name, done)
         elif left:
             left_s = math.inf if deadline is None else deadline - time.monotonic()
             self._measure_batch(name, left, left_s)
@@ -408,8 +379,10 @@ class _Runner:
 
         batch = Batch(
             cases=tuple(cases),
-            times_s={case.case_id: self._known(case, "time_s") for case in cases},
-            first_calls_s={case.case_id: self._known(case, "first_call_s") for case in cases},
+            times_s={case.case_id: self._ledger.value(case, "time_s") for case in cases},
+            first_calls_s={
+                case.case_id: self._ledger.value(case, "first_call_s") for case in cases
+            },
             left_s=left_s,
             device=self._plan.device,
             settings=self._plan.settings,
@@ -421,7 +394,8 @@ class _Runner:
             on_case=told,
         )
         self._listener.on_note(f"measuring {name} of {len(cases)} cases")
-        self._observed, left = [], {case.case_id: case for case in cases}
+        self._ledger.begin()
+        left = {case.case_id: case for case in cases}
         end = Done(outcome=Outcome.ERROR, reason=f"{name} found nothing for this case")
         begun = time.monotonic()
         try:
@@ -431,16 +405,15 @@ class _Runner:
                 taken_s, begun = time.monotonic() - begun, time.monotonic()
                 if isinstance(found, Failed):
                     done = Done(outcome=found.outcome, reason=found.reason, details=found.details)
-                    self._append_failure(case, name, done, _now(), taken_s)
+                    self._ledger.failure(case, name, done, duration_s=taken_s)
                 else:
-                    self._append_measured(case, name, found, taken_s)
+                    self._ledger.measured(case, profiler, found, taken_s)
         except Exception as error:
-            trace = "".join(traceback.format_exception(error))[-TRACEBACK_LENGTH:]
             reason = f"{type(error).__name__}: {error} (in {name})"
-            end = Done(outcome=Outcome.ERROR, reason=reason, details={"traceback": trace})
+            end = Done(outcome=Outcome.ERROR, reason=reason, details={"traceback": trace(error)})
         for case in left.values():
-            self._append_failure(case, name, end, _now(), 0.0)
-        got = sum(o.measurement == name and o.method is not None for o in self._observed)
+            self._ledger.failure(case, name, end)
+        got = sum(o.measurement == name and o.method is not None for o in self._ledger.observed)
         self._listener.on_note(f"measured {name} of {got} of {len(cases)} cases")
 
     def _config(self, process: Process) -> WorkerConfig:
@@ -454,91 +427,3 @@ class _Runner:
             shares_device=len(self._processes) > 1,
             sys_path=tuple(sys.path),
         )
-
-    def _append_finding(self, case: Case, finding: Finding) -> None:
-        modelled = _modelled(case) if finding.outcome is Outcome.OK else {}
-        self._append(
-            Observation(
-                case=case,
-                measurement=finding.measurement,
-                round=self._session.round,
-                outcome=finding.outcome,
-                reason=finding.reason,
-                observation_id=self._observation_id(case, finding.measurement),
-                started_at=finding.started_at,
-                duration_s=finding.duration_s,
-                method=finding.method,
-                values={**finding.values, **modelled},
-                samples_s=finding.samples_s,
-                details=finding.details,
-            )
-        )
-
-    def _append_measured(
-        self, case: Case, measurement: str, found: Measured, duration_s: float = 0.0
-    ) -> None:
-        """Append what was found outside the workers."""
-        values = {m.tag: found.values.get(m.tag) for m in self._profilers[measurement].metrics}
-        finding = Finding(
-            measurement=measurement,
-            started_at=_now(),
-            duration_s=duration_s,
-            method=found.method,
-            values=values,
-            samples_s=found.samples_s,
-            details=found.details,
-        )
-        self._append_finding(case, finding)
-
-    def _append_failure(
-        self, case: Case, measurement: str, done: Done, started_at: str, duration_s: float
-    ) -> None:
-        self._append(
-            Observation(
-                case=case,
-                measurement=measurement,
-                round=self._session.round,
-                outcome=done.outcome,
-                reason=done.reason,
-                observation_id=self._observation_id(case, measurement),
-                started_at=started_at,
-                duration_s=duration_s,
-                details=done.details,
-            )
-        )
-
-    def _append(self, observation: Observation) -> None:
-        self._folder.append(observation)
-        self._observed.append(observation)
-
-    def _observation_id(self, case: Case, measurement: str) -> str:
-        code = self._folder.manifest["code"]
-        settings = self._plan.settings.to_dict()
-        return observation_id(
-            case,
-            measurement=measurement,
-            round=self._session.round,
-            code_version=code.get("id") or digest(code),
-            device=self._plan.device.name,
-            settings={k: v for k, v in settings.items() if k not in _NOT_IDENTITY},
-        )
-
-    def _key(self, case: Case, measurement: str) -> Key:
-        return case.case_id, measurement, self._session.round
-
-
-def _modelled(case: Case) -> dict[str, int | None]:
-    """Return what the pass must do, from shapes alone."""
-    from mambench.implementations.cost import case_cost
-
-    cost = case_cost(case)
-    return {
-        "model_flop": cost.model_flop,
-        "compulsory_bytes": cost.compulsory_bytes,
-        "weight_count": cost.weight_count,
-        "state_bytes": cost.state_bytes,
-    }
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

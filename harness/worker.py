@@ -14,15 +14,16 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from mambench.harness.failures import classify, describe, trace
 from mambench.harness.instruments import memory
 from mambench.harness.instruments.launches import CompileTimes
 from mambench.harness.instruments.telemetry import Telemetry
 from mambench.harness.instruments.timing import StopRule, Timing
 from mambench.harness.profilers.base import DECIDING, CaseProfiler, Measured, Profiler
+from mambench.harness.records import now
 from mambench.harness.spec import Case, DeviceKind, Outcome
 from mambench.harness.workers.protocol import (
     BUILD,
@@ -42,11 +43,8 @@ if TYPE_CHECKING:
     from mambench.implementations.base import Implementation
     from mambench.implementations.workload import Workload
 
-REASON_LENGTH = 240
-TRACEBACK_LENGTH = 4000
 EXECUTIONS_AGAIN = 3  # what checking again after timing takes: forward, backward, hashing
 TIMING_SHARE = 0.8  # of the time that is left; the rest is for what ends later than estimated
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 Send = Callable[[object], None]
 
@@ -203,7 +201,7 @@ class _CaseWork:
             done = Done(
                 outcome=outcome,
                 reason=f"{describe(error)} (in {self._phase})",
-                details={"traceback": _trace(error), "phase": self._phase},
+                details={"traceback": trace(error), "phase": self._phase},
                 replace=outcome is not Outcome.UNSUPPORTED,
             )
             traceback.clear_frames(error.__traceback__)  # they hold the case's tensors
@@ -346,7 +344,7 @@ class _CaseWork:
         profiler = self._session.profilers[name]
         assert isinstance(profiler, CaseProfiler)
         self.workload()
-        started_at, begin = _now(), time.monotonic()
+        started_at, begin = now(), time.monotonic()
         outcome, reason = Outcome.OK, None
         with self._in_phase(name):
             try:
@@ -357,7 +355,7 @@ class _CaseWork:
                 if name == DECIDING:
                     raise
                 outcome, reason = classify(error), f"{describe(error)} (in {name})"
-                measured = Measured(details={"traceback": _trace(error), "phase": name})
+                measured = Measured(details={"traceback": trace(error), "phase": name})
                 traceback.clear_frames(error.__traceback__)
         values = {m.tag: measured.values.get(m.tag) for m in profiler.metrics}
         gate = {"gate": self._gate} if self._gate is not None else {}
@@ -399,30 +397,5 @@ class _CaseWork:
             self._send(Phase(name=outer))
 
 
-def classify(error: BaseException) -> Outcome:
-    """Return the outcome that an exception of an implementation means."""
-    if isinstance(error, NotImplementedError):
-        return Outcome.UNSUPPORTED
-    text = str(error).lower()
-    if isinstance(error, MemoryError) or any(sign in text for sign in _OUT_OF_MEMORY):
-        return Outcome.OOM
-    return Outcome.ERROR
-
-
-def describe(error: BaseException) -> str:
-    """Return one short line: the exception's type and the first line of its text."""
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return text if len(text) <= REASON_LENGTH else text[: REASON_LENGTH - 1] + "…"
-
-
-def _trace(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error))[-TRACEBACK_LENGTH:]
-
-
 def _ignore(given: Any) -> None:
     """Do nothing."""
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

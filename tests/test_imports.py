@@ -42,7 +42,8 @@ WORKER_SIDE = (
 TORCH_FREE = (
     *("harness.spec", "harness.records", "harness.errors", "harness.plan", "harness.suite"),
     *("harness.registry", "harness.machine", "harness.store", "harness.analysis.loading"),
-    *("harness.runner", "harness.doctor", "harness.progress", "harness.cli.views"),
+    *("harness.runner", "harness.ledger", "harness.failures"),
+    *("harness.doctor", "harness.progress", "harness.cli.views"),
     *("harness.cli.options", "harness.cli.begin", "harness.reproduce"),
     *("harness.cli.check", "harness.check.commands", "harness.check.report", "harness.verdict"),
     *("harness.check.side_plan", "harness.check.simulate"),

@@ -32,8 +32,8 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from mambench.harness.counters.ncu import DRAIN, PRIME, RUN, range_name
+from mambench.harness.failures import classify, describe
 from mambench.harness.spec import Case, Device, DeviceKind, Pass
-from mambench.harness.worker import classify, describe
 from mambench.harness.workers.protocol import BUILD, COMPILE
 
 if TYPE_CHECKING:

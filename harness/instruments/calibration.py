@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from mambench.harness.failures import describe
 from mambench.harness.instruments.ceilings import (
     COPY,
     EXP,
@@ -30,7 +31,6 @@ from mambench.harness.instruments.ceilings import (
 )
 from mambench.harness.instruments.telemetry import Telemetry
 from mambench.harness.spec import Device, DeviceKind
-from mambench.harness.worker import describe
 
 SIZES: Mapping[DeviceKind, Mapping[str, float]] = {
     # A copy of several times L2; a product large enough that its edges do not count.

@@ -1,7 +1,7 @@
 import pytest
 
+from mambench.harness.failures import REASON_LENGTH, classify, describe
 from mambench.harness.spec import Outcome
-from mambench.harness.worker import REASON_LENGTH, classify, describe
 
 
 class ForeignOutOfMemoryError(RuntimeError):
