@@ -26,14 +26,16 @@ class Config:
         return min(wanted, padded(available))
 
 
+_ALONE = ((1024, 1), (1024, 2), (2048, 2), (2048, 4), (2048, 8), (4096, 4), (8192, 8))
+_SHARED = ((512, 1, 4), (512, 4, 2), (1024, 2, 2), (1024, 4, 4), (2048, 4, 2))
 # What `choose` takes from, and what is compared where it is tuned.
 CONFIGS: tuple[Config, ...] = tuple(
     Config(elements=elements, warps=warps, stream=stream)
-    for elements, warps in ((1024, 1), (1024, 2), (2048, 2), (2048, 4), (4096, 4), (8192, 8))
+    for elements, warps in _ALONE
     for stream in (False, True)
 ) + tuple(
     Config(elements=elements, warps=warps, sequences=sequences, stream=stream)
-    for elements, warps, sequences in ((512, 1, 4), (1024, 2, 2), (1024, 4, 4), (2048, 4, 2))
+    for elements, warps, sequences in _SHARED
     for stream in (False, True)
 )
 
@@ -43,6 +45,8 @@ CONFIGS: tuple[Config, ...] = tuple(
 # from the mark until they are so large that nothing stays.
 _KEPT = (8 * _MIB, 24 * _MIB)
 _STREAMED = 320 * _MIB
+# Up to here a program mostly waits, and ends sooner with four (s6) or eight states a thread.
+_SHORT = 3 * _MIB
 
 
 def choose(*, batch: int, entries: int, headdim: int | None, d_state: int, itemsize: int) -> Config:
@@ -64,8 +68,12 @@ def choose(*, batch: int, entries: int, headdim: int | None, d_state: int, items
     if headdim is None and d_state > 32:
         shared = 4 if itemsize < 4 else 2  # four of fp32 spill registers
         return Config(elements=1024, warps=shared, sequences=shared, stream=stream)
+    if headdim is None and size <= _SHORT:
+        return Config(elements=512, warps=4, sequences=2, stream=stream)
     if headdim is None:
-        return Config(elements=1024, warps=2 if size <= 2 * _MIB else 1, stream=stream)
+        return Config(elements=1024, warps=1, stream=stream)
+    if size <= _SHORT:
+        return Config(elements=2048, warps=8, stream=stream)
     if size <= _KEPT[1]:
         return Config(elements=1024, warps=1, stream=stream)
     return Config(elements=2048, warps=4 if stream else 2, stream=stream)

@@ -7,7 +7,8 @@
 Mamba (Gu and Dao 2023), equation 2; Transformers are SSMs (Dao and Gu 2024), equation 1. The state
 is read and written once, in its own dtype; everything is computed in fp32, y from the state before
 it is rounded. The state is nearly all that is moved, so a program takes a tile of whole rows of N
-states, whose loads a thread issues 16 bytes at a time and all before the first is used.
+states, whose loads a thread issues 16 bytes at a time and all before the first is used. D and z are
+loaded there too: nothing is moved before a store, and behind it each would wait for memory again.
 
 - ssd: a program is ROWS of the P rows of a head of one sequence: the decay, a scalar per head, is
   one exponential for all of them.
@@ -101,16 +102,20 @@ def ssd_update_kernel(
     B = tl.load(B_ptr + b * stride_B + shared, in_n, other=0.0).to(tl.float32)
     C = tl.load(C_ptr + b * stride_C + shared, in_n, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + b * stride_x + head * P + p, in_p, other=0.0).to(tl.float32)
+    A = tl.load(A_ptr + head) * LOG2E
+    if D_ptr is not None:
+        D = tl.load(D_ptr + head)
+    if z_ptr is not None:
+        z = tl.load(z_ptr + b * stride_z + head * P + p, in_p, other=0.0).to(tl.float32)
     if SOFTPLUS:
         dt = softplus(dt)
-    decay = tl.exp2(dt * tl.load(A_ptr + head) * LOG2E)
-    state = state * decay + (dt * x)[:, None] * B[None, :]
+    state = state * tl.exp2(dt * A) + (dt * x)[:, None] * B[None, :]
     tl.store(tile_ptr, state.to(state_ptr.dtype.element_ty), in_tile, eviction_policy=EVICTION)
     y = tl.sum(rounded_product(state, C[None, :]), 1)
     if D_ptr is not None:
-        y += tl.load(D_ptr + head) * x
+        y += D * x
     if z_ptr is not None:
-        y *= silu(tl.load(z_ptr + b * stride_z + head * P + p, in_p, other=0.0).to(tl.float32))
+        y *= silu(z)
     tl.store(out_ptr + (b * HEADS + head) * P + p, y.to(out_ptr.dtype.element_ty), in_p)
 
 
@@ -172,6 +177,10 @@ def s6_update_kernel(
     B = tl.load(B_ptr + (b * stride_B)[:, None] + shared, b_n, other=0.0).to(tl.float32)
     C = tl.load(C_ptr + (b * stride_C)[:, None] + shared, b_n, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + (b * stride_x)[:, None] + d[None, :], b_d, other=0.0).to(tl.float32)
+    if D_ptr is not None:
+        D = tl.load(D_ptr + d, in_d, other=0.0)
+    if z_ptr is not None:
+        z = tl.load(z_ptr + (b * stride_z)[:, None] + d[None, :], b_d, other=0.0)
     if SOFTPLUS:
         dt = softplus(dt)
     decay = tl.exp2(dt[:, :, None] * A[None, :, :])
@@ -179,8 +188,7 @@ def s6_update_kernel(
     tl.store(tile_ptr, state.to(state_ptr.dtype.element_ty), in_tile, eviction_policy=EVICTION)
     y = tl.sum(rounded_product(state, C[:, None, :]), 2)
     if D_ptr is not None:
-        y += tl.load(D_ptr + d, in_d, other=0.0)[None, :] * x
+        y += D[None, :] * x
     if z_ptr is not None:
-        z = tl.load(z_ptr + (b * stride_z)[:, None] + d[None, :], b_d, other=0.0)
         y *= silu(z.to(tl.float32))
     tl.store(out_ptr + (b * HEADS)[:, None] + d[None, :], y.to(out_ptr.dtype.element_ty), b_d)
