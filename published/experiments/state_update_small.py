@@ -21,7 +21,7 @@ def configs(family, batch):
     e, p, n = base.FAMILIES[family]
     size = batch * e * (p or 1) * n * 2
     stream = choose(batch=batch, entries=e, headdim=p, d_state=n, itemsize=2).stream
-    tiles = [(256, 1), (256, 2), (256, 4), (512, 1), (512, 2), (512, 4), (512, 8), (1024, 1), (1024, 2), (1024, 4), (1024, 8), (2048, 4), (2048, 8)]
+    tiles = [(128, 1), (128, 2), (256, 1), (256, 2), (256, 4), (512, 1), (512, 2), (512, 4), (512, 8), (1024, 1), (1024, 2), (1024, 4), (1024, 8), (2048, 4), (2048, 8)]
     found = [Config(elements=t, warps=w, stream=stream) for t, w in tiles]
     if family == "s6" and batch > 1:
         found += [Config(elements=t, warps=w, sequences=s, stream=stream) for t, w, s in ((256, 2, 2), (512, 4, 2), (256, 4, 4), (512, 4, 4), (1024, 4, 4))]
