@@ -165,11 +165,11 @@ def state_update() -> Computed:
         x, dt = normal(batch, *places), normal(batch, heads)
         A = -torch.rand((heads, d_state) if headdim is None else (heads,)).cuda()
         B, C = (normal(batch, 2, d_state) for _ in "BC")
-        for config in CONFIGS[:: 1 if headdim is None else 4]:
+        D, bias = (torch.randn(heads).cuda() for _ in "Db")
+        options = {"D": D, "z": x, "dt_bias": bias, "dt_softplus": True}
+        for config in (None, *CONFIGS[:: 1 if headdim is None else 4]):
             state = normal(batch, *places, d_state)
-            out = selective_state_update(
-                state, x, dt, A, B, C, z=x, dt_softplus=True, config=config
-            )
+            out = selective_state_update(state, x, dt, A, B, C, **options, config=config)
             done.append((state, out))
     return done
 
