@@ -8,8 +8,11 @@ import atexit
 import os
 import runpy
 import shutil
+import sys
 import tempfile
 from pathlib import Path
+
+import pytest
 
 _package = Path(__file__).resolve().parent.parent / "mambench"
 runpy.run_path(str(_package / "_start.py"))["load_package"](_package)
@@ -18,3 +21,11 @@ _temporary = tempfile.mkdtemp(prefix="mambench-tests-")
 atexit.register(shutil.rmtree, _temporary, ignore_errors=True)
 os.environ["TMPDIR"] = _temporary
 tempfile.tempdir = None  # read TMPDIR again
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Let torch compute with one thread: tensors are small here, and other tests run beside."""
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "set_num_threads"):
+        torch.set_num_threads(1)
