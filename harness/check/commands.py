@@ -228,8 +228,12 @@ def _explained(
     def tell(point: Point) -> Point:
         if point.case is None or point.verdict not in (Verdict.REGRESSED, Verdict.FAILED):
             return point
-        found = (*explain.differences(point.case, evidence.base, evidence.head), *libraries)
-        notes = found or (explain.NOTHING,)
+        found = explain.differences(point.case, evidence.base, evidence.head)
+        if point.change_frac is None:  # what was not measured differs in everything
+            found = ()
+        notes = (*found, *libraries)
+        if point.verdict is Verdict.REGRESSED:
+            notes = notes or (explain.NOTHING,)
         return replace(point, notes=notes, command=command(point, plan, request, base_ref))
 
     return with_points(assessment, tell)
@@ -246,7 +250,8 @@ def command(point: Point, plan: Plan, request: Request, base_ref: str) -> str:
         against = ["--baseline", str(request.baseline)]
     wanted = request.wanted
     options = [*against, "--head", wanted.head]
-    options += ["--build", wanted.build] if wanted.build else []
+    for flag, value in (("--build", wanted.build), ("--build-base", wanted.build_base)):
+        options += [flag, value] if value else []
     options += [word for part in wanted.path for word in ("--path", part)]
     return shlex.join([*words[:where], "check", *options, *words[where + 1 :]])
 

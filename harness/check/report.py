@@ -86,7 +86,13 @@ class CheckReport:
         if self.problem is not None:
             return f"Not judged: {self.problem}"
         if not self._compared:
-            return "Nothing could be compared: no case was measured on both sides."
+            points = self.assessment.points
+            if points and all(p.kind is Kind.BUDGET for p in points):
+                return "No budget found a case that it could judge."
+            counts = self.assessment.counts()
+            said = ", ".join(f"{counts[v]} {v}" for v in _ORDER if counts[v])
+            nothing = "Nothing could be compared: no case was measured on both sides"
+            return f"{nothing}{': ' if said else ''}{said}."
         counts, points = self.assessment.counts(), self.assessment.points
         tolerated = sum(p.tolerated for p in points)
         counts[Verdict.UNSTABLE] -= tolerated

@@ -76,6 +76,7 @@ def static_check(
 ) -> "tuple[CheckReport, Path]":
     """Run `check --static`; returns the report and the folder, where static.json is."""
     from mambench.harness.check import accept, sides
+    from mambench.harness.check import commands as checking
     from mambench.harness.static import check as static_check
     from mambench.harness.store import new_run
 
@@ -97,6 +98,7 @@ def static_check(
         architectures=asked["architectures"],
         entries=asked["entries"],
         changed=asked["changed"],
+        program=checking.program(),
         accepted=accept.read(asked["accept_file"]) if asked["accept_file"] else (),
         fail_on=static_check.FAIL_ON if given is None else fail_on(given),
     )

@@ -7,6 +7,7 @@ tolerance has regressed.
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,7 @@ class Request:
     changed: bool = False  # compile only what the sides launch differently
     accepted: Sequence[accept.Accepted] = field(default=())
     fail_on: Sequence[str] = FAIL_ON
+    program: Sequence[str] = ("mambench",)
 
 
 def check(request: Request, note: Callable[[str], None]) -> tuple[CheckReport, dict[str, Any]]:
@@ -223,7 +225,13 @@ def _title(request: Request) -> str:
 def _report(
     base: Mapping[str, Any], head: Mapping[str, Any], facts: Mapping[str, str], request: Request
 ) -> CheckReport:
-    points = tuple(judge(base["kernels"], head["kernels"]))
+    commands = {name_of(kernel): command(kernel, request) for kernel in head["kernels"]}
+    points = tuple(
+        replace(p, command=commands.get(p.name))
+        if p.verdict in (Verdict.REGRESSED, Verdict.FAILED)
+        else p
+        for p in judge(base["kernels"], head["kernels"])
+    )
     same = sum(p.metric == CODE and p.verdict is Verdict.SAME and not p.notes for p in points)
     counts = (
         f"Compiled {head['compiled']} kernels of the head and {base.get('compiled', 0)} of the "
@@ -238,6 +246,18 @@ def _report(
         fail_on=request.fail_on,
         closing=(counts, f"{same} kernels have the same machine code on both sides."),
     )
+
+
+def command(kernel: Mapping[str, Any], request: Request) -> str:
+    """Return the command that judges the kernels of one entry and architecture alone."""
+    wanted = request.wanted
+    against = ["--baseline", str(request.baseline)] if request.baseline else ["--base", wanted.base]
+    words = [*request.program, "check", "--static", *against, "--head", wanted.head]
+    words += ["--inventory", str(request.inventory)] if request.inventory else []
+    for flag, value in (("--build", wanted.build), ("--build-base", wanted.build_base)):
+        words += [flag, value] if value else []
+    words += [word for part in wanted.path for word in ("--path", part)]
+    return shlex.join([*words, "--entries", kernel["entry"], "--arch", str(kernel["architecture"])])
 
 
 # --- judging -------------------------------------------------------------------------------------

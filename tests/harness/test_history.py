@@ -117,6 +117,11 @@ def test_machines_are_kept_apart():
     ]
 
 
+def test_cases_are_in_the_order_of_their_names_and_sizes():
+    entries = [entry(0, 1.0, seqlen=seqlen) for seqlen in (1024, 256, 512)]
+    assert [s.case.problem.seqlen for s in history.series(entries)] == [256, 512, 1024]
+
+
 def test_another_processor_or_driver_is_another_machine():
     manifest = {
         "device": {"name": "GPU"},

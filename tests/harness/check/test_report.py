@@ -178,6 +178,18 @@ def test_quantities_have_their_units(metric: str, said: str):
     assert formats.quantity(2.0, metric) == said
 
 
+def test_where_nothing_was_compared_it_says_what_there_was():
+    failed = report(assessment=Assessment(points=(a_point(Verdict.FAILED),)))
+    assert failed.conclusion.endswith("measured on both sides: 1 failed.")
+    assert report(assessment=Assessment(points=())).conclusion.endswith("on both sides.")
+
+
+def test_budgets_that_judge_nothing_say_so():
+    alone = a_point(Verdict.MISSING, kind=Kind.BUDGET)
+    made = report(assessment=Assessment(points=(alone,)))
+    assert (made.exit_code, "No budget found a case" in made.conclusion) == (4, True)
+
+
 def test_what_is_not_judged_has_no_verdict_in_json_either():
     told = formats.as_json(EXITS["not judged"][0])
     assert (told["judged"], told["counts"]) == (False, {})

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -174,7 +175,7 @@ def test_kernels_that_appear_vanish_or_fail_are_named():
 
 def report_of(base, head):
     made = {"triton": "3", "compiled": 1, "cached": 2}
-    request = static_check.Request(wanted=SimpleNamespace(base="main", head="worktree"))
+    request = static_check.Request(wanted=Wanted(repository=ROOT, base="main"))
     return static_check._report(
         {**made, "kernels": base}, {**made, "kernels": head}, {"base": "main"}, request
     )
@@ -388,6 +389,11 @@ def test_the_command_judges_a_repository_of_a_user(tmp_path):
     done = judge_a_barrier(tmp_path, INVENTORY)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "REGRESSED  centre / centre sm_80 [barriers]" in done.stdout
+    (again,) = re.findall(r"reproduce: \S+ \S+ (check .*)", done.stdout)
+    assert again == (
+        "check --static --base HEAD --head worktree --inventory inventory.py --entries centre "
+        "--arch 80"
+    )
     kept = json.loads((tmp_path / "out" / "static.json").read_text())
     assert (kept["compiled"], len(kept["kernels"])) == (1, 1)
     assert "barriers" in (tmp_path / "out" / "summary.md").read_text()
