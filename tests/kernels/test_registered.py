@@ -44,7 +44,9 @@ def test_gradients_have_the_bits_of_an_eager_call(cases, variant, way):
 @pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize("variant", CPU)
 def test_operators_keep_what_they_declare(cases, variant, bare):
-    assert not cases.by_opcheck(cases.draw(variant, bare=bare))
+    # Without what is optional: a module compiles so for lengths that vary, below.
+    checks = cases.CHECKS[:3] if bare else cases.CHECKS
+    assert not cases.by_opcheck(cases.draw(variant, bare=bare), checks)
 
 
 @pytest.mark.slow
@@ -99,7 +101,7 @@ def test_an_eager_call_takes_the_short_way(cases, variant, monkeypatch):
 
 @pytest.mark.parametrize("variant", CPU)
 def test_checkpointing_runs_the_forward_again_and_holds_less(cases, variant, monkeypatch):
-    call = cases.draw(variant, seqlen=200)
+    call = cases.draw(variant, seqlen=100)
     module = sys.modules[cases.VARIANTS[variant][0]]
     forward, runs, held = module._forward, [], []
     monkeypatch.setattr(module, "_forward", lambda *a, **k: runs.append(1) or forward(*a, **k))
