@@ -14,9 +14,9 @@ from typing import Any
 from mambench.harness import machine_cache, reproduce
 from mambench.harness.check import accept, explain, imports, noise, side_plan, sides
 from mambench.harness.check import budgets as promises
+from mambench.harness.check.conclusion import DEFAULT_FAIL_ON, CheckReport
 from mambench.harness.check.judge import Evidence, Stages, assess
 from mambench.harness.check.measure import AGAIN, BASE, HEAD, Arm, Check, Measured, Progress, Terms
-from mambench.harness.check.report import DEFAULT_FAIL_ON, CheckReport
 from mambench.harness.check.rounds import Rounds, pairs
 from mambench.harness.check.rule import Rule
 from mambench.harness.check.sides import Side, Wanted

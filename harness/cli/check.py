@@ -15,13 +15,13 @@ from mambench.harness.errors import UsageError
 if TYPE_CHECKING:
     from mambench.harness.check.budgets import Budget
     from mambench.harness.check.commands import Request
-    from mambench.harness.check.report import CheckReport
+    from mambench.harness.check.conclusion import CheckReport
 
 FORMATS = ("text", "markdown", "json", "github")
 
 
 def _verdicts() -> tuple[str, ...]:
-    from mambench.harness.check.report import FAILURES, NONE
+    from mambench.harness.check.conclusion import FAILURES, NONE
 
     return (*map(str, FAILURES), NONE)
 
@@ -207,7 +207,7 @@ def _request(asked: dict[str, Any], promised: "Sequence[Budget]" = ()) -> "Reque
 
 
 def _fail_on(text: str | None) -> Sequence[str]:
-    from mambench.harness.check.report import DEFAULT_FAIL_ON, NONE
+    from mambench.harness.check.conclusion import DEFAULT_FAIL_ON, NONE
     from mambench.harness.errors import unknown_name
 
     if text is None:

@@ -12,7 +12,7 @@ from mambench.harness.errors import UsageError
 
 if TYPE_CHECKING:
     from mambench.harness.check.budgets import Budget
-    from mambench.harness.check.report import CheckReport
+    from mambench.harness.check.conclusion import CheckReport
 
 OWN = ("static", "inventory", "static_cache", "architectures", "entries", "changed")
 
@@ -113,7 +113,7 @@ def static_check(
 def judge_stored(asked: dict[str, Any], fail_on: Callable[[str | None], Any]) -> "CheckReport":
     """Run `check --budgets FILE --run RUN_DIR`: judge what is measured already."""
     from mambench.harness.check import accept, budgets
-    from mambench.harness.check.report import BLIND, DEFAULT_FAIL_ON, CheckReport
+    from mambench.harness.check.conclusion import BLIND, DEFAULT_FAIL_ON, CheckReport
     from mambench.harness.verdict import Assessment
 
     if asked["base"] or asked["baseline"] or asked["static"]:

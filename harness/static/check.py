@@ -19,7 +19,7 @@ from typing import Any, cast
 import mambench
 from mambench.harness import machine_cache
 from mambench.harness.check import accept, imports, sides
-from mambench.harness.check.report import CheckReport
+from mambench.harness.check.conclusion import CheckReport
 from mambench.harness.check.sides import Side, Wanted
 from mambench.harness.errors import MeasurementError, UsageError
 from mambench.harness.static.child import launched

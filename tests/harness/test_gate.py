@@ -18,7 +18,7 @@ SIZES = {
 }
 
 
-def make(op, *, family=Family.S6, pass_=Pass.TRAINING, dtype=DType.BF16, seqlen=200, **options):
+def make(op, *, family=Family.S6, pass_=Pass.TRAINING, dtype=DType.BF16, seqlen=100, **options):
     problem = Problem(family=family, batch=1, seqlen=seqlen, ngroups=1, **SIZES[family])
     case = Case(implementation="x", variant="x", problem=problem, pass_=pass_, dtype=dtype)
     owner = {Family.S6: S6Problem, Family.SSD: SsdProblem}[family](**options)

@@ -15,10 +15,10 @@ from mambench.harness import machine, machine_cache
 from mambench.harness.check import accept, budgets, explain, noise, side_plan, sides
 from mambench.harness.check import commands as checking
 from mambench.harness.check.commands import Request
+from mambench.harness.check.conclusion import CheckReport
 from mambench.harness.check.judge import assess
 from mambench.harness.check.measure import Measured
 from mambench.harness.check.progress import make
-from mambench.harness.check.report import CheckReport
 from mambench.harness.check.rounds import AA
 from mambench.harness.check.rule import Rule
 from mambench.harness.check.sides import Side, Wanted

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from check_rounds import ALL, CASES, LENGTHS, evidence, observation, side
 
+from mambench.harness.check.conclusion import CheckReport
 from mambench.harness.check.judge import Stages, assess
-from mambench.harness.check.report import CheckReport
 from mambench.harness.check.rounds import AA
 from mambench.harness.check.rule import Rule
 from mambench.harness.records import Observation

@@ -9,8 +9,8 @@ import pytest
 from check_rounds import ALL, CASES, case, evidence, observation, side
 
 from mambench.harness.check import report as formats
+from mambench.harness.check.conclusion import CheckReport
 from mambench.harness.check.judge import assess
-from mambench.harness.check.report import CheckReport
 from mambench.harness.check.rule import Rule
 from mambench.harness.spec import Outcome
 from mambench.harness.verdict import Assessment, Kind, Point, Verdict

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from mambench.harness.check import commands as checking
 from mambench.harness.check.commands import Request
-from mambench.harness.check.report import CheckReport
+from mambench.harness.check.conclusion import CheckReport
 from mambench.harness.cli import check as cli_check
 from mambench.harness.errors import UsageError
 from mambench.harness.spec import Case, DType, Family, Pass, Problem
