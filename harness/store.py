@@ -52,7 +52,7 @@ class RunFolder:
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path = path
-        self.manifest = manifest
+        self.manifest: Mapping[str, Any] = manifest
         self.warnings: list[str] = [
             f"continued at {entry['at']} with code version {entry['code']}"
             + (f" on the GPU {entry['gpu']}" if entry["gpu"] else "")
