@@ -295,6 +295,7 @@ def _against_stored(
         assessment=accept.apply(told, request.accepted),
         facts=facts,
         fail_on=request.fail_on,
+        unknown_alarms="two sessions differ by more than A/A rounds of one job do",
         wall_s=measured.wall_s,
     )
 

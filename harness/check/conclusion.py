@@ -35,6 +35,7 @@ class CheckReport:
     facts: Mapping[str, str]  # base, head, device, suite, rounds ...
     fail_on: Sequence[str] = DEFAULT_FAIL_ON
     alarm_rate: Mapping[str, Any] | None = None  # of this machine, see `noise.alarm_rate`
+    unknown_alarms: str = "this machine has too few A/A rounds"  # why, where there is no rate
     problem: str | None = None  # why there is nothing to judge
     judged: bool = True  # False: shown without judging
     wall_s: float | None = None
@@ -116,7 +117,7 @@ class CheckReport:
         """The false-alarm rate, in a sentence."""
         rate = self.alarm_rate
         if rate is None:
-            return "This machine's false-alarm rate is not known: it has too few A/A rounds."
+            return f"The false-alarm rate is not known: {self.unknown_alarms}."
         shares = [f"{share:.0%} of +{float(c):.0%}" for c, share in rate.get("found", {}).items()]
         found = f", and find {' and '.join(shares)} in one case" if shares else ""
         return (

@@ -342,6 +342,9 @@ def test_budgets_are_judged_explained_and_accepted_with_the_rest(
     libraries.clear()
     again = next(p for p in check(None).assessment.points if p.name == label)
     assert again.notes == (explain.NOTHING,)
+    against = check(five(tmp_path / "stored"))
+    assert "judged against a stored run" in against.assessment.notes[0]
+    assert "not known: two sessions differ" in against.alarms
 
 
 def test_a_busy_machine_is_told():
