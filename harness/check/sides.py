@@ -65,10 +65,15 @@ def find_repository(start: Path, *references: str) -> Path:
     """
     try:
         return Path(_git(start, "rev-parse", "--show-toplevel").strip())
-    except UsageError:
+    except UsageError as error:
         if references and all(ref == WORKTREE or is_folder(ref) for ref in references):
             return start.resolve()
-        raise
+        if "not a git repository" not in str(error):
+            raise
+        raise UsageError(
+            f"{start} is in no git repository: run this in the one whose commits are compared, or "
+            f"name two folders (--base ./OLD --head ./NEW)."
+        ) from error
 
 
 def is_folder(ref: str) -> bool:

@@ -128,8 +128,8 @@ def test_folders_need_no_git(tmp_path: Path):
 
 
 def test_outside_of_a_repository(tmp_path: Path):
-    with pytest.raises(UsageError, match="not a git repository"):
-        sides.find_repository(tmp_path)
+    with pytest.raises(UsageError, match=r"is in no git repository.*name two folders"):
+        sides.find_repository(tmp_path, "main", "worktree")
 
 
 def copied(tmp_path: Path) -> Path:
