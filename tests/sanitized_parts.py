@@ -147,10 +147,13 @@ def ssd_fused() -> Computed:
 
 
 def ssd_forward() -> Computed:
-    """Run the forward of four launches without a backward: segments combined, and summed."""
+    """Run the forward of two to four launches without a backward."""
     sizes = {"heads": 66, "seqlen": 1030, "train": False}  # too long for one launch
     path = "kernels.ssd.hopper_op.ssd"
-    return [ssd(path, 40, 24, segments=segments, **sizes) for segments in (1, 2, 3)]
+    return [
+        [ssd(path, 40, 24, segments=segments, **sizes) for segments in (1, 2, 3)],
+        [ssd(path, 64, 32, segments=2, gated=z, **sizes | {"heads": 60}) for z in (True, False)],
+    ]
 
 
 def state_update() -> Computed:

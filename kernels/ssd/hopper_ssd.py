@@ -1,6 +1,8 @@
 """SSD forward on Hopper: what it supports, how it is divided, and its launches.
 
-Short sequences, where no backward follows, are one launch (`hopper_fused`), others four:
+Where no backward follows, short sequences are one launch (`hopper_fused`), and longer ones whose
+blocks are all resident at once two: prepare_kernel and a walk that looks back (`hopper_walk`).
+Others are up to four:
 
     prepare_kernel  cum, cumj, and B C^T once per group (scores)
     state_kernel    each segment's own contribution to the state    (more than one segment only)
@@ -39,6 +41,7 @@ from mambench.kernels.ssd.hopper_fused import run_fused
 from mambench.kernels.ssd.hopper_kernel import scan_kernel, state_kernel
 from mambench.kernels.ssd.hopper_launch import fetchable, rows_of, tiles_of
 from mambench.kernels.ssd.hopper_parts import prefix_kernel, prepare_kernel
+from mambench.kernels.ssd.hopper_walk import run_walk
 from mambench.kernels.ssd.triton_launch import (
     Launch,
     Operands,
@@ -50,6 +53,7 @@ from mambench.kernels.ssd.triton_launch import (
 _SHARED_BYTES = 232448  # that one block may have on compute capability 9.0
 _BLOCK_H = 8
 _PREFIX_BLOCK = 256
+_MORE_OWN_STAGES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,9 @@ class Config:
     narrow: keep the states of more segments in bf16 where x is and no backward follows.
     walk: most chunks of a segment where no backward follows; more are done in parts of the
         sequence; None: any number. Blocks that read the same B and C drift apart on long walks.
-    fused: one launch that looks back at earlier segments, beside one that resets its flags.
+    fused: one launch that looks back at earlier segments.
+    look_back: after the first launch one that looks back, where no backward follows and all its
+        blocks are resident at once.
     stages: most stages of the scan's ring; fewer where shared memory is short.
     registers: per thread of a consumer of the scan.
     fused_registers: per thread of a consumer and of the helper of the one launch.
@@ -78,6 +84,7 @@ class Config:
     narrow: bool = True
     walk: int | None = LONGEST_WALK
     fused: bool = False
+    look_back: bool = False
     stages: int = 4
     state_stages: int = 5
     registers: int = 232
@@ -88,21 +95,23 @@ class Config:
 DEFAULT = Config()
 _WITHOUT_PDL = Config(pdl=False)
 _FUSED = Config(fused=True)
+_LOOKS_BACK = Config(look_back=True)
 _PDL_TOKEN_HEADS = 1 << 17
 
 
 def choose(plan: Launch, *, keep: bool = True) -> Config:
-    """Return the configuration for a problem: one launch, or PDL, where it pays.
+    """Return the configuration for a problem: one launch, a walk that looks back, or PDL.
 
     A backward takes up the four launches' division of time, which it was tuned with.
-    On an H100 it costs 5 to 10 % up to 2048 tokens of 32 heads with states in fp32 or without any,
-    and gains up to 5 % from 8192 on; with states in bf16 it costs nothing and gains up to 20 %.
+    On an H100 PDL costs 5 to 10 % up to 2048 tokens of 32 heads where nothing is looked back at,
+    and gains up to 5 % from 8192 on.
     """
     if not keep and plan.nsegments <= MOST_SEGMENTS and _is_short(plan):
         return _FUSED
+    if not keep and plan.nsegments > 1:
+        return _LOOKS_BACK
     token_heads = plan.batch * plan.seqlen * plan.nheads
-    narrow = not keep and plan.nsegments > MOST_COMBINED
-    return DEFAULT if narrow or token_heads >= _PDL_TOKEN_HEADS else _WITHOUT_PDL
+    return DEFAULT if token_heads >= _PDL_TOKEN_HEADS else _WITHOUT_PDL
 
 
 def _is_short(plan: Launch) -> bool:
@@ -177,6 +186,7 @@ class Ring:
 
     block_n: int
     stages: int
+    own_stages: int  # of the first walk where it is in the second one's launch
     state_stages: int
     scores_dtype: torch.dtype | None
 
@@ -197,9 +207,12 @@ def ring(d_state: int, dtype: torch.dtype, gated: bool, config: Config) -> Ring:
     scores = CHUNK * CHUNK * scores_dtype.itemsize if scores_dtype else 0
     stage = x_tiles * (2 if gated else 1) + 2 * n_tile + rows + scores
     fixed = 2 * x_tiles + 256  # weights, outputs; barriers
+    stages = min(config.stages, (_SHARED_BYTES - fixed) // (stage + 24))
+    left = _SHARED_BYTES - fixed - stages * (stage + 24)
     return Ring(
         block_n=block_n,
-        stages=min(config.stages, (_SHARED_BYTES - fixed) // (stage + 24)),
+        stages=stages,
+        own_stages=stages + min(_MORE_OWN_STAGES, left // (x_tiles + rows)),
         state_stages=min(config.state_stages, _SHARED_BYTES // (x_tiles + n_tile + rows + 16)),
         scores_dtype=scores_dtype,
     )
@@ -379,21 +392,45 @@ def _run_part(
         )  # fmt: skip
     per_group = pairs(plan.heads_per_group, plan.headdim)
     cum, cumj, scores = run_prepare(recording, plan, tensors, shape, config)
-    tiles = Tiles(
-        x=tiles_of(x, CHANNELS), B=tiles_of(B, shape.block_n),
-        cum=rows_of(cum, CHUNK, 1), cumj=rows_of(cumj, CHUNK, 1),
-        npairs=per_group * plan.ngroups,
-        sizes=(
-            plan.nchunks, plan.segment_chunks, plan.nsegments, plan.nheads, per_group,
-            plan.heads_per_group,
-        ),
-        constants={
-            "PDL": config.pdl, "P": plan.headdim, "N": plan.d_state, "BLOCK_N": shape.block_n,
-        },
+    sizes = (
+        plan.nchunks, plan.segment_chunks, plan.nsegments, plan.nheads, per_group,
+        plan.heads_per_group,
     )  # fmt: skip
+    constants = {
+        "PDL": config.pdl, "P": plan.headdim, "N": plan.d_state, "BLOCK_N": shape.block_n,
+    }  # fmt: skip
+    if not keep and scores is not None and config.look_back and _resident(plan, shape, x):
+        constants |= {
+            "STAGES": shape.stages, "OWN_STAGES": shape.own_stages, "REGISTERS": config.registers,
+        }  # fmt: skip
+        run_walk(
+            recording, plan, tensors, (cum, cumj, scores), results, sizes=sizes,
+            constants=constants, narrow=config.narrow and x.dtype == torch.bfloat16,
+        )  # fmt: skip
+        return None
+    tiles = Tiles(
+        x=tiles_of(x, CHANNELS),
+        B=tiles_of(B, shape.block_n),
+        cum=rows_of(cum, CHUNK, 1),
+        cumj=rows_of(cumj, CHUNK, 1),
+        npairs=per_group * plan.ngroups,
+        sizes=sizes,
+        constants=constants,
+    )
     entries = entering(recording, plan, tiles, tensors, shape, config, keep=keep)
     _scan(recording, plan, tiles, tensors, shape, config, entries, scores, results)
     return entries.states if keep else None
+
+
+def _resident(plan: Launch, shape: Ring, x: Tensor) -> bool:
+    """Return whether blocks may look back: all are there at once, and no slot is padded.
+
+    Padded slots would take more memory than the states that four launches keep.
+    """
+    blocks = pairs(plan.heads_per_group, plan.headdim) * plan.ngroups * plan.batch
+    whole = plan.headdim % CHANNELS == 0 and plan.d_state == shape.block_n
+    count = plan.nsegments
+    return whole and 1 < count <= MOST_SEGMENTS and count * blocks <= multiprocessors(x.device)
 
 
 def _scan(

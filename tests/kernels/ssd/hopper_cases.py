@@ -41,35 +41,55 @@ def load():
     package = ROOT / "mambench"
     runpy.run_path(str(package / "_start.py"))["load_package"](package)
     with machine.installed():
-        from mambench.kernels.ssd import hopper_fused, hopper_fused_kernel, hopper_kernel
         from mambench.kernels.ssd import hopper_ssd as op
-    launched(op, hopper_fused, hopper_fused_kernel, hopper_kernel)
+    op.multiprocessors = lambda device: 132
+    launched(op)
     return op
 
 
-def launched(op, hopper_fused, hopper_fused_kernel, hopper_kernel):
+def launched(op):
     """Have the operation launch the Gluon kernels as they are now."""
+    from mambench.kernels.ssd import (
+        hopper_fused,
+        hopper_fused_kernel,
+        hopper_kernel,
+        hopper_walk,
+        hopper_walk_kernel,
+    )
+
     op.fused_kernel = hopper_fused.fused_kernel = machine.Launcher(hopper_fused_kernel.fused_kernel)
+    op.walk_kernel = hopper_walk.walk_kernel = machine.Launcher(hopper_walk_kernel.walk_kernel)
     op.scan_kernel = machine.Launcher(hopper_kernel.scan_kernel)
     op.state_kernel = machine.Launcher(hopper_kernel.state_kernel)
 
 
 @contextlib.contextmanager
-def planted(op, changes, *, fused):
-    """Change the source of the fused kernel, or of the others, while the block runs."""
-    from mambench.kernels.ssd import hopper_fused, hopper_fused_kernel, hopper_kernel
+def planted(op, changes, case):
+    """Change the sources of the Gluon kernels that a case runs, while the block runs."""
+    from mambench.kernels.ssd import (
+        hopper_fused_kernel,
+        hopper_kernel,
+        hopper_look_back,
+        hopper_walk_kernel,
+    )
 
-    kernels = hopper_fused_kernel if fused else hopper_kernel
-    right = wrong = Path(kernels.__file__).read_text()
+    modules = (hopper_kernel,)
+    if case.get("fused") or case.get("look_back"):
+        kernels = hopper_fused_kernel if case.get("fused") else hopper_walk_kernel
+        modules = (hopper_look_back, kernels)
+    right = [Path(module.__file__).read_text() for module in modules]
+    wrong = list(right)
     for old, new in changes:
-        if old not in wrong:
-            raise ValueError(f"not in the source: {old}")
-        wrong = wrong.replace(old, new)
+        found = next((i for i, text in enumerate(wrong) if old in text), None)
+        if found is None:
+            raise ValueError(f"not in the sources: {old}")
+        wrong[found] = wrong[found].replace(old, new)
 
-    def run(source):
+    def run(sources):
         with machine.installed():
-            exec(compile(source, kernels.__file__, "exec"), kernels.__dict__)
-        launched(op, hopper_fused, hopper_fused_kernel, hopper_kernel)
+            for module, source in zip(modules, sources, strict=True):
+                exec(compile(source, module.__file__, "exec"), module.__dict__)
+        launched(op)
 
     run(wrong)
     try:
@@ -83,12 +103,13 @@ def errors(op, case):
     case = dict(case)
     config = op.Config(
         pdl=False, segments=case.pop("segments"), scores=case.pop("scores", True),
-        fused=case.pop("fused", False),
+        fused=case.pop("fused", False), look_back=case.pop("look_back", False),
     )  # fmt: skip
     limit = tuple(case.pop("dt_limit", (0.0, math.inf)))
     shared = {"dt_softplus": case.pop("dt_softplus", True), "dt_limit": limit}
     exact = cases.draw(**case)
     out, state = cases.loop(**exact, **shared)
+    walks = op.walk_kernel.launches
     inputs = {k: v.detach() for k, v in cases.cast(exact, dtype_of(case), "cpu").items()}
     got = op.ssd_forward(**inputs, **shared, return_final_states=True, config=config)
     launches = [op.state_kernel.launches, op.scan_kernel.launches, op.fused_kernel.launches]
@@ -107,7 +128,7 @@ def errors(op, case):
         "combined": {"combined": 16}, "by a launch": {"combined": 0},
         "in parts": {"walk": 1},
     }  # fmt: skip
-    if config.fused:
+    if config.fused or config.look_back:
         ways = {"alone": {}, "in parts": {"walk": 1}}
     for way, changed in ways.items() if nchunks > 1 and config.segments > 1 else ():
         again = op.ssd_forward(
@@ -118,7 +139,7 @@ def errors(op, case):
         found[f"final_states, {way}"] = cases.relative_error(again[1], state)
         if again[2] is not None:
             raise ValueError("states are kept for no backward")
-    return found | {"launches": launches}
+    return found | {"launches": [*launches, op.walk_kernel.launches - walks]}
 
 
 def dtype_of(case):
@@ -131,7 +152,7 @@ def judged(op, job):
     if "changes" not in job:
         return errors(op, case)
     try:
-        with planted(op, job["changes"], fused=case.get("fused", False)):
+        with planted(op, job["changes"], case):
             return errors(op, case)
     except (RuntimeError, IndexError, TypeError) as raised:  # what the machine says of a kernel
         return {"raised": repr(raised)}

@@ -83,7 +83,7 @@ def test_it_gives_the_recurrence_and_what_enters_segments(results, name):
 
 
 def test_there_is_no_other_launch(results):
-    assert results["one segment, ragged"]["launches"] == [0, 0, 1]
+    assert results["one segment, ragged"]["launches"] == [0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -83,7 +83,7 @@ def test_it_gives_the_recurrence_and_what_enters_segments(results, name):
 
 
 def test_a_single_segment_has_no_pass_over_states(results):
-    assert results["one segment, ragged"]["launches"] == [0, 1, 0]
+    assert results["one segment, ragged"]["launches"] == [0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -1,0 +1,58 @@
+"""The launch of the SSD forward's walk that looks back, on Hopper."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambench.kernels.prepared import Recording
+from mambench.kernels.ssd.hopper_config import CHANNELS, CHUNK
+from mambench.kernels.ssd.hopper_launch import rows_of, tiles_of
+from mambench.kernels.ssd.hopper_walk_kernel import walk_kernel
+from mambench.kernels.ssd.triton_launch import Launch, Operands
+
+
+def run_walk(
+    recording: Recording,
+    plan: Launch,
+    tensors: Operands,
+    prepared: tuple[Tensor, Tensor, Tensor],
+    results: tuple[Tensor, Tensor | None],
+    *,
+    sizes: tuple[int, ...],
+    constants: dict[str, Any],
+    narrow: bool,
+) -> None:
+    """Fill the results: out, and the final states if wanted.
+
+    Args:
+        recording: what launches and allocates.
+        plan: of 2 to MOST_SEGMENTS segments.
+        tensors: as TMA can read them.
+        prepared: cum and cumj (B, H, chunks * Q), and scores.
+        results: out, final states.
+        sizes: of time and heads, as the kernel takes them.
+        constants: PDL, P, N, BLOCK_N, STAGES, OWN_STAGES and REGISTERS.
+        narrow: keep what segments contribute in bf16.
+    """
+    cum, cumj, scores = prepared
+    out, final = results
+    block_n, pdl, device = constants["BLOCK_N"], constants["PDL"], out.device
+    npairs = sizes[4] * plan.ngroups
+    ends = (plan.batch, npairs, 2, plan.nsegments - 1)
+    dtype = torch.bfloat16 if narrow else torch.float32
+    slots = recording.scratch((*ends, CHANNELS * block_n), dtype, device)
+    decays = recording.scratch(ends, torch.float32, device)
+    flags = recording.flags(math.prod(ends), device)
+    D, z = tensors.D, tensors.z
+    arguments = (
+        tiles_of(out, CHANNELS), tiles_of(tensors.x, CHANNELS),
+        None if z is None else tiles_of(z, CHANNELS),
+        tiles_of(tensors.B, block_n), tiles_of(tensors.C, block_n),
+        rows_of(scores, CHUNK, CHUNK), rows_of(cum, CHUNK, 1), rows_of(cumj, CHUNK, 1),
+        D, tensors.initial_states, slots, decays, flags, final, *sizes,
+    )  # fmt: skip
+    constants = constants | {"D_DIMS": 0 if D is None else D.dim()}
+    grid = (npairs, plan.batch, plan.nsegments)
+    recording.launch(walk_kernel, grid, arguments, constants, num_warps=4, launch_pdl=pdl)

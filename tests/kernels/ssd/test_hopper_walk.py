@@ -1,0 +1,208 @@
+"""The Hopper SSD as a walk that looks back: run on the CPU, compiled for sm_90, and on the GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon")
+
+import subprocess
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from mambench.kernels.ssd import hopper_launch, hopper_ssd, hopper_walk_kernel
+
+SHAPE = {"headdim": 64, "dtype": "float16", "look_back": True, "long_memory": True}
+# The interpreter has no products of bf16, which the scores need.
+CASES = {
+    "gate, more chunks than stages": {**SHAPE, "seqlen": 1000, "d_state": 32, "segments": 2},
+    "odd heads of groups, ragged": {
+        **SHAPE, "seqlen": 300, "d_state": 64, "batch": 2, "nheads": 3, "ngroups": 3, "segments": 3,
+    },
+    "two blocks of channels, nothing optional": {
+        **SHAPE, "seqlen": 330, "headdim": 128, "nheads": 1, "d_state": 32, "D": 0, "gated": False,
+        "bias": False, "start": False, "segments": 4,
+    },
+    "padded, by four launches": {
+        **SHAPE, "seqlen": 200, "headdim": 40, "d_state": 24, "nheads": 1, "gated": False,
+        "segments": 2,
+    },
+}  # fmt: skip
+PUBLISHED = "        publish(flags + segment)\n"
+RELEASED = "        mbarrier.arrive(empty.index(stage), count=1)\n"
+FAULTS = {
+    "a flag set before the state is stored": [
+        ("        gl.store(slots + (", PUBLISHED + "        gl.store(slots + ("),
+        ("        gl.store(decays + segment + one, log_decay)\n" + PUBLISHED,
+         "        gl.store(decays + segment + one, log_decay)\n"),
+    ],
+    "a segment not added": [("for k in range(0, segment)", "for k in range(1, segment)")],
+    "a stage of the first walk that is never released": [
+        (RELEASED + "    return state", "    return state"),
+    ],
+    "scanned tiles over those of the first walk": [
+        ("(c // OWN_STAGES) & 1)\n    for c in range(0, count)",
+         "((c // OWN_STAGES) & 1) ^ 1)\n    for c in range(0, count)"),
+        ("        x = xs.index(stage * 2 + which).permute((1, 0)).load(LEFT)\n        log_decay",
+         "        __import__('time').sleep(0.02)\n"
+         "        x = xs.index(stage * 2 + which).permute((1, 0)).load(LEFT)\n        log_decay"),
+    ],
+}  # fmt: skip
+FAULTY = {
+    **SHAPE, "seqlen": 600, "d_state": 32, "nheads": 1, "gated": False, "segments": 2,
+}  # fmt: skip
+JOBS = {name: {"case": case} for name, case in CASES.items()} | {
+    name: {"case": FAULTY, "changes": changes} for name, changes in FAULTS.items()
+}
+
+
+@pytest.fixture(scope="module")
+def results(hopper_judged):
+    return hopper_judged(JOBS)
+
+
+def wrong(errors, dtype):
+    """Return the names of what is off by more than a few roundings."""
+    bound = torch.finfo(getattr(torch, dtype)).eps
+    return [name for name, e in errors.items() if name != "launches" and not e < bound]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_gives_the_recurrence(results, name):
+    assert wrong(results[name], CASES[name]["dtype"]) == []
+
+
+def test_it_is_taken_where_no_state_is_padded(results):
+    walks = {name: results[name]["launches"][-1] for name in CASES}
+    assert walks.pop("padded, by four launches") == 0
+    assert min(walks.values()) > 0
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_caught(results, name):
+    found = results[name]
+    assert "raised" in found or wrong(found, FAULTY["dtype"])
+
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def described(shape, dtype):
+    """The signature's type of a descriptor."""
+    layout = hopper_launch.tile_layout(*shape[-2:], dtype)
+    return f"tensordesc<{NAMES[dtype]}[{', '.join(map(str, shape))}],{layout!r}>"
+
+
+def compiled(*, d_state=128, dtype=torch.bfloat16, gated=False, D=1, final=False, start=False):
+    """The kernel as the launcher has it compiled."""
+    config = hopper_ssd.Config(look_back=True)
+    ring = hopper_ssd.ring(d_state, dtype, gated, config)
+    x, tile = described((1, 1, 64, 64), dtype), described((1, 1, 64, ring.block_n), dtype)
+    row, scores = described((1, 64), torch.float32), described((64, 64), ring.scores_dtype)
+    types = {
+        "out_desc": x, "x_desc": x, "B_desc": tile, "C_desc": tile, "scores_desc": scores,
+        "cum_desc": row, "cumj_desc": row, "decays": "*fp32", "flags": "*i32",
+        "slots": "*bf16" if dtype == torch.bfloat16 else "*fp32",
+    }  # fmt: skip
+    optional = {
+        "z_desc": (gated, x), "D_ptr": (D > 0, "*fp32"), "start": (start, "*fp32"),
+        "final": (final, "*fp32"),
+    }  # fmt: skip
+    types |= {name: kind for name, (there, kind) in optional.items() if there}
+    constants = {
+        "PDL": True, "P": 64, "N": d_state, "BLOCK_N": ring.block_n, "STAGES": ring.stages,
+        "OWN_STAGES": ring.own_stages, "REGISTERS": config.registers, "D_DIMS": D,
+    } | dict.fromkeys(name for name in optional if name not in types)  # fmt: skip
+    kernel = hopper_walk_kernel.walk_kernel
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
+    }
+    fixed = {(names.index(n),): v for n, v in constants.items()}
+    source = GluonASTSource(kernel, signature, fixed, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+COMPILED = {
+    "as timed": {},
+    "with states at both ends": {"start": True, "final": True},
+    "gated": {"gated": True, "D": 2},
+    "fp16": {"dtype": torch.float16, "gated": True},
+    "small state, bare": {"d_state": 32, "D": 0},
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_it_compiles_for_sm_90_without_spills_or_serial_products(name, tmp_path):
+    kernel = compiled(**COMPILED[name])
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    cubin, ptx = tmp_path / "kernel.cubin", tmp_path / "kernel.ptx"
+    cubin.write_bytes(kernel.asm["cubin"])
+    ptx.write_text(kernel.asm["ptx"])
+    command = [tools / "cuobjdump", "-res-usage", cubin]
+    used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [tools / "ptxas", "-arch=sm_90a", "-v", ptx, "-o", tmp_path / "again.cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    # A few words kept across the walks are not spills of the walks themselves.
+    assert int(used.split("STACK:")[1].split()[0]) <= 16
+    assert "LOCAL:0" in used
+    assert "serialized" not in said  # products in flight that the compiler waits for at once
+    assert kernel.metadata.shared <= 232448
+
+
+def planned(*shape, headdim=64, d_state=128):
+    batch, seqlen, nheads = shape
+    x = torch.empty(batch, seqlen, nheads, headdim, dtype=torch.bfloat16)
+    B = torch.empty(batch, seqlen, 1, d_state, dtype=torch.bfloat16)
+    return hopper_ssd.plan_hopper(x, B, dt_softplus=True, dt_limit=(0.0, 1.0), keep=False)
+
+
+def test_it_is_chosen_for_segments_without_a_backward(monkeypatch):
+    monkeypatch.setattr(hopper_ssd, "multiprocessors", lambda device: 132)
+    hopper_ssd._planned.cache_clear()
+    for shape in ((1, 8192, 32), (1, 16384, 128), (1, 1 << 20, 32)):
+        plan = planned(*shape)
+        config = hopper_ssd.choose(plan, keep=False)
+        ring = hopper_ssd.ring(128, torch.bfloat16, False, config)
+        assert config.look_back
+        assert hopper_ssd._resident(plan, ring, torch.empty(0))
+        assert not hopper_ssd.choose(plan, keep=True).look_back
+    assert not hopper_ssd.choose(planned(8, 8192, 32), keep=False).look_back  # one segment
+    many = planned(3, 8192, 32)  # more blocks than are resident
+    assert many.nsegments > 1
+    assert not hopper_ssd._resident(many, ring, torch.empty(0))
+    hopper_ssd._planned.cache_clear()
+
+
+GPU_CASES = (
+    *({k: v for k, v in case.items() if k != "look_back"} for case in CASES.values()),
+    {"seqlen": 2048, "d_state": 128, "nheads": 8, "segments": 8, "dtype": "bfloat16"},
+    {"seqlen": 777, "d_state": 128, "batch": 3, "nheads": 5, "segments": 4, "dtype": "bfloat16"},
+    {"seqlen": 3000, "d_state": 128, "segments": 32, "dtype": "bfloat16", "gated": False},
+    {"seqlen": 1500, "d_state": 64, "segments": 3, "dtype": "bfloat16", "jolt": 100},
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_it_is_right_on_the_gpu(cases, case):
+    case = {"headdim": 64, "long_memory": True} | case
+    config = hopper_ssd.Config(segments=case.pop("segments"), look_back=True)
+    exact = cases.draw(**case)
+    want = cases.loop(**exact, dt_softplus=True)
+    dtype = getattr(torch, case["dtype"])
+    inputs = {k: v.detach() for k, v in cases.cast(exact, dtype, "cuda").items()}
+    first = None
+    for _ in range(5):
+        got = hopper_ssd.ssd_forward(
+            **inputs, dt_softplus=True, return_final_states=True, keep=False, config=config
+        )
+        first = first or got
+        assert torch.equal(got[0], first[0])
+        assert torch.equal(got[1], first[1])
+    for value, exactly in zip(got, want, strict=False):
+        assert cases.relative_error(value, exactly) < torch.finfo(dtype).eps
