@@ -124,7 +124,8 @@ def main() -> None:
     installed = ((d.metadata["Name"], d.version) for d in distributions())
     versions: dict[str, str] = {}
     for name, version in installed:  # the first on sys.path is what would be imported
-        versions.setdefault(name, version)
+        if name:  # of a broken installation there is none
+            versions.setdefault(name, version)
     json.dump({"origins": _origins(Path(asked["root"]), asked["files"]), "versions": versions},
               sys.stdout)  # fmt: skip
 
