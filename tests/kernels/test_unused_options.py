@@ -12,6 +12,7 @@ from mambench.harness.static.record import record
 FP32 = torch.float32
 POINTERS = (
     "D_ptr", "z_ptr", "bias_ptr", "seq_ptr", "kept_ptr", "checkpoints_ptr", "start",
+    "z_desc", "final",
 )  # fmt: skip
 FLAGS = (
     "HAS_D", "HAS_Z", "HAS_BIAS", "SOFTPLUS", "HAS_FIRST", "HAS_START", "HAS_SEQ", "D_DIMS",
@@ -79,14 +80,17 @@ def used(call, *given):
         ),
         (s6, "triton_scan", "initial_state", {"HAS_FIRST"}),
         (ssd, "triton_ssd", "initial_states", {"HAS_START"}),
-        (ssd, "hopper_op", "initial_states", {"HAS_START", "start"}),
+        (ssd, "triton_ssd", "z", {"HAS_Z"}),
+        (ssd, "triton_ssd", "return_final_states", {"STORE_FINAL"}),
+        (ssd, "hopper_op", "initial_states", {"start"}),
+        (ssd, "hopper_op", "z", {"z_desc"}),
+        (ssd, "hopper_op", "return_final_states", {"final"}),
         *(
             (ssd, module, option, taken)
             for module in ("triton_ssd", "hopper_op")
             for option, taken in (
-                ("D", {"D_ptr", "D_DIMS"}), ("z", {"HAS_Z"}),
+                ("D", {"D_ptr", "D_DIMS"}),
                 ("dt_bias", {"bias_ptr", "HAS_BIAS"}), ("dt_softplus", {"SOFTPLUS"}),
-                ("return_final_states", {"STORE_FINAL"}),
                 ("dt_limit", set()),  # two comparisons of each dt, given or not
             )
         ),
