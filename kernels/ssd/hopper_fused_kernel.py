@@ -229,12 +229,16 @@ def _own_operand(
     which: gl.constexpr, tiles, item, end, LEFT: gl.constexpr, STATE: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Wait for an item; its weighted x^T and log2 decay. From `end` on, neither means anything."""
+    """Wait for an item; its weighted x^T and log2 decay. From `end` on, those of the last one.
+
+    The last one's stage is still held then: another's could be written meanwhile.
+    """
     xs, _zs, _Bs, _Cs, _scores, rows_rings, _weights, _outs, loaded, made, _empty = tiles
+    item = gl.minimum(item, end - 1)
     stage = item % STAGES
     parity = (item // STAGES) & 1
-    mbarrier.wait(made.index(stage), parity, pred=item < end)
-    mbarrier.wait(loaded.index(stage), parity, pred=item < end)
+    mbarrier.wait(made.index(stage), parity)
+    mbarrier.wait(loaded.index(stage), parity)
     x = xs.index(stage * 2 + which).permute((1, 0)).load(LEFT)
     total = _row(rows_rings[0], stage, which).slice(_Q - 1, 1)
     log_decay = total.load(gl.SliceLayout(1, STATE))
@@ -266,12 +270,13 @@ def _own_state(which: gl.constexpr, tiles, own, BLOCK_N: gl.constexpr, STAGES: g
 def _next_weights(
     which: gl.constexpr, tiles, item, end, OUT: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
-    """Wait for an item and return its weights W. From `end` on they mean nothing."""
+    """Wait for an item and return its weights W. From `end` on, those of the last one."""
     _xs, _zs, _Bs, _Cs, scores_ring, rows_rings, all_weights, _outs, loaded, made, _empty = tiles
+    item = gl.minimum(item, end - 1)
     stage = item % STAGES
     parity = (item // STAGES) & 1
-    mbarrier.wait(made.index(stage), parity, pred=item < end)
-    mbarrier.wait(loaded.index(stage), parity, pred=item < end)
+    mbarrier.wait(made.index(stage), parity)
+    mbarrier.wait(loaded.index(stage), parity)
     scores = scores_ring.index(stage).load(OUT)
     cum_i = _row(rows_rings[0], stage, which).load(gl.SliceLayout(0, OUT))
     cumj = _row(rows_rings[1], stage, which).load(gl.SliceLayout(1, OUT))
