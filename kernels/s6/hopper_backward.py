@@ -1,9 +1,10 @@
-"""Selective scan backward on Hopper: the launcher of its kernel, and what it supports.
+"""Selective scan backward on Hopper: what it supports, and the launcher up to 16 states.
 
 Time is divided into segments, so that few channels fill the GPU too. What each segment passes back
 is made first (which needs no states), a small launch makes of that what each gets, and then the
 segments run at once. Their blocks add up their partial sums among themselves, in a fixed order. The
 states that the forward kept and what else is needed go into the gradients' memory: `hopper_memory`.
+With more states `hopper_wide` does the same with another kernel.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from mambench.kernels.s6.hopper_backward_kernel import (
@@ -28,6 +28,9 @@ from mambench.kernels.s6.hopper_memory import (
     states_fit,
 )
 from mambench.kernels.s6.hopper_scan import row_unit
+from mambench.kernels.s6.hopper_small import pass_back_kernel
+from mambench.kernels.s6.hopper_wide import WideRun
+from mambench.kernels.s6.hopper_wide_memory import WideConfig, fits
 from mambench.kernels.s6.triton_scan import (
     _Inputs as Inputs,  # pyright: ignore[reportPrivateUsage]
 )
@@ -58,10 +61,14 @@ class BackwardConfig:
 
 
 # Measured configurations, by the padded number of states; blocks of 64 channels up to 16 states,
-# whose sums then have room in the gradients (`hopper_memory`).
-_FEW = BackwardConfig(channels=2, tile=8, warps=4, chunk=64, resident=2)
-_MORE = BackwardConfig(channels=2, tile=8, warps=2, chunk=32, resident=4)
-CHOSEN: dict[int, BackwardConfig] = {16: _FEW, 32: _MORE, 64: _MORE, 128: _MORE, 256: _MORE}
+# whose sums then have room in the gradients (`hopper_memory`), with more all states in a block.
+CHOSEN: dict[int, BackwardConfig | WideConfig] = {
+    16: BackwardConfig(channels=2, tile=8, warps=4, chunk=64, resident=2),
+    32: WideConfig(warps_n=2, warps_d=4, chunk=64),
+    64: WideConfig(warps_n=4, warps_d=2, chunk=128),
+    128: WideConfig(warps_n=8, warps_d=1, chunk=256, note=16),
+    256: WideConfig(lanes_n=8, warps_n=8, warps_d=1, chunk=512, mid=64, exchange=8),
+}
 
 
 def supported(*, d_state: int, dtype: torch.dtype) -> str | None:
@@ -78,7 +85,7 @@ def supported(*, d_state: int, dtype: torch.dtype) -> str | None:
 
 def choose(
     *, d_inner: int, d_state: int, multiprocessors: int | None, ngroups: int = 1
-) -> BackwardConfig | None:
+) -> BackwardConfig | WideConfig | None:
     """Return the configuration for a problem, or None where the portable backward is to run.
 
     That is where the GPU, if its multiprocessors are known, cannot hold a block for every channel
@@ -87,15 +94,14 @@ def choose(
     config = CHOSEN.get(max(16, 1 << (d_state - 1).bit_length()))
     if config is None or multiprocessors is None:
         return config
-    if not resident(
-        d_inner=d_inner, ngroups=ngroups, block=config.block,
-        slots=multiprocessors * config.resident,
-    ):  # fmt: skip
-        return None
-    return config
+    sizes = {"d_inner": d_inner, "ngroups": ngroups}
+    slots = multiprocessors * config.resident
+    if isinstance(config, WideConfig):
+        return config if fits(config, **sizes, resident=slots) else None
+    return config if resident(**sizes, block=config.block, slots=slots) else None
 
 
-def configuration(u: Tensor, d_state: int, ngroups: int) -> BackwardConfig | None:
+def configuration(u: Tensor, d_state: int, ngroups: int) -> BackwardConfig | WideConfig | None:
     """Return what `choose` gives for u (B, D, L) on its device; None while nothing is chosen."""
     if not CHOSEN:
         return None
@@ -122,7 +128,6 @@ def specialisation(
     sources = 64 // share  # that `add_up_steps` loads at once
     return {
         "D_STATE": d_state,
-        "STATE_BLOCKS": triton.cdiv(d_state, STATES),
         "HAS_D": has_D,
         "HAS_Z": has_z,
         "HAS_BIAS": has_bias,
@@ -158,7 +163,8 @@ def adjoint_specialisation(constants: dict[str, int | bool], *, move: int) -> di
         "CHANNEL_SHARE",
         "EVEN",
     )
-    return {name: value for name, value in constants.items() if name not in other} | {"MOVE": move}
+    kept = {name: value for name, value in constants.items() if name not in other}
+    return kept | {"STATE_BLOCKS": 1, "MOVE": move}
 
 
 def scan_backward(
@@ -167,7 +173,7 @@ def scan_backward(
     dout: Tensor,
     dlast: Tensor | None,
     *,
-    config: BackwardConfig,
+    config: BackwardConfig | WideConfig,
     segments: int | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of u, delta, A, B, C, D, z and delta_bias; dB and dC without atomics.
@@ -183,13 +189,18 @@ def scan_backward(
     )
     z = None if inputs.z is None else inputs.z.contiguous()
     dlast = None if dlast is None else dlast.float().contiguous()
-    division = divide(
-        batch=batch, seqlen=seqlen, d_inner=d_inner, d_state=d_state, ngroups=ngroups,
-        itemsize=u.element_size(), chunk=config.chunk, block=config.block,
-        slots=multiprocessors(u.device) * config.resident, segments=segments,
-    )  # fmt: skip
+    tokens = _Tokens(u, delta, B, C, z, dout)
+    slots = multiprocessors(u.device) * config.resident
+    if isinstance(config, WideConfig):
+        run = WideRun(inputs, tokens, config, slots=slots, segments=segments)
+    else:
+        division = divide(
+            batch=batch, seqlen=seqlen, d_inner=d_inner, d_state=d_state, ngroups=ngroups,
+            itemsize=u.element_size(), chunk=config.chunk, block=config.block, slots=slots,
+            segments=segments,
+        )  # fmt: skip
+        run = _Run(inputs, tokens, division, config)
     with torch.cuda.device_of(u):
-        run = _Run(inputs, _Tokens(u, delta, B, C, z, dout), division, config)
         gradients = run(kept, dlast)
     return tuple(
         None if gradient is None or tensor is None else gradient.to(tensor.dtype)
@@ -251,7 +262,7 @@ class _Run:
         shape = (2, batch, ngroups, d_state, seqlen)
         dBC = torch.empty(shape, dtype=ddelta.dtype, device=ddelta.device)
         division, inputs = self.division, self.inputs
-        several = division.segments > 1 or d_state > STATES
+        several = division.segments > 1
         if not several and dlast is not None:
             passed = _Strided(dlast, (d_inner * d_state, 0, d_state))
         unit = self._unit(ddelta)
@@ -266,7 +277,7 @@ class _Run:
             scratch["counters"].view(torch.int32),
             *(dA, dD, dbias, dBC, batch, seqlen // unit, d_inner, ngroups, division.blocks),
             *(triton.cdiv(seqlen, self.config.chunk), division.segment_chunks, division.segments),
-            *(division.rows, division.parts, division.segment_parts),
+            division.rows,
             *(n // kept_unit for n in strides),
             **self._constants(unit, has_r=several or dlast is not None, kept_unit=kept_unit),
             num_warps=self.config.warps,
@@ -290,16 +301,16 @@ class _Run:
         )  # fmt: skip
 
     def _passed(self) -> _Strided:
-        """Return where what is passed back to each part goes."""
+        """Return where what is passed back to each segment goes."""
         _, seqlen, d_inner, d_state, _ = self.sizes
         division = self.division
         if not division.in_place:
-            strides = (division.parts * d_inner * d_state, d_inner * d_state, d_state)
+            strides = (division.segments * d_inner * d_state, d_inner * d_state, d_state)
             return _Strided(self.scratch["r"], strides)
         pitch, chunk = (
             n * self.du.element_size() // 4 for n in (seqlen, self.config.chunk)
         )  # behind the 16 states that a chunk may begin with
-        strides = (d_inner * pitch, division.part_chunks * chunk, pitch)
+        strides = (d_inner * pitch, division.segment_chunks * chunk, pitch)
         return _Strided(_words(self.du)[STATES:], strides)
 
     def _prepare(
@@ -317,38 +328,37 @@ class _Run:
             pitch = seqlen * itemsize // 4
             strides = (d_inner * pitch, chunk * itemsize // 4, pitch)
             states = _Strided(_words(self.du), strides)
-        parts = self.division.parts
-        if parts > 1:
+        segments = self.division.segments
+        if segments > 1:
             self._make_adjoints(found, states if move else None, passed)
         elif move:
             states.memory.as_strided(found.shape, (*states.strides, 1)).copy_(found)
-        several = parts > 1 or d_state > STATES
         counters = self.scratch["counters"].view(torch.int32)
-        size = batch * d_inner * d_state if several else 0
+        size = batch * d_inner * d_state if segments > 1 else 0
         block = 256
         pass_back_kernel[(max(1, triton.cdiv(size, block)),)](
             *(self.inputs.A, self.scratch["total"], dlast, passed.memory, counters),
-            *(size, parts, d_inner, *passed.strides, counters.numel()),
-            *(d_state, dlast is not None, block, min(16, triton.next_power_of_2(parts))),
+            *(size, segments, d_inner, *passed.strides, counters.numel()),
+            *(d_state, dlast is not None, block, min(16, triton.next_power_of_2(segments))),
             num_warps=4,
         )
         return states
 
     def _make_adjoints(self, kept: Tensor, moved: _Strided | None, passed: _Strided) -> None:
-        """Launch the kernel that makes what each part passes back, and may move the states."""
-        batch, seqlen, d_inner, d_state, ngroups = self.sizes
+        """Launch the kernel that makes what each segment passes back, and may move the states."""
+        batch, seqlen, d_inner, _, ngroups = self.sizes
         tokens, division, config = self.tokens, self.division, self.config
         unit = self._unit()
-        items = batch * (division.parts if moved is not None else division.parts - 1)
-        programs = items * ngroups * division.blocks * triton.cdiv(d_state, STATES)
+        items = batch * (division.segments if moved is not None else division.segments - 1)
+        programs = items * ngroups * division.blocks
         to, strides = (None, (0, 0, 0)) if moved is None else moved
         move = 0 if to is None else _unit_of(to, strides)
         constants = adjoint_specialisation(self._constants(unit, has_r=True), move=move)
         segment_adjoint_kernel[(programs,)](
             *(tokens.delta, self.inputs.A, tokens.C, tokens.z, self.inputs.bias, tokens.dout),
             *(passed.memory, self.scratch["total"], None if moved is None else kept, to),
-            *(seqlen // unit, d_inner, ngroups, division.blocks, division.part_chunks),
-            *(division.parts, *passed.strides, triton.cdiv(seqlen, config.chunk)),
+            *(seqlen // unit, d_inner, ngroups, division.blocks, division.segment_chunks),
+            *(division.segments, *passed.strides, triton.cdiv(seqlen, config.chunk)),
             *(n // max(1, move) for n in strides),
             **constants,
             num_warps=config.warps,
@@ -373,45 +383,3 @@ def _sizes(inputs: Inputs) -> tuple[int, int, int, int, int]:
     names = ("batch", "seqlen", "d_inner", "d_state", "ngroups")
     batch, seqlen, d_inner, d_state, ngroups = (sizes[name] for name in names)
     return batch, seqlen, d_inner, d_state, ngroups
-
-
-@triton.jit(
-    do_not_specialize=[
-        "size", "segments", "d_inner", "r_batch", "r_segment", "r_channel", "counters",
-    ]
-)  # fmt: skip
-def pass_back_kernel(
-    A_ptr, total_ptr, dlast_ptr, r_ptr, counter_ptr,
-    size, segments, d_inner, r_batch, r_segment, r_channel, counters,
-    D_STATE: tl.constexpr, HAS_LAST: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    """Make what each segment gets passed back of what each passes back of its own, in its place.
-
-    r (B, segments, D, D_STATE), by strides; total (B, segments, D); dlast (B, D, D_STATE); size is
-    dlast's. Segments are loaded AHEAD at a time. Counters are set to zero.
-    """
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    for begin in range(0, counters, tl.num_programs(0) * BLOCK):
-        tl.store(counter_ptr + begin + i, tl.zeros([BLOCK], tl.int32), mask=begin + i < counters)
-    live = i < size
-    channel = i // D_STATE % d_inner
-    batch = (i // D_STATE // d_inner).to(tl.int64)
-    A2 = tl.load(A_ptr + i % (d_inner * D_STATE), mask=live, other=0.0) * 1.4426950408889634
-    at = r_ptr + batch * r_batch + channel.to(tl.int64) * r_channel + i % D_STATE
-    total_at = total_ptr + batch * segments * d_inner + channel
-    r = tl.zeros([BLOCK], tl.float32)
-    if HAS_LAST:
-        r = tl.load(dlast_ptr + i, mask=live, other=0.0)
-    for last in range(segments - 1, -1, -AHEAD):
-        own, total = (), ()
-        for j in tl.static_range(AHEAD):
-            segment = (last - j).to(tl.int64)
-            mask = live & (segment > 0)
-            own = own + (tl.load(at + segment * r_segment, mask=mask, other=0.0),)  # noqa: RUF005
-            total = total + (  # noqa: RUF005
-                tl.load(total_at + segment * d_inner, mask=mask, other=0.0),
-            )
-        for j in tl.static_range(AHEAD):
-            segment = (last - j).to(tl.int64)
-            tl.store(at + segment * r_segment, r, mask=live & (segment >= 0))
-            r = tl.exp2(total[j] * A2) * r + own[j]

@@ -1,4 +1,4 @@
-"""Selective scan (Mamba-1, S6), backward, for Hopper: the Gluon kernel, parallel over time.
+"""Selective scan (Mamba-1, S6), backward, for Hopper, of up to 16 states: parallel over time.
 
 With dh_t the gradient of the state after step t and r_t = decay_t dh_t what step t - 1 gets of it:
 
@@ -12,8 +12,7 @@ chunk (the steps between two states that the forward kept) at a time. What later
 has been made before by `segment_adjoint_kernel`, of which a block
 combines what it needs. Within a chunk it
 
-1. stages dt after softplus, dt u and dy in shared memory as fp32, and for each block of 16 states
-   B and C;
+1. stages dt after softplus, dt u, dy, B and C in shared memory as fp32;
 2. replays the forward from the kept state and notes the state before every TILE steps;
 3. takes the tiles from last to first: replays a tile with states and decays in registers, and walks
    it back.
@@ -245,14 +244,14 @@ def tile_layout(share, warps):
 @gluon.jit
 def add_up_steps(
     part_ptr, block_stride, step_stride, block, blocks,
-    dBC_ptr, row, batch_groups, seqlen, start, k,
+    dBC_ptr, row, batch_groups, seqlen, start,
     D_STATE: gl.constexpr, CHUNK: gl.constexpr, SHARE: gl.constexpr, EVEN: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
     """Add up the blocks' partial sums of dB and dC, in a fixed order, of this block's SHARE steps.
 
-    part_ptr: of the first block's first step in the chunk; start: the chunk's first step; k: the
-    block of states. EVEN: blocks and steps divide, so that no load needs a mask.
+    part_ptr: of the first block's first step in the chunk; start: the chunk's first step. EVEN:
+    blocks and steps divide, so that no load needs a mask.
     """
     SOURCES: gl.constexpr = 64 // SHARE
     TILE: gl.constexpr = tile_layout(SHARE, WARPS)
@@ -274,7 +273,7 @@ def add_up_steps(
     t = gl.arange(0, SHARE, layout=gl.SliceLayout(1, gl.SliceLayout(0, TILE)))
     t = (block * SHARE + t)[:, None]
     place = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(0, TILE)))[None, :]
-    state = k * 16 + place % 16
+    state = place % 16
     out = ((place // 16 * batch_groups + row) * D_STATE + state) * seqlen + start + t
     mask = (t < CHUNK) & (start + t < seqlen) & (state < D_STATE)
     gl.store(dBC_ptr + out, total.to(dBC_ptr.dtype.element_ty), mask=mask)
@@ -515,13 +514,13 @@ def segment_adjoint_kernel(
     do_not_specialize=[
         "batches", "seqlen_units", "d_inner", "ngroups", "blocks_per_group", "n_chunks",
         "segment_chunks", "segments", "rows", "kept_batch", "kept_chunk", "kept_channel",
-        "r_batch", "r_part", "r_channel", "parts", "segment_parts",
+        "r_batch", "r_segment", "r_channel",
     ]
 )  # fmt: skip
 def scan_backward_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, dout_ptr,
     kept_ptr,  # (B, chunks, D, D_STATE) fp32, by strides: the state before each chunk
-    r_ptr,  # (B, parts, D, D_STATE) fp32, by strides: passed back to each part; used up
+    r_ptr,  # (B, segments, D, D_STATE) fp32, by strides: passed back to each segment
     du_ptr, ddelta_ptr, dz_ptr,
     part_ptr,  # fp32, partial sums of dB and dC: scratch, or ddelta itself
     record_ptr,  # fp32, a row's sums of dA, dD and dbias: scratch, or du itself
@@ -529,9 +528,8 @@ def scan_backward_kernel(
     dA_ptr, dD_ptr, dbias_ptr,  # (D, D_STATE), (D,), (D,) fp32
     dBC_ptr,  # (2, B, G, D_STATE, L)
     batches, seqlen_units, d_inner, ngroups, blocks_per_group, n_chunks, segment_chunks, segments,
-    rows, parts, segment_parts,
-    kept_batch, kept_chunk, kept_channel, r_batch, r_part, r_channel,
-    D_STATE: gl.constexpr, STATE_BLOCKS: gl.constexpr,
+    rows, kept_batch, kept_chunk, kept_channel, r_batch, r_segment, r_channel,
+    D_STATE: gl.constexpr,
     HAS_D: gl.constexpr, HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr,
     HAS_R: gl.constexpr, IN_PLACE: gl.constexpr, KEPT_UNIT: gl.constexpr, CHUNK: gl.constexpr,
     UNIT: gl.constexpr, CHANNELS: gl.constexpr, TILE: gl.constexpr, WARPS: gl.constexpr,
@@ -544,7 +542,7 @@ def scan_backward_kernel(
 
     seqlen is seqlen_units * UNIT, so that the compiler knows how far rows are aligned. kept_ptr
     may be memory of du, a chunk's state in the chunk's place: it is read before du is written.
-    Strides of kept and r are in KEPT_UNIT elements. A segment gets what its last part gets.
+    Strides of kept and r are in KEPT_UNIT elements.
     """
     LANES: gl.constexpr = 4  # of states
     STATES: gl.constexpr = 4  # of a thread
@@ -640,10 +638,7 @@ def scan_backward_kernel(
     )
     part_smem = gl.allocate_shared_memory(gl.float32, [TILE, WARPS, 32], PLAIN3)
     # sums over states, (step, dx or dlog, channel): in the place of x and dy once these are used up
-    if STATE_BLOCKS > 1:
-        sums = gl.allocate_shared_memory(gl.float32, [TILES, TILE, 2 * BLOCK], PLAIN)
-    else:
-        sums = xy_rows._reinterpret(gl.float32, [TILES, TILE, 2 * BLOCK], PLAIN)
+    sums = xy_rows._reinterpret(gl.float32, [TILES, TILE, 2 * BLOCK], PLAIN)
     sums_io = sums._reinterpret(gl.float32, [PIECES, RUNS, RUN, 2 * BLOCK], PLAIN3)
     if HAS_Z:
         y_smem = gl.allocate_shared_memory(gl.float32, [TILES, TILE, BLOCK], PLAIN)
@@ -652,18 +647,15 @@ def scan_backward_kernel(
     zero = gl.full([LANES, STATES, PLACES, CHANNELS], 0.0, gl.float32, layout=FULL)
     dA = zero
     r = zero
-    if STATE_BLOCKS == 1:
-        A2 = load_states(A_ptr + at_state, live, FULL) * LOG2E
-    # for more states r and dA wait in global memory for their block's turn; a thread reads its own
+    A2 = load_states(A_ptr + at_state, live, FULL) * LOG2E
     dD = gl.full([RUNS, BLOCK], 0.0, gl.float32, layout=gl.SliceLayout(1, IO))
     dbias = gl.full([RUNS, BLOCK], 0.0, gl.float32, layout=gl.SliceLayout(1, IO))
 
-    iteration = pid * 0  # of (item, chunk, block of states)
+    iteration = pid * 0  # of (item, chunk)
     # the partial sums that are not added up yet: where they are, and of what
     old_at = words * 0
     old_row = words * 0
     old_start = pid * 0
-    old_k = pid * 0
     batch = words * 0
     start = pid * 0
     for item in range(team, items, rows):
@@ -673,12 +665,10 @@ def scan_backward_kernel(
         shared_row = batch * ngroups + group
         row_offset = ((shared_row * D_STATE + row) * seqlen)[None, :] + row_step
         r_at = over_states(channel * (r_channel.to(gl.int64) * KEPT_UNIT)) + over_channels(state)
-        last_part = gl.minimum((segment + 1) * segment_parts, parts) - 1
-        r_at += (batch * r_batch + last_part.to(gl.int64) * r_part) * KEPT_UNIT
-        if STATE_BLOCKS == 1:
-            r = zero
-            if HAS_R:
-                r = load_states(r_ptr + r_at, live, FULL)
+        r_at += (batch * r_batch + segment.to(gl.int64) * r_segment) * KEPT_UNIT
+        r = zero
+        if HAS_R:
+            r = load_states(r_ptr + r_at, live, FULL)
         first_chunk = segment * segment_chunks
         count = gl.minimum(segment_chunks, n_chunks - first_chunk)
         next_item = item + rows
@@ -713,146 +703,123 @@ def scan_backward_kernel(
                 xy_io.index(piece).slice(0, BLOCK, 2).store(dt * u)
                 xy_io.index(piece).slice(BLOCK, BLOCK, 2).store(dy)
 
-            for k in range(STATE_BLOCKS):
-                row_mask = (start + row_step < seqlen) & (k * 16 + row < D_STATE)[None, :]
-                at_row = row_offset + k.to(gl.int64) * 16 * seqlen + start
-                B_flat.store(to_fp32(gl.load(B_ptr + at_row, mask=row_mask, other=0.0)))
-                C_flat.store(to_fp32(gl.load(C_ptr + at_row, mask=row_mask, other=0.0)))
-                keep = live & (over_channels(state) + k * 16 < D_STATE)
-                kept_row = first_channel + anew(places)[:, None] * CHANNELS + inner[None, :]
-                kept_row = (group * group_channels + kept_row) * (
-                    kept_channel.to(gl.int64) * KEPT_UNIT
-                )
-                kept_row += (batch * kept_batch + chunk.to(gl.int64) * kept_chunk) * KEPT_UNIT
-                kept = over_states(kept_row) + over_channels(state) + k * 16
-                h = load_states(kept_ptr + kept, keep, FULL)
-                if STATE_BLOCKS > 1:
-                    A2 = load_states(A_ptr + at_state + k * 16, keep, FULL) * LOG2E
-                    r = load_states(r_ptr + r_at + k * 16, keep, FULL)
-                    own = over_states((team * d_inner + channel) * (D_STATE + 4))
-                    own += over_channels(state) + k * 16
-                    begun = iteration >= STATE_BLOCKS
-                    dA = load_states(record_ptr + own, keep & begun, FULL)
+            row_mask = (start + row_step < seqlen) & (row < D_STATE)[None, :]
+            at_row = row_offset + start
+            B_flat.store(to_fp32(gl.load(B_ptr + at_row, mask=row_mask, other=0.0)))
+            C_flat.store(to_fp32(gl.load(C_ptr + at_row, mask=row_mask, other=0.0)))
+            kept_row = first_channel + anew(places)[:, None] * CHANNELS + inner[None, :]
+            kept_row = (group * group_channels + kept_row) * (kept_channel.to(gl.int64) * KEPT_UNIT)
+            kept_row += (batch * kept_batch + chunk.to(gl.int64) * kept_chunk) * KEPT_UNIT
+            kept = over_states(kept_row) + over_channels(state)
+            h = load_states(kept_ptr + kept, live, FULL)
 
-                # the state before each tile
-                for tile in range(TILES - 1):
-                    opening.index(tile).store(h)
-                    for s in gl.static_range(TILE):
-                        step = tile * TILE + s
-                        decay = gl.exp2(over_states(dt_rows.index(step).load(CHAN)) * A2)
-                        x = over_states(xy_rows.index(2 * step).load(CHAN))
-                        h = decay * h + x * over_channels(B_smem.index(step).load(STATE))
-                opening.index(TILES - 1).store(h)
+            # the state before each tile
+            for tile in range(TILES - 1):
+                opening.index(tile).store(h)
+                for s in gl.static_range(TILE):
+                    step = tile * TILE + s
+                    decay = gl.exp2(over_states(dt_rows.index(step).load(CHAN)) * A2)
+                    x = over_states(xy_rows.index(2 * step).load(CHAN))
+                    h = decay * h + x * over_channels(B_smem.index(step).load(STATE))
+            opening.index(TILES - 1).store(h)
 
-                if not IN_PLACE:
-                    slot = iteration % 2 * rows + team
-                    part_at = (slot * ngroups + group).to(gl.int64) * blocks_per_group
-                    part_at = part_at * (CHUNK * 32)
-                if iteration > 0:
-                    wait_for(written_ptr, iteration * blocks_per_group)
-                    add_up_steps(
-                        part_ptr + old_at, block_stride, step_stride, anew(block), blocks_per_group,
-                        dBC_ptr, old_row, batches * ngroups, seqlen, old_start, old_k,
-                        D_STATE, CHUNK, STEP_SHARE, EVEN, WARPS,
-                    )  # fmt: skip
-                    if IN_PLACE:
-                        count_in(read_ptr)
-                        if final:  # whose partial sums take the place of those just added up
-                            wait_for(read_ptr, iteration * blocks_per_group)
+            if not IN_PLACE:
+                slot = iteration % 2 * rows + team
+                part_at = (slot * ngroups + group).to(gl.int64) * blocks_per_group
+                part_at = part_at * (CHUNK * 32)
+            if iteration > 0:
+                wait_for(written_ptr, iteration * blocks_per_group)
+                add_up_steps(
+                    part_ptr + old_at, block_stride, step_stride, anew(block), blocks_per_group,
+                    dBC_ptr, old_row, batches * ngroups, seqlen, old_start,
+                    D_STATE, CHUNK, STEP_SHARE, EVEN, WARPS,
+                )  # fmt: skip
+                if IN_PLACE:
+                    count_in(read_ptr)
+                    if final:  # whose partial sums take the place of those just added up
+                        wait_for(read_ptr, iteration * blocks_per_group)
 
-                for tile_back in range(TILES):
-                    tile = TILES - 1 - tile_back
-                    h = opening.index(tile).load(FULL)
-                    decays = ()
-                    before = ()
-                    for s in gl.static_range(TILE):
-                        step = tile * TILE + s
-                        decay = gl.exp2(over_states(dt_rows.index(step).load(CHAN)) * A2)
-                        x = over_states(xy_rows.index(2 * step).load(CHAN))
-                        before = before + (h,)  # noqa: RUF005
-                        decays = decays + (decay,)  # noqa: RUF005
-                        h = decay * h + x * over_channels(B_smem.index(step).load(STATE))
-                    sums_BC = ()
-                    sums_x = ()
-                    sums_log = ()
-                    sums_y = ()
-                    for s in gl.static_range(TILE - 1, -1, -1):
-                        step = tile * TILE + s
-                        dt_step = over_states(dt_rows.index(step).load(CHAN))
-                        x = over_states(xy_rows.index(2 * step).load(CHAN))
-                        dy_step = over_states(xy_rows.index(2 * step + 1).load(CHAN))
-                        B = over_channels(B_smem.index(step).load(STATE))
-                        C = over_channels(C_smem.index(step).load(STATE))
-                        dh = C * dy_step + r
-                        r = decays[s] * dh
-                        q = r * before[s]
-                        dA += q * dt_step
-                        after = h if s == TILE - 1 else before[(s + 1) % TILE]
-                        of_B = gl.sum(dh * x, 3)
-                        of_C = gl.sum(after * dy_step, 3)
-                        of_BC = gl.reduce(sum_channels_over_lanes(of_B, of_C), 1, first)
-                        sums_BC = (of_BC,) + sums_BC  # noqa: RUF005
-                        of_x = gl.sum(dh * B, 1)
-                        of_log = gl.sum(q * A2, 1)
-                        if HAS_Z:
-                            of_y = gl.sum(after * C, 1)
-                        if CHANNELS == 2:
-                            of_x = gl.reduce(sum_states_over_lanes(of_x, of_log), 2, first)
-                            if HAS_Z:  # of two steps at once
-                                if s % 2 == 1:
-                                    later_y = of_y
-                                else:
-                                    of_y = gl.reduce(sum_states_over_lanes(of_y, later_y), 2, first)
-                                    sums_y = (of_y,) + sums_y  # noqa: RUF005
-                        else:
-                            of_x = gl.reduce(sum_steps_over_lanes(of_x, 4), 2, first)
-                            of_log = gl.reduce(sum_steps_over_lanes(of_log, 4), 2, first)
-                            sums_log = (of_log,) + sums_log  # noqa: RUF005
-                            if HAS_Z:
-                                of_y = gl.reduce(sum_steps_over_lanes(of_y, 4), 2, first)
-                                sums_y = (of_y,) + sums_y  # noqa: RUF005
-                        sums_x = (of_x,) + sums_x  # noqa: RUF005
-
-                    of_BC = gl.reshape(stack_steps(sums_BC), [LANES, WARPS, 2, STATES, TILE])
-                    of_BC = gl.permute(of_BC, [4, 1, 2, 0, 3])
-                    part_smem.store(gl.reshape(of_BC, [TILE, WARPS, 32]))
-                    if CHANNELS == 2:
-                        of_x = gl.reshape(stack_steps(sums_x), [2, 2, PLACES, TILE])
-                        of_x = gl.reshape(gl.permute(of_x, [3, 0, 2, 1]), [TILE, 2 * BLOCK])
-                    else:
-                        of_x = gl.join(stack_steps(sums_x), stack_steps(sums_log))
-                        of_x = gl.reshape(gl.permute(of_x, [2, 3, 1, 0]), [TILE, 2 * BLOCK])
-                    if STATE_BLOCKS > 1:
-                        SUMS: gl.constexpr = of_x.type.layout
-                        so_far = sums.index(tile).load(SUMS)
-                        of_x += gl.where(k > 0, so_far, 0.0)
-                    sums.index(tile).store(of_x)
+            for tile_back in range(TILES):
+                tile = TILES - 1 - tile_back
+                h = opening.index(tile).load(FULL)
+                decays = ()
+                before = ()
+                for s in gl.static_range(TILE):
+                    step = tile * TILE + s
+                    decay = gl.exp2(over_states(dt_rows.index(step).load(CHAN)) * A2)
+                    x = over_states(xy_rows.index(2 * step).load(CHAN))
+                    before = before + (h,)  # noqa: RUF005
+                    decays = decays + (decay,)  # noqa: RUF005
+                    h = decay * h + x * over_channels(B_smem.index(step).load(STATE))
+                sums_BC = ()
+                sums_x = ()
+                sums_log = ()
+                sums_y = ()
+                for s in gl.static_range(TILE - 1, -1, -1):
+                    step = tile * TILE + s
+                    dt_step = over_states(dt_rows.index(step).load(CHAN))
+                    x = over_states(xy_rows.index(2 * step).load(CHAN))
+                    dy_step = over_states(xy_rows.index(2 * step + 1).load(CHAN))
+                    B = over_channels(B_smem.index(step).load(STATE))
+                    C = over_channels(C_smem.index(step).load(STATE))
+                    dh = C * dy_step + r
+                    r = decays[s] * dh
+                    q = r * before[s]
+                    dA += q * dt_step
+                    after = h if s == TILE - 1 else before[(s + 1) % TILE]
+                    of_B = gl.sum(dh * x, 3)
+                    of_C = gl.sum(after * dy_step, 3)
+                    of_BC = gl.reduce(sum_channels_over_lanes(of_B, of_C), 1, first)
+                    sums_BC = (of_BC,) + sums_BC  # noqa: RUF005
+                    of_x = gl.sum(dh * B, 1)
+                    of_log = gl.sum(q * A2, 1)
                     if HAS_Z:
-                        of_y = stack_steps(sums_y)
-                        if CHANNELS == 2:
-                            of_y = gl.reshape(of_y, [2, 2, PLACES, TILE // 2])
-                            of_y = gl.permute(of_y, [3, 0, 2, 1])
-                        else:
-                            of_y = gl.permute(of_y, [2, 1, 0])
-                        of_y = gl.reshape(of_y, [TILE, BLOCK])
-                        if STATE_BLOCKS > 1:
-                            SUMS_Y: gl.constexpr = of_y.type.layout
-                            so_far = y_smem.index(tile).load(SUMS_Y)
-                            of_y += gl.where(k > 0, so_far, 0.0)
-                        y_smem.index(tile).store(of_y)
-                    part = gl.sum(part_smem.load(PARTIAL), 1)
-                    at = block * block_stride + (tile * TILE + part_step) * step_stride
-                    gl.store(part_ptr + part_at + at + part_place, part)
-                if STATE_BLOCKS > 1:
-                    gl.store(r_ptr + r_at + k * 16, gl.convert_layout(r, WIDE), mask=keep)
-                    gl.store(record_ptr + own, gl.convert_layout(dA, WIDE), mask=keep)
-                if (k < STATE_BLOCKS - 1) | (not final):  # then with the sums that go by column
-                    count_in(written_ptr)
-                iteration += 1
-                old_at = part_at
-                old_row = shared_row
-                old_start = start
-                old_k = k
+                        of_y = gl.sum(after * C, 1)
+                    if CHANNELS == 2:
+                        of_x = gl.reduce(sum_states_over_lanes(of_x, of_log), 2, first)
+                        if HAS_Z:  # of two steps at once
+                            if s % 2 == 1:
+                                later_y = of_y
+                            else:
+                                of_y = gl.reduce(sum_states_over_lanes(of_y, later_y), 2, first)
+                                sums_y = (of_y,) + sums_y  # noqa: RUF005
+                    else:
+                        of_x = gl.reduce(sum_steps_over_lanes(of_x, 4), 2, first)
+                        of_log = gl.reduce(sum_steps_over_lanes(of_log, 4), 2, first)
+                        sums_log = (of_log,) + sums_log  # noqa: RUF005
+                        if HAS_Z:
+                            of_y = gl.reduce(sum_steps_over_lanes(of_y, 4), 2, first)
+                            sums_y = (of_y,) + sums_y  # noqa: RUF005
+                    sums_x = (of_x,) + sums_x  # noqa: RUF005
+
+                of_BC = gl.reshape(stack_steps(sums_BC), [LANES, WARPS, 2, STATES, TILE])
+                of_BC = gl.permute(of_BC, [4, 1, 2, 0, 3])
+                part_smem.store(gl.reshape(of_BC, [TILE, WARPS, 32]))
+                if CHANNELS == 2:
+                    of_x = gl.reshape(stack_steps(sums_x), [2, 2, PLACES, TILE])
+                    of_x = gl.reshape(gl.permute(of_x, [3, 0, 2, 1]), [TILE, 2 * BLOCK])
+                else:
+                    of_x = gl.join(stack_steps(sums_x), stack_steps(sums_log))
+                    of_x = gl.reshape(gl.permute(of_x, [2, 3, 1, 0]), [TILE, 2 * BLOCK])
+                sums.index(tile).store(of_x)
+                if HAS_Z:
+                    of_y = stack_steps(sums_y)
+                    if CHANNELS == 2:
+                        of_y = gl.reshape(of_y, [2, 2, PLACES, TILE // 2])
+                        of_y = gl.permute(of_y, [3, 0, 2, 1])
+                    else:
+                        of_y = gl.permute(of_y, [2, 1, 0])
+                    of_y = gl.reshape(of_y, [TILE, BLOCK])
+                    y_smem.index(tile).store(of_y)
+                part = gl.sum(part_smem.load(PARTIAL), 1)
+                at = block * block_stride + (tile * TILE + part_step) * step_stride
+                gl.store(part_ptr + part_at + at + part_place, part)
+            if not final:  # then with the sums that go by column
+                count_in(written_ptr)
+            iteration += 1
+            old_at = part_at
+            old_row = shared_row
+            old_start = start
 
             # du, ddelta and dz, from the inputs again
             for piece in range(PIECES):
@@ -909,12 +876,11 @@ def scan_backward_kernel(
         record_row = record_channel * d_inner
         record_chunk = words * 0
         own_record = team * record_row
-    if STATE_BLOCKS == 1:
-        in_group = first_channel + anew(places)[:, None] * CHANNELS + inner[None, :]
-        channel = (group * group_channels + in_group).to(gl.int64)
-        at = own_record + over_states(channel * record_channel) + over_channels(state)
-        live = over_states(in_group < group_channels) & (over_channels(state) < D_STATE)
-        gl.store(record_ptr + at, gl.convert_layout(dA, WIDE), mask=live)
+    in_group = first_channel + anew(places)[:, None] * CHANNELS + inner[None, :]
+    channel = (group * group_channels + in_group).to(gl.int64)
+    at = own_record + over_states(channel * record_channel) + over_channels(state)
+    live = over_states(in_group < group_channels) & (over_channels(state) < D_STATE)
+    gl.store(record_ptr + at, gl.convert_layout(dA, WIDE), mask=live)
     at = own_record + (group * group_channels + io_in_group) * record_channel + D_STATE
     gl.store(record_ptr + at, gl.sum(dD, 0), mask=io_in_group < group_channels)
     gl.store(record_ptr + at + 1, gl.sum(dbias, 0), mask=io_in_group < group_channels)
@@ -922,7 +888,7 @@ def scan_backward_kernel(
     wait_for(written_ptr, iteration * blocks_per_group)
     add_up_steps(
         part_ptr + old_at, block_stride, step_stride, block, blocks_per_group, dBC_ptr, old_row,
-        batches * ngroups, seqlen, old_start, old_k, D_STATE, CHUNK, STEP_SHARE, EVEN, WARPS,
+        batches * ngroups, seqlen, old_start, D_STATE, CHUNK, STEP_SHARE, EVEN, WARPS,
     )  # fmt: skip
     wait_for(column_ptr, rows)
     add_up_records(

@@ -1,7 +1,7 @@
-"""What the Hopper scan's backward allocates, and how it divides its work for that. Torch-free.
+"""What the Hopper scan's backward of up to 16 states allocates, and how it divides its work.
 
-The gradients of u, delta and z are as large as their inputs: nothing can be done about that. What
-comes on top goes, for up to 16 states, into their memory, before they are written:
+Torch-free. The gradients of u, delta and z are as large as their inputs: nothing can be done about
+that. What comes on top goes into their memory, before they are written:
 
 - The states that the forward kept take the place of the first steps of their chunk in du, where
   the kernel reads them before it writes du. So the memory that the forward kept is free again
@@ -12,15 +12,14 @@ comes on top goes, for up to 16 states, into their memory, before they are writt
   gone through, and are added up before that is written.
 - A row's sums of dA, dD and dbias take the place of its last chunk of du.
 
-With more states, or where rows do not divide into these places, all but the kept states is scratch
-memory: two sets of the partial sums of a chunk and 16 states, whatever the length.
+Where rows do not divide into these places, all but the kept states is scratch memory: two sets of
+the partial sums of a chunk, whatever the length.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
 
-STATES = 16  # states that a block holds at a time
-_PARTS = 2  # for which there is room, and a GPU holds twice as many of the adjoint's blocks
+STATES = 16  # of a warp
 _ADJOINT = 1 / 3  # what making a chunk's adjoint takes of the time of its backward
 COUNTERS = 64  # int32 of a set of counters: two, on cache lines of their own
 
@@ -30,22 +29,14 @@ class Division:
     """How blocks go through a backward's items, each a segment of time of a batch element.
 
     Of `segments` a batch element, of `segment_chunks` each; `rows` of blocks at once, of `blocks`
-    in a group. in_place: sums and states lie in du and ddelta, not in scratch memory. What is
-    passed back is made part by part, `segment_parts` to a segment and `parts` in all.
+    in a group. in_place: sums and states lie in du and ddelta, not in scratch memory.
     """
 
     segments: int
     segment_chunks: int
-    segment_parts: int
-    parts: int
     blocks: int
     rows: int
     in_place: bool
-
-    @property
-    def part_chunks(self) -> int:
-        """Chunks of a part; of the last one, at most as many."""
-        return self.segment_chunks // self.segment_parts
 
 
 def divide(
@@ -76,14 +67,9 @@ def divide(
     whole = seqlen % chunk == 0 or (rows == batch * segments and last > 1)
     fits = d_state <= STATES and channels % block == 0 and block >= chunk
     wide = chunk * itemsize >= 128 and seqlen * itemsize % 4 == 0
-    in_place = whole and fits and wide
-    part, left = each // _PARTS, each % _PARTS
-    # what a part is passed back lies in its first chunk: a whole one, too
-    beside = seqlen % chunk == 0 or (part > 0 and (chunks - 1) % part > 0)
-    split = _PARTS if in_place and segments > 1 and part > 0 and left == 0 and beside else 1
     return Division(
-        segments=segments, segment_chunks=each, blocks=blocks, rows=rows, in_place=in_place,
-        segment_parts=split, parts=_ceil(chunks, each // split),
+        segments=segments, segment_chunks=each, blocks=blocks, rows=rows,
+        in_place=whole and fits and wide,
     )  # fmt: skip
 
 
@@ -126,19 +112,18 @@ def scratch_elements(
 ) -> dict[str, int]:
     """Return the 4-byte elements of each buffer that the kernels share, by name.
 
-    counters; total, the sums of dt by part; and, if not in place: r, what is passed back to each
+    counters; total, the sums of dt by segment; and, if not in place: r, what is passed back to each
     segment; parts, partial sums of dB and dC; records, rows' sums of dA, dD and dbias.
     """
     items, columns = batch * division.segments, ngroups * division.blocks
     scratch = {
         "counters": COUNTERS * (division.rows * ngroups + columns),
-        "total": batch * division.parts * d_inner if division.segments > 1 else 0,
+        "total": batch * division.segments * d_inner if division.segments > 1 else 0,
     }
     if division.in_place:
         return scratch | {"r": 0, "parts": 0, "records": 0}
-    several = division.segments > 1 or d_state > STATES
     return scratch | {
-        "r": items * d_inner * d_state if several else 0,
+        "r": items * d_inner * d_state if division.segments > 1 else 0,
         "parts": 2 * division.rows * columns * chunk * 2 * STATES,
         "records": division.rows * d_inner * (d_state + 4),  # whose states are aligned
     }

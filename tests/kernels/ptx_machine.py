@@ -224,7 +224,7 @@ class Block:
             position += 1
             if opcode == "ret":
                 return executed
-            if opcode.startswith("ld.relaxed"):
+            if opcode.startswith(("ld.relaxed", "ld.acquire")):
                 if position == polled:
                     yield
                 polled = position
@@ -290,12 +290,16 @@ class Block:
                 wide = np.int64 if kind == "s32" else np.uint64
                 product = a.astype(wide) * b.astype(wide)
             if "hi" in parts:
-                high = np.int64 if kind == "s32" else np.uint64
-                product = ((a.astype(high) * b.astype(high)) >> high(32)).astype(a.dtype)
+                wide = [int(x) * int(y) >> 8 * a.itemsize for x, y in zip(a, b, strict=True)]
+                product = np.array(wide, a.dtype)
             if name == "mul":
                 return product
             wide_kind = kind[0] + "64" if "wide" in parts else kind
             return product + self.get(operands[3], wide_kind)
+        if name == "shf" and parts[:2] == ["l", "wrap"]:
+            shift = self.get(operands[3], "u32") & np.uint32(31)
+            joined = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+            return ((joined << shift.astype(np.uint64)) >> np.uint64(32)).astype(np.uint32)
         if name not in _BINARY:
             raise NotImplementedError(name + "." + ".".join(parts))
         return _BINARY[name](a, b)
@@ -303,11 +307,13 @@ class Block:
     def bit_field(self, a: np.ndarray, operands: list[str]) -> np.ndarray:
         """bfe: bits [start, start + length), sign-extended for a signed type."""
         start, length = int(operands[2], 0), int(operands[3], 0)
-        field = (a.view(np.uint32) >> np.uint32(start)) & np.uint32((1 << length) - 1)
-        if a.dtype == np.uint32:
+        unsigned, signed = (np.dtype(f"{sign}{a.itemsize}") for sign in "ui")
+        mask = unsigned.type((1 << length) - 1)
+        field = (a.view(unsigned) >> unsigned.type(start)) & mask
+        if a.dtype == unsigned:
             return field
-        up = np.int32(32 - length)
-        return (field.view(np.int32) << up) >> up
+        up = signed.type(8 * a.itemsize - length)
+        return (field.view(signed) << up) >> up
 
     def access(
         self, name: str, parts: list[str], operands: list[str], threads: np.ndarray,

@@ -102,7 +102,7 @@ def test_what_the_scans_on_a_gpu_keep_is_a_state_now_and_then(variant, d_state):
     state = (None,) if variant == "s6_triton" else ()
     operator = getattr(torch.ops.mambench, variant).default
     _, _, kept = operator(*(given[name].detach() for name in order), *state, True, True)
-    beyond_16 = {"s6_triton": 128, "s6_hopper": 32}[variant]
+    beyond_16 = {"s6_triton": 128, "s6_hopper": 2 * d_state}[variant]
     steps = 64 if d_state <= 16 else beyond_16  # from one to the next
     assert kept.nbytes == 4 * 2048 * d_state * seqlen // steps
 

@@ -1,0 +1,184 @@
+"""Problems of the Hopper scan's backward, their gradients in float64, and its PTX on the CPU."""
+
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+
+TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32",
+}  # fmt: skip
+LIMIT = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 2e-6}  # one rounding
+SUM_LIMIT = 5e-6  # of what stays in fp32
+NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+TARGET = GPUTarget("cuda", 90, 32)
+
+
+def load(path: Path, name: str) -> ModuleType:
+    """Import a file as a module of its own."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+machine = load(Path(__file__).parents[1] / "ptx_machine.py", "ptx_machine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Sizes and switches of a backward, and the segments that time is divided into."""
+
+    batch: int = 1
+    d_inner: int = 16
+    seqlen: int = 40
+    ngroups: int = 1
+    d_state: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    gated: bool = False
+    has_D: bool = True
+    has_bias: bool = True
+    softplus: bool = True
+    has_last: bool = True
+    segments: int | None = 2
+
+
+def tensors(p: Problem, device: str = "cpu") -> tuple[dict[str, Any], Any, Any]:
+    """Draw the inputs and the gradients of out and of the last state."""
+    gen = torch.Generator().manual_seed(p.seqlen + p.d_state)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=gen)
+
+    A = -torch.rand(p.d_inner, p.d_state, generator=gen) - 0.1
+    A[: p.d_inner // 4] *= 1e-3  # channels that remember longer than the sequence
+    shape = (p.batch, p.d_inner, p.seqlen)
+    rows = (p.batch, p.ngroups, p.d_state, p.seqlen)
+    delta = draw(*shape) * 0.5
+    made = {
+        "u": draw(*shape).to(p.dtype),
+        "delta": (delta if p.softplus else delta.abs() * 0.2).to(p.dtype),
+        "A": A,
+        "B": draw(*rows).to(p.dtype),
+        "C": draw(*rows).to(p.dtype),
+        "D": draw(p.d_inner) if p.has_D else None,
+        "z": draw(*shape).to(p.dtype) if p.gated else None,
+        "delta_bias": draw(p.d_inner).abs() * 0.1 if p.has_bias else None,
+    }
+    dout = draw(*shape).to(p.dtype).to(device)
+    dlast = draw(p.batch, p.d_inner, p.d_state).to(device) if p.has_last else None
+    return {k: None if v is None else v.to(device) for k, v in made.items()}, dout, dlast
+
+
+def reference(
+    p: Problem, t: dict[str, Any], dout: torch.Tensor, dlast: Any, every: int
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Differentiate the recurrence in float64; returns gradients and the kept states."""
+    d = {k: None if v is None else v.double().requires_grad_() for k, v in t.items()}
+    dt = d["delta"] if d["delta_bias"] is None else d["delta"] + d["delta_bias"][:, None]
+    dt = F.softplus(dt, threshold=1e9) if p.softplus else dt
+    B, C = (d[k].repeat_interleave(p.d_inner // p.ngroups, 1) for k in "BC")
+    h = torch.zeros(p.batch, p.d_inner, p.d_state, dtype=torch.float64, device=dt.device)
+    ys, kept = [], []
+    for i in range(p.seqlen):
+        if i % every == 0:
+            kept.append(h.detach())
+        h = torch.exp(dt[..., i, None] * d["A"]) * h + (dt * d["u"])[..., i, None] * B[..., i]
+        ys.append((h * C[..., i]).sum(-1))
+    y = torch.stack(ys, -1)
+    y = y if d["D"] is None else y + d["u"] * d["D"][:, None]
+    y = y if d["z"] is None else y * F.silu(d["z"])
+    outputs, gradients = [y], [dout.double()]
+    if dlast is not None:
+        outputs, gradients = [y, h], [dout.double(), dlast.double()]
+    torch.autograd.backward(outputs, gradients)
+    return {k: None if v is None else v.grad for k, v in d.items()}, torch.stack(kept, 1)
+
+
+class Emulated:
+    """Stands for a kernel: compiles it for sm_90 and runs its PTX on the CPU."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def launch(
+            *values: Any, num_warps: int, maxnreg: int | None = None,
+            launch_cooperative_grid: bool = False, **constants: Any,
+        ):  # fmt: skip
+            names = self.kernel.arg_names
+            given = dict(zip(names, values, strict=False)) | constants
+            compiled = compile_kernel(self.kernel, given, num_warps)
+            signature = compiled.src.signature
+            arguments = [given[name] for name in names if signature[name] != "constexpr"]
+            ptx = compiled.asm["ptx"]
+            missing = ptx[: ptx.index(".reqntid")].count(".param") - len(arguments)
+            machine.launch(
+                ptx, grid[0], [*arguments, *[0] * missing],
+                threads=32 * num_warps, shared_bytes=compiled.metadata.shared,
+            )  # fmt: skip
+
+        return launch
+
+
+def is_constant(kernel: Any, name: str) -> bool:
+    return kernel.params[kernel.arg_names.index(name)].is_constexpr
+
+
+def compile_kernel(kernel: Any, given: dict[str, Any], num_warps: int) -> Any:
+    """Compile for sm_90 with the types of the arguments given; absent pointers are constants."""
+    signature: dict[str, str] = {}
+    for name in kernel.arg_names:
+        value = given[name]
+        one = value == 1 if isinstance(value, int) else False  # which Triton makes a constant
+        free = kernel.params[kernel.arg_names.index(name)].do_not_specialize
+        if is_constant(kernel, name) or value is None or (one and not free):
+            signature[name] = "constexpr"
+        else:
+            tensor = isinstance(value, torch.Tensor)
+            signature[name] = "*" + TYPES[value.dtype] if tensor else "i32"
+    index = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    constants = {index[n]: given[n] for n in signature if signature[n] == "constexpr"}
+    aligned = {
+        index[n]: [["tt.divisibility", 16]]
+        for n in signature
+        if signature[n][0] == "*" and given[n].data_ptr() % 16 == 0
+    }
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    made = source(kernel, signature, constants, aligned)
+    return triton.compile(made, target=TARGET, options={"num_warps": num_warps})
+
+
+def machine_code(compiled: Any) -> list[str]:
+    """Return the instructions of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [tool, "-sass", cubin.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [line.split("*/")[1] for line in sass.stdout.splitlines() if "*/  " in line]
+
+
+def assert_right(got: dict[str, Any], want: dict[str, Any], dtype: torch.dtype) -> None:
+    for name in NAMES:
+        if want[name] is None:
+            assert got[name] is None
+            continue
+        error = (got[name].double() - want[name]).norm() / want[name].norm()
+        limit = SUM_LIMIT if name in ("A", "D", "delta_bias") else LIMIT[dtype]
+        assert error < limit, f"{name}: {error:.1e}"
