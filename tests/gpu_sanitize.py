@@ -23,6 +23,10 @@ memory that says which partition it is. So a report is not counted if
 - at every access the machine code is such a read (of a byte, right behind the barrier of the whole
   block, `bar.sync 1`) or write (right before it), and the kernel has barriers of a group;
 - racecheck, in the same run, reports "in order: ..." and notices the partitions that do not wait.
+
+It takes an arrival at an mbarrier to release the arriving thread's writes alone, where ours are a
+partition's barrier and one thread's arrival. Kernels that hand on data so are compiled for it with
+every thread arriving (`all_arriving`), and a wait that is left out must be noticed there.
 """
 
 import argparse
@@ -267,6 +271,8 @@ def main() -> int:
         return 2
     tools = options.tool or TOOLS
     tasks = dict.fromkeys(options.part or PARTS, tools)
+    others = tuple(tool for tool in tools if tool != "racecheck")
+    tasks |= dict.fromkeys(_RUN.ONE_ARRIVES & tasks.keys(), others)
     tasks |= {part: ("racecheck",) for part in IN_ORDER if "racecheck" in tools}
     tasks |= {part: (tool,) for part, (tool, _) in PLANTED.items() if tool in tools}
     try:

@@ -6,14 +6,17 @@ which tests/test_gpu_sanitize.py checks without a GPU. A part returns what it co
 nested as they come; it is the same, to the bit, however slowly a tool lets the threads run.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from hashlib import sha256
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
+from itertools import cycle
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -146,6 +149,32 @@ def ssd_fused() -> Computed:
     ]
 
 
+def all_arriving(ptx: str, counts: tuple[int, ...]) -> str:
+    """Let every thread arrive at mbarriers where one does for its partition, behind a barrier.
+
+    Racecheck takes an arrival to release the arriving thread's writes alone. `counts`: by what the
+    arrivals that the mbarriers wait for grow, over and over in the order in which they are made.
+    """
+    grown = cycle(counts)
+    made = r"(mbarrier\.init\.shared::cta\.b64 \[%r\d+\], )(\d+);"
+    ptx = re.sub(made, lambda found: f"{found[1]}{int(found[2]) * next(grown)};", ptx)
+    return re.sub(r"@%p\d+ (mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];)", r"\1", ptx)
+
+
+def where_all_arrive(run: Callable[[], Computed], kernel: str, *counts: int) -> Computed:
+    """Run something with a kernel compiled so (`all_arriving`), from a cache of its own."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    make = CUDABackend.make_ptx
+
+    def changed(self: Any, source: Any, metadata: Any, *rest: Any) -> str:
+        ptx = make(self, source, metadata, *rest)
+        return all_arriving(ptx, counts) if metadata["name"] == kernel else ptx
+
+    with mock.patch.object(CUDABackend, "make_ptx", changed):
+        return run()
+
+
 def ssd_forward() -> Computed:
     """Run the forward of two to four launches without a backward."""
     sizes = {"heads": 66, "seqlen": 1030, "train": False}  # too long for one launch
@@ -251,6 +280,12 @@ PARTS: dict[str, Callable[[], Computed]] = {
     "state update": state_update,
     "around mixers": around_mixers,
     "measuring": measuring,
+    "ssd hopper, one launch, all arrive": lambda: where_all_arrive(
+        ssd_fused, "fused_kernel", 1, 128, 128
+    ),
+    "hand-over by mbarrier, all arrive, hopper": lambda: where_all_arrive(
+        races().handed, "handed_kernel", 128
+    ),
     "hand-over, hopper": lambda: races().hand_over(),
     "hand-over behind a barrier, hopper": lambda: races().hand_over(barriers=1),
 }
@@ -262,12 +297,18 @@ PLANTED: dict[str, tuple[str, Callable[[], Computed]]] = {
     "planted: partitions, behind a barrier, hopper": (
         "racecheck", lambda: races().unsynchronised(barriers=1),
     ),
+    "planted: mbarrier that is not waited for, all arrive, hopper": (
+        "racecheck",
+        lambda: where_all_arrive(lambda: races().handed(waits=False), "handed_kernel", 128),
+    ),
     "planted: lanes that round a sum differently": ("racecheck", lambda: races().contracted_sum()),
     "planted: read after a barrier of others": ("racecheck", lambda: races().barriers(False)),
     "planted: read past the end": ("memcheck", lambda: races().past_the_end()),
     "planted: read before any write": ("initcheck", lambda: races().never_written()),
     "planted: barrier that nobody made, hopper": ("synccheck", lambda: races().never_made()),
 }  # fmt: skip
+# One thread arrives for its partition: racecheck runs the part of that name where all do.
+ONE_ARRIVES = frozenset({"ssd hopper, one launch"})
 # Racecheck reports it all the same.
 IN_ORDER: dict[str, Callable[[], Computed]] = {
     "in order: a barrier of some, then of all": lambda: races().barriers(True),

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import stat
 import sys
 from pathlib import Path
@@ -81,6 +82,7 @@ def compiled(tmp_path_factory):
         "alone": races.hand_over,
         "behind": lambda: races.hand_over(barriers=1),
         "racing": races.unsynchronised,
+        "handed": races.handed,
         "in order": lambda: races.barriers(True),
         "out of order": lambda: races.barriers(False),
     }
@@ -89,8 +91,9 @@ def compiled(tmp_path_factory):
             patch.setattr(torch.Tensor, "cuda", lambda self: self.to("meta"))
             (launch,) = record(lambda draw, run=run: run(), 90)
         (folder / name).mkdir()
-        cubin = launch.compile().asm["cubin"]
-        (folder / name / f"{launch.name}.cubin").write_bytes(cubin)
+        made = launch.compile().asm
+        (folder / name / f"{launch.name}.cubin").write_bytes(made["cubin"])
+        (folder / name / "ptx").write_text(made["ptx"])
     return folder
 
 
@@ -177,6 +180,19 @@ def test_every_bit_of_what_a_part_computed_counts():
         assert digest(other) != digest([x.T, x])
 
 
+def test_every_thread_arrives_where_one_did(compiled):
+    parts = gpu_sanitize.parts()
+    ptx = (compiled / "handed" / "ptx").read_text()
+    init, arrive = "mbarrier.init.shared::cta.b64", "mbarrier.arrive.shared::cta.b64"
+    alone = re.search(rf"@%p\d+ {arrive} _, \[%r\d+\];", ptx)[0]
+    changed = parts.all_arriving(ptx, (128,))
+    assert re.findall(rf"{init} \[%r\d+\], (\d+);", changed) == ["128"]
+    assert alone not in changed
+    assert alone.partition(" ")[2] in changed
+    several = "\n".join(f"{init} [%r{i}], {1 + i % 2};" for i in range(4))
+    assert re.findall(r"(\d+);", parts.all_arriving(several, (1, 128))) == ["1", "256", "1", "256"]
+
+
 def test_a_barrier_of_all_lies_between_what_is_in_order(compiled):
     """In every path: the machine code has neither a branch before the read nor another barrier."""
     kept = ("STS", "LDS", "BAR", "BRA", "EXIT")
@@ -246,7 +262,7 @@ def test_every_kernel_is_run_by_some_part(without_gpu):
     run = {name: launched(part) for name, part in gpu_sanitize.PARTS.items()}
     forgotten = kernels - set().union(*run.values())
     assert not forgotten, "these are in no part of tests/sanitized_parts.py"
-    del run["ssd hopper, one launch"]  # without it:
+    del run["ssd hopper, one launch"], run["ssd hopper, one launch, all arrive"]  # without them:
     missing = {("kernels.ssd.hopper_fused_kernel", "fused_kernel")}
     assert kernels - set().union(*run.values()) == missing
 

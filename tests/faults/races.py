@@ -82,6 +82,31 @@ def hand_over_kernel(x_ptr, out_ptr, repeats, SIZE: gl.constexpr, BARRIERS: gl.c
     )
 
 
+@gluon.jit
+def _give(shared, bar, x_ptr, out_ptr, WAITS: gl.constexpr):
+    shared.store(gl.load(x_ptr + gl.arange(0, shared.shape[0], layout=_LINES)))
+    mbarrier.arrive(bar, count=1)
+
+
+@gluon.jit
+def _take(shared, bar, x_ptr, out_ptr, WAITS: gl.constexpr):
+    i = gl.arange(0, shared.shape[0], layout=_LINES)
+    if WAITS:
+        mbarrier.wait(bar, 0)
+    gl.store(out_ptr + i, shared.load(_LINES))
+
+
+@gluon.jit
+def handed_kernel(x_ptr, out_ptr, SIZE: gl.constexpr, WAITS: gl.constexpr):
+    """Write shared memory in one partition and read it in the other, which waits if WAITS."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    shared = gl.allocate_shared_memory(gl.int64, [SIZE], flat)
+    bars = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(bars.index(0), count=1)
+    arguments = (shared, bars.index(0), x_ptr, out_ptr, WAITS)
+    gl.warp_specialize([(_give, arguments), (_take, arguments)], [4], [24])
+
+
 @triton.jit
 def contracted_sum_kernel(
     x_ptr, y_ptr, out_ptr, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
@@ -150,6 +175,14 @@ def unsynchronised(barriers: int = 0) -> Tensor:
     x = torch.arange(_SIZE, device="cuda")
     out = torch.empty_like(x)
     unsynchronised_kernel[(4,)](x, out, _SIZE, barriers, num_warps=4)
+    return out
+
+
+def handed(waits: bool = True) -> Tensor:
+    """Run the partitions of which one waits for the other, or does not."""
+    x = torch.arange(_SIZE, device="cuda")
+    out = torch.empty_like(x)
+    handed_kernel[(4,)](x, out, _SIZE, waits, num_warps=4)
     return out
 
 
