@@ -53,7 +53,6 @@ from mambench.kernels.ssd.triton_launch import (
 _SHARED_BYTES = 232448  # that one block may have on compute capability 9.0
 _BLOCK_H = 8
 _PREFIX_BLOCK = 256
-_MORE_OWN_STAGES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +73,7 @@ class Config:
     stages: most stages of the scan's ring; fewer where shared memory is short.
     registers: per thread of a consumer of the scan.
     fused_registers: per thread of a consumer and of the helper of the one launch.
+    walk_registers: per thread of a consumer of the walk that looks back.
     """
 
     scores: bool = True
@@ -90,6 +90,7 @@ class Config:
     registers: int = 232
     state_registers: int = 200
     fused_registers: tuple[int, int] = (208, 72)
+    walk_registers: int = 240
 
 
 DEFAULT = Config()
@@ -186,7 +187,6 @@ class Ring:
 
     block_n: int
     stages: int
-    own_stages: int  # of the first walk where it is in the second one's launch
     state_stages: int
     scores_dtype: torch.dtype | None
 
@@ -208,11 +208,9 @@ def ring(d_state: int, dtype: torch.dtype, gated: bool, config: Config) -> Ring:
     stage = x_tiles * (2 if gated else 1) + 2 * n_tile + rows + scores
     fixed = 2 * x_tiles + 256  # weights, outputs; barriers
     stages = min(config.stages, (_SHARED_BYTES - fixed) // (stage + 24))
-    left = _SHARED_BYTES - fixed - stages * (stage + 24)
     return Ring(
         block_n=block_n,
         stages=stages,
-        own_stages=stages + min(_MORE_OWN_STAGES, left // (x_tiles + rows)),
         state_stages=min(config.state_stages, _SHARED_BYTES // (x_tiles + n_tile + rows + 16)),
         scores_dtype=scores_dtype,
     )
@@ -400,9 +398,7 @@ def _run_part(
         "PDL": config.pdl, "P": plan.headdim, "N": plan.d_state, "BLOCK_N": shape.block_n,
     }  # fmt: skip
     if not keep and scores is not None and config.look_back and _resident(plan, shape, x):
-        constants |= {
-            "STAGES": shape.stages, "OWN_STAGES": shape.own_stages, "REGISTERS": config.registers,
-        }  # fmt: skip
+        constants |= {"STAGES": shape.stages, "REGISTERS": config.walk_registers}
         run_walk(
             recording, plan, tensors, (cum, cumj, scores), results, sizes=sizes,
             constants=constants, narrow=config.narrow and x.dtype == torch.bfloat16,

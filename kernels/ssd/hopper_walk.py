@@ -33,7 +33,7 @@ def run_walk(
         prepared: cum and cumj (B, H, chunks * Q), and scores.
         results: out, final states.
         sizes: of time and heads, as the kernel takes them.
-        constants: PDL, P, N, BLOCK_N, STAGES, OWN_STAGES and REGISTERS.
+        constants: PDL, P, N, BLOCK_N, STAGES and REGISTERS.
         narrow: keep what segments contribute in bf16.
     """
     cum, cumj, scores = prepared

@@ -5,8 +5,9 @@ products these are). It walks its segment twice: for the segment's own end state
 enters the segment, for the outputs. Between the walks the blocks of the same heads hand their
 states on (`hopper_look_back`). The last segment's own end state is nobody's and is not made.
 
-The rings of both walks are in the same shared memory. The first walk needs no C and no scores: it
-has a stage or two more, to fetch further ahead.
+Chunks over which the decay is mild take half the instructions of others: it is split into a factor
+of i and one of j, so that no weights are made. Of a chunk that decays by 2^-64 or more the second
+factor has no place in bf16.
 """
 
 from triton.experimental import gluon
@@ -41,7 +42,7 @@ from mambench.kernels.ssd.hopper_look_back import (
 _Q = gl.constexpr(CHUNK)
 _P = gl.constexpr(CHANNELS)
 _LOG2_E = gl.constexpr(1.4426950408889634)
-_X_IN_REGISTERS = gl.constexpr(True)
+_LEAST_MILD = gl.constexpr(-64.0)  # log2 decay of a chunk: bf16 has the range of its inverse
 _RUNTIME_SIZES = [
     "nchunks", "segment_chunks", "nsegments", "nheads", "pairs_per_group", "heads_per_group",
 ]  # fmt: skip
@@ -50,8 +51,7 @@ _RUNTIME_SIZES = [
 @gluon.jit
 def _own_state(which: gl.constexpr, tiles, own, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
     """Walk a segment for its own end state and log2 decay."""
-    xs, _zs, BCs, _scores, cums, _weights, _outs, barriers = tiles
-    full, empty, _full, _empty = barriers
+    xs, _zs, Bs, _Cs, _scores, cums, _weights, _outs, full, empty = tiles
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
     scalar: gl.constexpr = gl.SliceLayout(1, STATE)
@@ -65,7 +65,7 @@ def _own_state(which: gl.constexpr, tiles, own, BLOCK_N: gl.constexpr, STAGES: g
         x = xs.index(stage * 2 + which).permute((1, 0)).load(LEFT)
         log_decay += cum.slice(_Q - 1, 1).load(scalar)
         state, scaled = scaled_state(state, x, cum, cumj, LEFT, STATE)
-        state = warpgroup_mma(scaled, BCs.index(stage), state, is_async=True)
+        state = warpgroup_mma(scaled, Bs.index(stage), state, is_async=True)
         state = warpgroup_mma_wait(0, deps=(state,))
         mbarrier.arrive(empty.index(stage), count=1)
     return state, log_decay
@@ -79,7 +79,7 @@ def _entering(which: gl.constexpr, tiles, work, head, channel, SIZES: gl.constex
     P: gl.constexpr = SIZES[0]
     N: gl.constexpr = SIZES[1]
     BLOCK_N: gl.constexpr = SIZES[2]
-    OWN_STAGES: gl.constexpr = SIZES[4]
+    STAGES: gl.constexpr = SIZES[3]
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     SIZE: gl.constexpr = _P * BLOCK_N
     before = ((b.to(gl.int64) * npairs + pair) * 2 + which) * (nsegments - 1)
@@ -87,7 +87,7 @@ def _entering(which: gl.constexpr, tiles, work, head, channel, SIZES: gl.constex
     decays += before
     slots += before * SIZE
     if own > 0:
-        state, log_decay = _own_state(which, tiles, own, BLOCK_N, OWN_STAGES)
+        state, log_decay = _own_state(which, tiles, own, BLOCK_N, STAGES)
         FLAT: gl.constexpr = flat_layout(BLOCK_N)
         left = flat_from_state(state.to(slots.dtype.element_ty), BLOCK_N, FLAT)
         gl.store(slots + (segment * SIZE + gl.arange(0, SIZE, layout=FLAT)), left)
@@ -104,73 +104,121 @@ def _entering(which: gl.constexpr, tiles, work, head, channel, SIZES: gl.constex
 
 
 @gluon.jit
-def _consumer(
-    which: gl.constexpr, tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr
-):
-    xs, zs, BCs, scores_ring, cums, all_weights, outs, barriers = tiles
-    _own_full, _own_empty, full, empty = barriers
-    out_desc = sources[0]
-    D_ptr, _start, _slots, _decays, _flags, final, _npairs = work[0]
-    b, pair, segment, nsegments, first, _own, count, sizes = work[1]
-    nheads, pairs_per_group, heads_per_group = sizes
-    P: gl.constexpr = SIZES[0]
-    N: gl.constexpr = SIZES[1]
+def _chunk(
+    which: gl.constexpr, tiles, out_desc, row, state, skip, stage, SIZES: gl.constexpr,
+    FEATURES: gl.constexpr, MILD: gl.constexpr,
+):  # fmt: skip
+    """Write a chunk's outputs and return the state that leaves it.
+
+    Where the decay over the chunk is mild, it is split into factors of i and of j, which x takes:
+    the scores themselves are the weights then, and what comes of them is scaled at the end.
+    """
+    xs, zs, Bs, Cs, scores_ring, cums, all_weights, outs, _full, _empty = tiles
     BLOCK_N: gl.constexpr = SIZES[2]
-    STAGES: gl.constexpr = SIZES[3]
     D_DIMS: gl.constexpr = FEATURES[0]
     HAS_Z: gl.constexpr = FEATURES[1]
-    dtype: gl.constexpr = BCs.dtype
+    dtype: gl.constexpr = Bs.dtype
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _Q, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    weights_tile = all_weights.index(which)
     out_tile = outs.index(which)
-    h, channel = consumers_head(pair, which, pairs_per_group, heads_per_group, P)
-    head = b.to(gl.int64) * nheads + h
-    state = _entering(which, tiles, work, head, channel, SIZES)
-    p = channel + gl.arange(0, _P, layout=gl.SliceLayout(1, OUT))
-    if D_DIMS == 1:
-        skip = gl.load(D_ptr + h + 0 * p).to(gl.float32)[:, None]
-    elif D_DIMS == 2:
-        skip = gl.load(D_ptr + h * P + p, mask=p < P, other=0.0).to(gl.float32)[:, None]
-    for c in range(0, count):
-        stage = c % STAGES
-        # What enters the chunk, before the chunk's own part: S C^T.
-        entering = gl.convert_layout(state.to(dtype), LEFT)
-        mbarrier.wait(full.index(stage), (c // STAGES) & 1)
-        x_tile = xs.index(stage * 2 + which)
-        C = BCs.index(STAGES + stage)
-        zero = gl.full([_P, _Q], 0.0, gl.float32, layout=OUT)
-        y = warpgroup_mma(entering, C.permute((1, 0)), zero, use_acc=False, is_async=True)
-        scores = scores_ring.index(stage).load(OUT).to(gl.float32)
-        cum = row_of(cums, stage * 4 + which * 2)
-        cumj = row_of(cums, stage * 4 + which * 2 + 1)
-        cum_i = cum.load(gl.SliceLayout(0, OUT))
+    x_tile = xs.index(stage * 2 + which)
+    B, C = Bs.index(stage), Cs.index(stage)
+    scores_tile = scores_ring.index(stage)
+    cum = row_of(cums, stage * 4 + which * 2)
+    cumj = row_of(cums, stage * 4 + which * 2 + 1)
+    zero = gl.full([_P, _Q], 0.0, gl.float32, layout=OUT)
+    # What enters the chunk, before the chunk's own part: S C^T.
+    entering = gl.convert_layout(state.to(dtype), LEFT)
+    y = warpgroup_mma(entering, C.permute((1, 0)), zero, use_acc=False, is_async=True)
+    cum_i = cum.load(gl.SliceLayout(0, OUT))
+    if MILD:
+        x = x_tile.permute((1, 0)).load(LEFT)
+        weight = gl.exp2(-cumj.load(gl.SliceLayout(0, LEFT)))
+        scaled = (x.to(gl.float32) * weight[None, :]).to(dtype)
+        y = warpgroup_mma(scaled, scores_tile, y, is_async=True)
+        state = warpgroup_mma(scaled, B, state, is_async=True)
+        since_start = gl.exp2(cum_i)
+        tma.store_wait(0)
+        gl.thread_barrier()
+        y = warpgroup_mma_wait(1, deps=(y,))
+        y = y * since_start[None, :]
+    else:
+        weights_tile = all_weights.index(which)
         gap = cum_i[None, :] - cumj.load(gl.SliceLayout(1, OUT))[:, None]
         # For i < j the scores are zero; the gap must only not overflow.
-        weights_tile.store((scores * gl.exp2(gl.minimum(gap, 126.0))).to(dtype))
+        decays = gl.exp2(gl.minimum(gap, 126.0))
+        weights_tile.store((scores_tile.load(OUT).to(gl.float32) * decays).to(dtype))
         fence_async_shared()
         tma.store_wait(0)
         x = x_tile.permute((1, 0)).load(LEFT)
         state, scaled = scaled_state(state, x, cum, cumj, LEFT, STATE)
         y = warpgroup_mma_wait(0, deps=(y,))
         y = y * gl.exp2(cum_i)[None, :]
-        if D_DIMS > 0:
-            y += gl.convert_layout(x.to(gl.float32), OUT) * skip
-        if _X_IN_REGISTERS:
-            y = warpgroup_mma(x, weights_tile, y, is_async=True)
-        else:
-            y = warpgroup_mma(x_tile.permute((1, 0)), weights_tile, y, is_async=True)
-        state = warpgroup_mma(scaled, BCs.index(stage), state, is_async=True)
+        y = warpgroup_mma(x, weights_tile, y, is_async=True)
+        state = warpgroup_mma(scaled, B, state, is_async=True)
         y = warpgroup_mma_wait(1, deps=(y,))
-        if HAS_Z:
-            z = zs.index(stage * 2 + which).permute((1, 0)).load(OUT).to(gl.float32)
-            y *= z / (1.0 + gl.exp2(-z * _LOG2_E))
-        out_tile.permute((1, 0)).store(y.to(dtype))
-        fence_async_shared()
-        row = [b, h, (first + c) * _Q, channel]
-        tma.async_copy_shared_to_global(out_desc, row, out_tile)
-        state = warpgroup_mma_wait(0, deps=(state,))
+    if D_DIMS > 0:
+        y += gl.convert_layout(x.to(gl.float32), OUT) * skip
+    if HAS_Z:
+        z = zs.index(stage * 2 + which).permute((1, 0)).load(OUT).to(gl.float32)
+        y *= z / (1.0 + gl.exp2(-z * _LOG2_E))
+    out_tile.permute((1, 0)).store(y.to(dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out_desc, row, out_tile)
+    state = warpgroup_mma_wait(0, deps=(state,))
+    if MILD:
+        total = cum.slice(_Q - 1, 1).load(gl.SliceLayout(1, STATE))
+        state = state * gl.exp2(total)[:, None]
+    return state
+
+
+@gluon.jit
+def _consumer(
+    which: gl.constexpr, tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr
+):
+    _xs, _zs, Bs, _Cs, scores_ring, cums, _weights, _outs, full, empty = tiles
+    out_desc = sources[0]
+    D_ptr, _start, _slots, _decays, _flags, final, _npairs = work[0]
+    b, pair, segment, nsegments, first, own, count, sizes = work[1]
+    nheads, pairs_per_group, heads_per_group = sizes
+    P: gl.constexpr = SIZES[0]
+    N: gl.constexpr = SIZES[1]
+    BLOCK_N: gl.constexpr = SIZES[2]
+    STAGES: gl.constexpr = SIZES[3]
+    D_DIMS: gl.constexpr = FEATURES[0]
+    # In fp16 the inverse of a decay has no place, and the scores are in fp32.
+    MILD: gl.constexpr = Bs.dtype == gl.bfloat16 and scores_ring.dtype == gl.bfloat16
+    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _Q, 16])
+    h, channel = consumers_head(pair, which, pairs_per_group, heads_per_group, P)
+    head = b.to(gl.int64) * nheads + h
+    state = _entering(which, tiles, work, head, channel, SIZES)
+    p = channel + gl.arange(0, _P, layout=gl.SliceLayout(1, OUT))
+    skip = p
+    if D_DIMS == 1:
+        skip = gl.load(D_ptr + h + 0 * p).to(gl.float32)[:, None]
+    elif D_DIMS == 2:
+        skip = gl.load(D_ptr + h * P + p, mask=p < P, other=0.0).to(gl.float32)[:, None]
+    for item in range(own, own + count):
+        stage = item % STAGES
+        mbarrier.wait(full.index(stage), (item // STAGES) & 1)
+        row = [b, h, (first + item - own) * _Q, channel]
+        if MILD:
+            last = row_of(cums, stage * 4 + which * 2).slice(_Q - 1, 1)
+            total = gl.sum(last.load(gl.SliceLayout(1, STATE)), axis=0)
+            if total > _LEAST_MILD:
+                state = _chunk(
+                    which, tiles, out_desc, row, state, skip, stage, SIZES, FEATURES, True
+                )  # fmt: skip
+            else:
+                state = _chunk(
+                    which, tiles, out_desc, row, state, skip, stage, SIZES, FEATURES, False
+                )  # fmt: skip
+        else:
+            state = _chunk(
+                which, tiles, out_desc, row, state, skip, stage, SIZES, FEATURES, False
+            )  # fmt: skip
         mbarrier.arrive(empty.index(stage), count=1)
     tma.store_wait(0)
     if final is not None:  # noqa: SIM102 of compile time, the other is not
@@ -190,66 +238,50 @@ def _consumer_1(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexp
 
 
 @gluon.jit
-def _fetch(
-    tiles, sources, work, c, bar, stage, SIZES: gl.constexpr, SCANNED: gl.constexpr,
-    HAS_Z: gl.constexpr,
-):  # fmt: skip
-    """Fetch x, B and the sums of a chunk; of one to be scanned z, C and scores too."""
-    xs, zs, BCs, scores_ring, cums, _weights, _outs, _barriers = tiles
+def _producer(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
+    xs, zs, Bs, Cs, scores_ring, cums, _weights, _outs, full, empty = tiles
     _out_desc, x_desc, z_desc, B_desc, C_desc, scores_desc, cum_desc, cumj_desc, nchunks = sources
-    b, pair, _segment, _nsegments, first, _own, _count, sizes = work[1]
+    flags, npairs = work[0][4], work[0][6]
+    b, pair, segment, nsegments, first, own, count, sizes = work[1]
     nheads, pairs_per_group, heads_per_group = sizes
     P: gl.constexpr = SIZES[0]
     STAGES: gl.constexpr = SIZES[3]
-    itemsize: gl.constexpr = BCs.dtype.primitive_bitwidth // 8
-    row_bytes: gl.constexpr = (2 * _P + BCs.shape[2]) * itemsize + 4 * 4
-    z_bytes: gl.constexpr = 2 * _P * itemsize if HAS_Z else 0
-    scores_bytes: gl.constexpr = _Q * scores_ring.dtype.primitive_bitwidth // 8
-    more_bytes: gl.constexpr = BCs.shape[2] * itemsize + z_bytes + scores_bytes if SCANNED else 0
-    mbarrier.expect(bar, (row_bytes + more_bytes) * _Q)
-    group = pair // pairs_per_group
-    t = (first + c) * _Q
-    if SCANNED:
-        C = BCs.index(STAGES + stage)
-        tma.async_copy_global_to_shared(C_desc, [b, group, t, 0], bar, C)
-        scores_row = (b * (nheads // heads_per_group) + group) * nchunks * _Q + t
-        scores = scores_ring.index(stage)
-        tma.async_copy_global_to_shared(scores_desc, [scores_row, 0], bar, scores)
-    tma.async_copy_global_to_shared(B_desc, [b, group, t, 0], bar, BCs.index(stage))
-    for which in gl.static_range(2):
-        h, channel = consumers_head(pair, which, pairs_per_group, heads_per_group, P)
-        x = xs.index(stage * 2 + which)
-        tma.async_copy_global_to_shared(x_desc, [b, h, t, channel], bar, x)
-        if SCANNED and HAS_Z:
-            z = zs.index(stage * 2 + which)
-            tma.async_copy_global_to_shared(z_desc, [b, h, t, channel], bar, z)
-        slot = stage * 4 + which * 2
-        row = [b * nheads + h, t]
-        tma.async_copy_global_to_shared(cum_desc, row, bar, cums.index(slot))
-        tma.async_copy_global_to_shared(cumj_desc, row, bar, cums.index(slot + 1))
-
-
-@gluon.jit
-def _producer(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
-    own_full, own_empty, full, empty = tiles[7]
-    flags, npairs = work[0][4], work[0][6]
-    b, pair, segment, nsegments, _first, own, count, _sizes = work[1]
-    STAGES: gl.constexpr = SIZES[3]
-    OWN_STAGES: gl.constexpr = SIZES[4]
     HAS_Z: gl.constexpr = FEATURES[1]
     PDL: gl.constexpr = FEATURES[2]
+    itemsize: gl.constexpr = Bs.dtype.primitive_bitwidth // 8
+    row_bytes: gl.constexpr = (2 * _P + Bs.shape[2]) * itemsize + 4 * 4
+    z_bytes: gl.constexpr = 2 * _P * itemsize if HAS_Z else 0
+    scores_bytes: gl.constexpr = _Q * scores_ring.dtype.primitive_bitwidth // 8
+    more_bytes: gl.constexpr = Bs.shape[2] * itemsize + z_bytes + scores_bytes
+    group = pair // pairs_per_group
+    scores_row = (b * (nheads // heads_per_group) + group) * nchunks * _Q
     wait_for_launch_before(PDL)
-    for c in range(0, own):
-        stage = c % OWN_STAGES
-        mbarrier.wait(own_empty.index(stage), ((c // OWN_STAGES) & 1) ^ 1)
-        _fetch(tiles, sources, work, c, own_full.index(stage), stage, SIZES, False, HAS_Z)
-    # The second walk's stages are in the same memory.
-    for c in range(gl.maximum(own - OWN_STAGES, 0), own):
-        mbarrier.wait(own_empty.index(c % OWN_STAGES), (c // OWN_STAGES) & 1)
-    for c in range(0, count):
-        stage = c % STAGES
-        mbarrier.wait(empty.index(stage), ((c // STAGES) & 1) ^ 1)
-        _fetch(tiles, sources, work, c, full.index(stage), stage, SIZES, True, HAS_Z)
+    for item in range(0, own + count):
+        stage = item % STAGES
+        mbarrier.wait(empty.index(stage), ((item // STAGES) & 1) ^ 1)
+        bar = full.index(stage)
+        if item < own:
+            mbarrier.expect(bar, row_bytes * _Q)
+            t = (first + item) * _Q
+        else:
+            mbarrier.expect(bar, (row_bytes + more_bytes) * _Q)
+            t = (first + item - own) * _Q
+            scores = scores_ring.index(stage)
+            tma.async_copy_global_to_shared(C_desc, [b, group, t, 0], bar, Cs.index(stage))
+            tma.async_copy_global_to_shared(scores_desc, [scores_row + t, 0], bar, scores)
+        tma.async_copy_global_to_shared(B_desc, [b, group, t, 0], bar, Bs.index(stage))
+        for which in gl.static_range(2):
+            h, channel = consumers_head(pair, which, pairs_per_group, heads_per_group, P)
+            x = xs.index(stage * 2 + which)
+            tma.async_copy_global_to_shared(x_desc, [b, h, t, channel], bar, x)
+            if HAS_Z:  # noqa: SIM102 of compile time, the other is not
+                if item >= own:
+                    z = zs.index(stage * 2 + which)
+                    tma.async_copy_global_to_shared(z_desc, [b, h, t, channel], bar, z)
+            slot = stage * 4 + which * 2
+            row = [b * nheads + h, t]
+            tma.async_copy_global_to_shared(cum_desc, row, bar, cums.index(slot))
+            tma.async_copy_global_to_shared(cumj_desc, row, bar, cums.index(slot + 1))
     if segment == nsegments - 1:
         for which in gl.static_range(2):
             before = ((b.to(gl.int64) * npairs + pair) * 2 + which) * (nsegments - 1)
@@ -262,7 +294,7 @@ def walk_kernel(
     D_ptr, start, slots, decays, flags, final,
     nchunks, segment_chunks, nsegments, nheads, pairs_per_group, heads_per_group,
     PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, OWN_STAGES: gl.constexpr, REGISTERS: gl.constexpr, D_DIMS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, D_DIMS: gl.constexpr,
 ):  # fmt: skip
     """The outputs, and the final states if there is a place for them. Grid (pairs, B, segments).
 
@@ -279,9 +311,10 @@ def walk_kernel(
     own = gl.where(segment < nsegments - 1, count, 0)
     dtype: gl.constexpr = x_desc.dtype
     HAS_Z: gl.constexpr = z_desc is not None
-    xs = gl.allocate_shared_memory(dtype, [OWN_STAGES * 2, _Q, _P], x_desc.layout)
-    BCs = gl.allocate_shared_memory(dtype, [STAGES * 2, _Q, BLOCK_N], B_desc.layout)
-    cums = gl.allocate_shared_memory(gl.float32, [OWN_STAGES * 4, 1, _Q], cum_desc.layout)
+    xs = gl.allocate_shared_memory(dtype, [STAGES * 2, _Q, _P], x_desc.layout)
+    Bs = gl.allocate_shared_memory(dtype, [STAGES, _Q, BLOCK_N], B_desc.layout)
+    Cs = gl.allocate_shared_memory(dtype, [STAGES, _Q, BLOCK_N], B_desc.layout)
+    cums = gl.allocate_shared_memory(gl.float32, [STAGES * 4, 1, _Q], cum_desc.layout)
     zs = xs
     if HAS_Z:
         zs = gl.allocate_shared_memory(dtype, [STAGES * 2, _Q, _P], x_desc.layout)
@@ -290,17 +323,15 @@ def walk_kernel(
     )  # fmt: skip
     weights = gl.allocate_shared_memory(dtype, [2, _Q, _Q], x_desc.layout)
     outs = gl.allocate_shared_memory(dtype, [2, _Q, _P], x_desc.layout)
-    own_full, own_empty = ring_barriers(OWN_STAGES)
     full, empty = ring_barriers(STAGES)
-    barriers = (own_full, own_empty, full, empty)
-    tiles = (xs, zs, BCs, scores_ring, cums, weights, outs, barriers)
+    tiles = (xs, zs, Bs, Cs, scores_ring, cums, weights, outs, full, empty)
     sources = (
         out_desc, x_desc, z_desc, B_desc, C_desc, scores_desc, cum_desc, cumj_desc, nchunks,
     )  # fmt: skip
     sizes = (nheads, pairs_per_group, heads_per_group)
     ends = (D_ptr, start, slots, decays, flags, final, gl.num_programs(0))
     work = (ends, (b, pair, segment, nsegments, first, own, count, sizes))
-    SIZES: gl.constexpr = (P, N, BLOCK_N, STAGES, OWN_STAGES)
+    SIZES: gl.constexpr = (P, N, BLOCK_N, STAGES)
     FEATURES: gl.constexpr = (D_DIMS, HAS_Z, PDL)
     gl.warp_specialize(
         [
