@@ -184,7 +184,7 @@ def acquired(counter_ptr):
 def acquire(counter_ptr, count):
     """Wait until a counter has reached a count, each thread for itself.
 
-    Not by one thread for all, as in `wait_for`: where nothing uses what that loads, ptxas 12.9 has
+    Not by one thread for all, as in `wait_for`: where nothing uses what that loads, ptxas 12.8 has
     been seen to lose the predicate of that thread, also for the count that follows.
     """
     seen = acquired(counter_ptr)
