@@ -172,7 +172,7 @@ def env(context: click.Context, run_dirs: tuple[Path, ...], as_json: bool) -> No
     if len(run_dirs) > 2:
         raise UsageError(f"env compares two runs, got {len(run_dirs)}.")
     found = [environment.of_manifest(RunFolder.open(path).manifest) for path in run_dirs]
-    if len(found) == 2:
+    if len(run_dirs) == 2:
         names = (str(run_dirs[0]), str(run_dirs[1]))
         entries = environment.compare(*found)
         colour = sys.stdout.isatty() and context.color is not False

@@ -139,7 +139,7 @@ class Sketch:
             wide = torch.nn.functional.pad(chunk.double(), (0, -chunk.numel() % SKETCH))
             sums += (wide * signs[: wide.numel()]).view(-1, SKETCH).sum(dim=0)
             square += (wide * wide).sum()
-        return cls(sums=tuple(sums.tolist()), norm=float(square.sqrt()))
+        return cls(sums=tuple(float(total) for total in sums.cpu()), norm=float(square.sqrt()))
 
     def differs(self, other: "Sketch") -> bool:
         """Whether the two are of results that differ by more than rounding; NaN does."""

@@ -161,8 +161,9 @@ class Problem:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Problem":
         """Rebuild a problem from `to_dict`'s values."""
-        kept = {k: v for k, v in values.items() if k in _SIZES}
-        return cls(**{**kept, "family": Family(kept["family"]), "level": Level(kept["level"])})
+        kept: dict[str, Any] = {k: v for k, v in values.items() if k in _SIZES}
+        kept |= {"family": Family(kept["family"]), "level": Level(kept["level"])}
+        return cls(**kept)
 
 
 _SIZES = frozenset(f.name for f in fields(Problem))
@@ -256,7 +257,8 @@ class Settings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Settings":
         """Rebuild settings from `to_dict`'s values."""
-        return cls(**{**values, "measurements": tuple(values["measurements"])})
+        kept: dict[str, Any] = {**values, "measurements": tuple(values["measurements"])}
+        return cls(**kept)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,12 +89,17 @@ def resumed(path: Path, output: Path | None, asked: Mapping[str, Any]) -> tuple[
     if now != then:
         folder.warnings.append(f"the run was begun with code version {then}, this is {now}")
     gpus = [
-        (environment.get("gpu") or {}).get("uuid")
+        _gpu_uuid(environment)
         for environment in (machine.environment(here), folder.manifest["environment"])
     ]
     if now != then or gpus[0] != gpus[1]:
         folder.continued(now, gpus[0])
     return made, folder
+
+
+def _gpu_uuid(environment: Mapping[str, Any]) -> str | None:
+    gpu: Mapping[str, Any] = environment.get("gpu") or {}
+    return gpu.get("uuid")
 
 
 def remove_empty(folder: RunFolder) -> None:

@@ -186,7 +186,7 @@ def _flat(details: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
                     ),
                 )
         else:
-            text = f"{value:.6g}" if isinstance(value, float) else str(value)
+            text = f"{value:.6g}" if isinstance(value, float) else f"{value}"
             yield f"{prefix}{name}", text.replace("\n", "\n      ")
 
 

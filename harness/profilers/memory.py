@@ -36,9 +36,9 @@ class Memory(CaseProfiler):
                 why.update(_count_saved(context, census))
 
         # Pages of the process blur what a level on the CPU says of an input's size.
-        known = census.total("input") if context.device.kind is DeviceKind.CUDA else 0
+        known = census.total("input") if context.device.kind is DeviceKind.CUDA else None
         reading = memory.measure(
-            meter, context.execute, context.release, inspect=inspect, input_bytes=known
+            meter, context.execute, context.release, inspect=inspect, input_bytes=known or 0
         )
         if reading.reserved_bytes is None:
             why["peak_reserved_bytes"] = "on the CPU a process reserves what it holds"

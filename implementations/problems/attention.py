@@ -10,7 +10,7 @@ all positions depend on the sampled rows only.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -159,6 +159,11 @@ def _definition(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
 class _RoundingAttention(torch.autograd.Function):
     """Attention whose gradients are computed as the fused kernels compute them."""
 
+    if TYPE_CHECKING:  # torch's own has no types
+
+        @classmethod
+        def apply(cls, *args: Any, **kwargs: Any) -> Tensor: ...
+
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, dtype: torch.dtype
@@ -171,23 +176,26 @@ class _RoundingAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> Any:
-        q, k, v, probabilities, out = ctx.saved_tensors
-        # Kernels know the output as it was stored, rounded: in the first rows, where few keys share
-        # the weight, that is most of the error of grad_scores.
-        delta = (grad_out * _round(out, dtype=ctx.dtype)).sum(-1, keepdim=True)
-        grad_scores = _round(probabilities * (grad_out @ v.mT - delta), dtype=ctx.dtype)
-        scale = q.shape[-1] ** -0.5
-        grad_v = _round(probabilities, dtype=ctx.dtype).mT @ grad_out
-        return grad_scores @ k * scale, grad_scores.mT @ q * scale, grad_v, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        return _rounding_gradients(ctx, *grad_outputs)
+
+
+@once_differentiable
+def _rounding_gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    q, k, v, probabilities, out = ctx.saved_tensors
+    # Kernels know the output as it was stored, rounded: in the first rows, where few keys share
+    # the weight, that is most of the error of grad_scores.
+    delta = (grad_out * _round(out, dtype=ctx.dtype)).sum(-1, keepdim=True)
+    grad_scores = _round(probabilities * (grad_out @ v.mT - delta), dtype=ctx.dtype)
+    scale = q.shape[-1] ** -0.5
+    grad_v = _round(probabilities, dtype=ctx.dtype).mT @ grad_out
+    return grad_scores @ k * scale, grad_scores.mT @ q * scale, grad_v, None, None
 
 
 def _attend_rounding(
     q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, *, dtype: torch.dtype
 ) -> Tensor:
-    out: Tensor = _RoundingAttention.apply(q, k, v, hidden, dtype)
-    return out
+    return _RoundingAttention.apply(q, k, v, hidden, dtype)
 
 
 def _round(tensor: Tensor, *, dtype: torch.dtype) -> Tensor:

@@ -131,8 +131,8 @@ def test_faults_are_caught(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     path.write_text(source.replace(old, new))
     wrong = cases.Emulated(cases.load(path, stem).scan_backward_wide_kernel)
     monkeypatch.setattr(hopper_wide, "scan_backward_wide_kernel", wrong)
+    channels = 16 if "row" in name else 20  # with one block a row, both segments run at once
     with pytest.raises((AssertionError, machine.Hazard)):
-        channels = 16 if "row" in name else 20  # with one block a row, both segments run at once
         run(Problem(d_inner=channels, seqlen=150, d_state=20), replace(SMALL, note=16))
 
 
