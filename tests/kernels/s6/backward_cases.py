@@ -1,6 +1,7 @@
 """Problems of the Hopper scan's backward, their gradients in float64, and its PTX on the CPU."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 import tempfile
@@ -163,15 +164,39 @@ def compile_kernel(kernel: Any, given: dict[str, Any], num_warps: int) -> Any:
     return triton.compile(made, target=TARGET, options={"num_warps": num_warps})
 
 
-def machine_code(compiled: Any) -> list[str]:
-    """Return the instructions of a compiled kernel."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        command = [tool, "-sass", cubin.name]
+def machine_code(compiled: Any, ptx: str | None = None) -> list[str]:
+    """Return the instructions of a compiled kernel, or of other PTX of it."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, source = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        if ptx is not None:
+            source.write_text(ptx)
+            command = [tools / "ptxas", "-arch=sm_90a", source, "-o", cubin]
+            subprocess.run(command, capture_output=True, check=True)
+        command = [tools / "cuobjdump", "-sass", cubin]
         sass = subprocess.run(command, capture_output=True, text=True, check=True)
     return [line.split("*/")[1] for line in sass.stdout.splitlines() if "*/  " in line]
+
+
+def counted_by_all(code: list[str]) -> list[str]:
+    """Return the additions to counters that are not left to one thread of a block.
+
+    ptxas 12.8 has been seen to lose its predicate behind a load that nobody uses
+    (`hopper_wide_kernel`). One lane then adds how many of its warp are there.
+    """
+    lines = [line.strip() for line in code]
+    counts = [i for i, line in enumerate(lines) if re.search(r"\bREDG\.E\.ADD\b", line)]
+    assert counts
+    return [lines[i] for i in counts if "POPC" in _made(lines, i)]
+
+
+def _made(lines: list[str], place: int) -> str:
+    """Return the instruction that made what the one at a place adds."""
+    found = re.search(r"\], (R\d+) ;", lines[place])
+    assert found is not None
+    made = re.compile(rf"(@\S+ )?\S+ {found[1]}(?:, | ;)")
+    return next(line for line in reversed(lines[:place]) if made.match(line))
 
 
 def assert_right(got: dict[str, Any], want: dict[str, Any], dtype: torch.dtype) -> None:

@@ -200,6 +200,9 @@ def test_it_compiles_for_sm_90_without_spills_in_its_loops(gated: bool) -> None:
     given |= {} if gated else {"z_ptr": None, "dz_ptr": None}
     compiled = compile_kernel(kernel, given, config.warps)
     lines = cases.machine_code(compiled)
+    assert cases.counted_by_all(lines) == []
+    everyone = compiled.asm["ptx"].replace("@p red.release", "red.release")
+    assert cases.counted_by_all(cases.machine_code(compiled, everyone)) != []
     exchanges = [i for i, line in enumerate(lines) if "SHFL.BFLY" in line]
     inner = [i for i in exchanges if sum(abs(i - j) < 600 for j in exchanges) >= 64]
     between = lines[inner[0] : inner[-1]]

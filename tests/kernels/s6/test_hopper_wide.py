@@ -174,6 +174,9 @@ def test_it_compiles_for_sm_90_without_spills_in_its_loops(d_state: int, gated: 
     # by one thread for all, with a value that nobody uses: ptxas loses the thread's predicate
     assert "@p ld.acquire" not in compiled.asm["ptx"]
     lines = cases.machine_code(compiled)
+    assert cases.counted_by_all(lines) == []
+    everyone = compiled.asm["ptx"].replace("@p red.release", "red.release")
+    assert cases.counted_by_all(cases.machine_code(compiled, everyone)) != []
     exchanges = [i for i, line in enumerate(lines) if "SHFL.BFLY" in line]
     inner = [i for i in exchanges if sum(abs(i - j) < 600 for j in exchanges) >= 64]
     between = lines[inner[0] : inner[-1]]
