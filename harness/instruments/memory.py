@@ -71,7 +71,7 @@ def measure(
     release: Execute,
     *,
     inspect: Callable[[object], object] | None = None,
-    input_bytes: int = 0,
+    input_bytes: int | None = None,
 ) -> MemoryReading:
     """Run a pass once and return its memory.
 
@@ -84,7 +84,7 @@ def measure(
         prepare: makes the closure that executes the pass once.
         release: frees the inputs and whatever else belongs to the case.
         inspect: shown what the pass returned, once its peak is known; keeps nothing of it.
-        input_bytes: size of the inputs, which are there already.
+        input_bytes: size of the inputs, which are there already; None where it is not known.
     """
     meter.settle()
     unprepared = meter.level()

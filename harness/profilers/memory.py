@@ -38,7 +38,7 @@ class Memory(CaseProfiler):
         # Pages of the process blur what a level on the CPU says of an input's size.
         known = census.total("input") if context.device.kind is DeviceKind.CUDA else None
         reading = memory.measure(
-            meter, context.execute, context.release, inspect=inspect, input_bytes=known or 0
+            meter, context.execute, context.release, inspect=inspect, input_bytes=known
         )
         if reading.reserved_bytes is None:
             why["peak_reserved_bytes"] = "on the CPU a process reserves what it holds"

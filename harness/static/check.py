@@ -276,10 +276,17 @@ def judge(base: Iterable[Mapping[str, Any]], head: Iterable[Mapping[str, Any]]) 
         elif old is None or "error" in old:
             why = "the base has no such kernel" if old is None else "the base does not compile it"
             yield _said(name, Verdict.NEW, why)
-        elif _uncompiled(old) or _uncompiled(new):  # because all that makes their binaries is equal
-            yield replace(_said(name, Verdict.SAME, ALIKE), change_frac=0.0)
+        elif _uncompiled(old) or _uncompiled(new):
+            yield _without_binary(name, old, new)
         else:
             yield from _changes(name, old, new)
+
+
+def _without_binary(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Point:
+    """Judge a kernel that a side did not compile: the same only if all that makes it is equal."""
+    if old["key"] != new["key"]:
+        return _said(name, Verdict.FAILED, "it was launched differently and not compiled")
+    return replace(_said(name, Verdict.SAME, ALIKE), change_frac=0.0)
 
 
 def _uncompiled(kernel: Mapping[str, Any]) -> bool:

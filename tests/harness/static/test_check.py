@@ -267,6 +267,9 @@ def test_what_the_other_side_launches_alike_needs_no_binary(tmp_path, monkeypatc
     points = list(static_check.judge(found["kernels"], found["kernels"]))
     assert [p.verdict for p in points] == [Verdict.SAME, Verdict.SAME]
     assert points[0].reason == static_check.ALIKE
+    other = {**found["kernels"][0], "key": "another"}  # not alike, and not compiled
+    (point,) = static_check.judge(found["kernels"][:1], [other])
+    assert point.verdict is Verdict.FAILED
 
 
 # --- reading and asking --------------------------------------------------------------------------
