@@ -31,19 +31,27 @@ fool a benchmark and what finds each.
 
 import gc
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from mambench.harness import gate_cheats
+from mambench.harness.gate_candidate import (
+    altered_input,
+    by_name,
+    gradients,
+    poisoned_memory,
+    run_pass,
+    select_results,
+    state_restored,
+)
 from mambench.harness.gate_cheats import RejectedError, Sketch
 from mambench.harness.gate_errors import Energies, ErrorPair, judge, measure
 from mambench.harness.spec import Case, Pass
-from mambench.implementations.problems.base import TORCH_DTYPES, Sample
+from mambench.implementations.problems.base import Sample
 from mambench.implementations.workload import Workload
 
 NOISY_VALUES = 1 << 10  # a gradient of at most so many values is judged again if it fails
@@ -102,8 +110,8 @@ def check_again(workload: Workload, case: Case, report: GateReport, *, seed: int
     sample = workload.family.sample(workload.problem, seed=seed)
     try:
         workload.reset()
-        with _altered(workload):
-            results, _ = _execute(workload, case, sample, seed + 1)
+        with altered_input(workload):
+            results, _ = run_pass(workload, case, sample, seed + 1)
     except RejectedError as rejection:
         return f"after timing: {rejection}"
     except torch.OutOfMemoryError:  # what was timed may still hold its memory
@@ -163,12 +171,12 @@ def check_order(
         return None
 
     def results() -> list[Tensor]:
-        with _state_restored(workload):
+        with state_restored(workload):
             return list(_tensors(execute()))
 
     try:
         gate_cheats.require_stream_order(
-            results, lambda: _altered(workload), workload.inputs.values()
+            results, lambda: altered_input(workload), workload.inputs.values()
         )
     except RejectedError as rejection:
         return str(rejection)
@@ -202,8 +210,8 @@ def _judge(
         failed = {name for name, pair in pairs.items() if pair.excess > 1}
         if not failed or not failed <= noisy.keys():
             break
-        results, grad_outputs = _execute(workload, case, sample, seed + draw)
-        results = _select(workload, results, sample)
+        results, grad_outputs = run_pass(workload, case, sample, seed + draw)
+        results = select_results(workload, results, sample)
         for name, energies in _measured(workload, case, sample, results, grad_outputs):
             if name in failed:
                 noisy[name] += energies
@@ -233,10 +241,10 @@ def _measured(
             leaves[name].requires_grad_()
         with torch.set_grad_enabled(bool(names)):
             outputs = solve(problem, leaves, sample)
-        named = _named(family.outputs, outputs, {})
+        named = by_name(family.outputs, outputs, {})
         _require_shapes(results, named)
-        grads = _gradients(outputs, {name: leaves[name] for name in names}, grad_outputs)
-        solutions.append(_named(family.outputs, outputs, grads))
+        grads = gradients(outputs, {name: leaves[name] for name in names}, grad_outputs)
+        solutions.append(by_name(family.outputs, outputs, grads))
     reference, independent = solutions
     for name, tensor in results.items():
         yield name, measure(tensor, reference=reference[name], independent=independent[name])
@@ -250,15 +258,15 @@ def _run_candidate(
     Of the first run's results, those of enough values are sketched.
     """
     before = _fingerprints(workload.inputs)
-    with _altered(workload):
+    with altered_input(workload):
         try:
-            with _poisoned_memory():
-                first, _ = _execute(workload, case, sample, seed + 1)
+            with poisoned_memory():
+                first, _ = run_pass(workload, case, sample, seed + 1)
         except RejectedError as rejection:
             raise _explained(rejection, workload, case, sample, seed + 1) from None
     _require_unchanged(before, workload.inputs)
     prints = _fingerprints(first)
-    results, grad_outputs = _execute(workload, case, sample, seed)
+    results, grad_outputs = run_pass(workload, case, sample, seed)
     _require_unchanged(before, workload.inputs)
     # Of what is updated in place there are copies, which need not depend on the altered input.
     updated = workload.family.updated(workload.problem, workload.inputs)
@@ -268,7 +276,7 @@ def _run_candidate(
     many = {name: tensor for name, tensor in first.items() if tensor.numel() > NOISY_VALUES}
     sketches |= {name: Sketch.of(tensor) for name, tensor in many.items()}
     del first, many
-    return _select(workload, results, sample), grad_outputs
+    return select_results(workload, results, sample), grad_outputs
 
 
 def _explained(
@@ -282,105 +290,10 @@ def _explained(
         # What is allocated next is most likely this memory, which is not NaN.
         spare = [torch.zeros_like(t) for t in workload.inputs.values() for _ in range(2)]
         del spare
-        _execute(workload, case, sample, seed)
+        run_pass(workload, case, sample, seed)
     except RejectedError:
         return RejectedError(f"{rejection}: {doubt}")
     return RejectedError(f"{rejection}: never written, fresh memory had been filled with NaN")
-
-
-@contextmanager
-def _altered(workload: Workload) -> Generator[None, None, None]:
-    """Negate an input while the block runs, so that no address or version counter tells."""
-    name = next(iter(workload.inputs))
-    if workload.case.pass_ is not Pass.DECODE and "v" in workload.inputs:
-        name = "v"  # over a single key attention does not depend on q
-    altered = workload.inputs[name]
-    altered.data.neg_()  # exactly reversible, and needs no second set of inputs
-    try:
-        yield
-    finally:
-        altered.data.neg_()
-
-
-def _execute(
-    workload: Workload, case: Case, sample: Sample, seed: int
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Run the pass once, eagerly; return complete results and the sampled output gradients."""
-    needs_grad, names_of = case.pass_.needs_grad, workload.family.outputs
-    with torch.set_grad_enabled(needs_grad), _state_restored(workload):
-        outputs = _checked(workload, workload.forward())
-    _require_declared(outputs, case)
-    if not needs_grad:
-        results = _named(names_of, outputs, {})
-        _require_finite(results)
-        return results, []
-    if not all(out.requires_grad for out in outputs):
-        raise RejectedError("y: has no graph, so no gradient can be computed from it")
-    names = workload.family.differentiable(workload.problem)
-    sampled, complete = _output_gradients(workload, outputs, sample, seed)
-    inputs = {name: workload.inputs[name] for name in names}
-    results = _named(names_of, outputs, _gradients(outputs, inputs, complete))
-    _require_finite(results)
-    return results, sampled
-
-
-def _gradients(
-    outputs: Sequence[Tensor], inputs: Mapping[str, Tensor], grad_outputs: Sequence[Tensor]
-) -> dict[str, Tensor]:
-    if not inputs:
-        return {}
-    grad_outputs = [grad.to(out.dtype) for grad, out in zip(grad_outputs, outputs, strict=True)]
-    grads = torch.autograd.grad(outputs, list(inputs.values()), grad_outputs, allow_unused=True)
-    found: dict[str, Tensor] = {}
-    for (name, tensor), grad in zip(inputs.items(), grads, strict=True):
-        if grad is None:  # pyright: ignore[reportUnnecessaryComparison] of allow_unused
-            raise RejectedError(f"grad_{name}: the operation is not differentiable in {name}")
-        if grad.dtype != tensor.dtype:
-            raise RejectedError(f"grad_{name}: dtype {grad.dtype}, expected {tensor.dtype}")
-        found[name] = grad
-    return found
-
-
-def _output_gradients(
-    workload: Workload, outputs: Sequence[Tensor], sample: Sample, seed: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Draw gradients of the sampled outputs, and embed them in zeros for the complete ones."""
-    family, problem = workload.family, workload.problem
-    blank = tuple(torch.zeros_like(out.detach()).requires_grad_() for out in outputs)
-    with torch.enable_grad():
-        views = family.select_outputs(problem, blank, sample)
-    generator = torch.Generator(device=outputs[0].device).manual_seed(seed)
-    sampled = [
-        torch.randn(view.shape, generator=generator, dtype=view.dtype, device=view.device)
-        for view in views
-    ]
-    if all(view is tensor for view, tensor in zip(views, blank, strict=True)):
-        return sampled, sampled
-    complete = torch.autograd.grad(views, blank, sampled)  # the adjoint of the selection
-    return sampled, list(complete)
-
-
-@contextmanager
-def _state_restored(workload: Workload) -> Generator[None, None, None]:
-    """Put back what the operation updates in place: every call begins with the same state."""
-    views = workload.family.updated(workload.problem, workload.inputs)
-    before = {name: view.clone() for name, view in views.items()}
-    try:
-        yield
-    finally:
-        for name, view in views.items():
-            view.copy_(before[name])
-
-
-def _checked(workload: Workload, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Require outputs to be their own, and copy those that an update in place leaves in inputs."""
-    updated = workload.family.updated(workload.problem, workload.inputs)
-    named = dict(zip(workload.family.outputs, outputs, strict=False))
-    device = next(iter(workload.inputs.values())).device
-    gate_cheats.require_plain(named, device)
-    own = {name: out for name, out in named.items() if name not in updated}
-    gate_cheats.require_own_memory(own, workload.inputs)
-    return tuple(out if name in own else out.clone() for name, out in named.items())
 
 
 def _time_steps(workload: Workload) -> int:
@@ -388,36 +301,11 @@ def _time_steps(workload: Workload) -> int:
     return 0 if workload.case.pass_ is Pass.DECODE else workload.problem.length
 
 
-def _named(
-    names: Sequence[str], outputs: Sequence[Tensor], grads: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    named = {name: out.detach() for name, out in zip(names, outputs, strict=False)}
-    return named | {f"grad_{name}": grad.detach() for name, grad in grads.items()}
-
-
-def _select(workload: Workload, results: Mapping[str, Tensor], sample: Sample) -> dict[str, Tensor]:
-    family, problem = workload.family, workload.problem
-    grads = {name: results[f"grad_{name}"] for name in workload.inputs if f"grad_{name}" in results}
-    outputs = tuple(value for name, value in results.items() if not name.startswith("grad_"))
-    selected = family.select_inputs(problem, grads, sample) if grads else {}
-    return _named(family.outputs, family.select_outputs(problem, outputs, sample), selected)
-
-
-def _require_declared(outputs: Sequence[Tensor], case: Case) -> None:
-    if outputs[0].dtype != TORCH_DTYPES[case.dtype]:
-        raise RejectedError(f"y: dtype {outputs[0].dtype}, expected {TORCH_DTYPES[case.dtype]}")
-
-
 def _require_shapes(results: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     for name, tensor in expected.items():
         got, wanted = tuple(results[name].shape), tuple(tensor.shape)
         if got != wanted:
             raise RejectedError(f"{name}: shape {got}, expected {wanted}")
-
-
-def _require_finite(results: Mapping[str, Tensor]) -> None:
-    if (reason := gate_cheats.incomplete(results)) is not None:
-        raise RejectedError(reason)
 
 
 def _require_unchanged(before: Mapping[str, int], inputs: Mapping[str, Tensor]) -> None:
@@ -440,21 +328,6 @@ def _fingerprint(tensor: Tensor) -> int:
         part = int((chunk.to(torch.int64) * weights[: chunk.numel()]).sum())
         value = (value * HASH_PRIME + part) % (1 << 64)
     return value
-
-
-@contextmanager
-def _poisoned_memory() -> Generator[None, None, None]:
-    """Fill newly allocated memory with NaN, so that what is never written shows."""
-    mode = torch.get_deterministic_debug_mode()
-    settings: Any = torch.utils.deterministic  # its attribute is not in the stubs
-    filled = settings.fill_uninitialized_memory
-    torch.set_deterministic_debug_mode("warn")
-    settings.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        settings.fill_uninitialized_memory = filled
-        torch.set_deterministic_debug_mode(mode)
 
 
 def _description(sample: Sample) -> str:

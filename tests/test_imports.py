@@ -35,6 +35,7 @@ HARNESS_EAGER = (
 WORKER_SIDE = (
     "harness.worker",
     "harness.gate",
+    "harness.gate_candidate",
     "harness.gate_errors",
     "harness.instruments.memory",
 )
