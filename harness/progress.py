@@ -8,11 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TextIO, cast
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
 
 from mambench.harness.records import Observation
 from mambench.harness.spec import Case, Outcome
 from mambench.harness.text import duration, si_time
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 # How many seconds of estimates the correction trusts before it believes the measured ratio: one
 # slow first case (imports, caches) must not multiply the ETA of everything after it.
@@ -37,6 +40,25 @@ class Listener(Protocol):
 
     def on_note(self, text: str) -> None:
         """Something a person should know."""
+
+
+class SilentListener:
+    """A listener that tells nobody."""
+
+    def on_plan(self, n_total: int, n_left: int) -> None:
+        """Ignore it."""
+
+    def on_case_start(self, case: Case) -> None:
+        """Ignore it."""
+
+    def on_phase(self, case: Case, phase: str) -> None:
+        """Ignore it."""
+
+    def on_case_end(self, case: Case, observations: Sequence[Observation]) -> None:
+        """Ignore it."""
+
+    def on_note(self, text: str) -> None:
+        """Ignore it."""
 
 
 class Eta:
@@ -132,7 +154,7 @@ def make_listener(
     return PlainProgress(Eta(estimates_s, kinds), stream)
 
 
-class QuietProgress:
+class QuietProgress(SilentListener):
     """Notes and failed cases only."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -143,15 +165,6 @@ class QuietProgress:
 
     def __exit__(self, *_: object) -> None:
         """Leave the stream as it was found."""
-
-    def on_plan(self, n_total: int, n_left: int) -> None:
-        """Say nothing."""
-
-    def on_case_start(self, case: Case) -> None:
-        """Say nothing."""
-
-    def on_phase(self, case: Case, phase: str) -> None:
-        """Say nothing."""
 
     def on_case_end(self, case: Case, observations: Sequence[Observation]) -> None:
         """Print a failed case."""
@@ -200,41 +213,69 @@ class PlainProgress(QuietProgress):
         self._print(f"[{self._done:>{width}}/{self._total}] {line} | {left} left")
 
 
-class BarProgress(QuietProgress):
-    """A bar with the case, its phase, what is left and an ETA; failures stay above it."""
+class Bar:
+    """A bar of one task at a time, gone when it has stopped; what is printed stays above it."""
 
-    def __init__(self, eta: Eta, stream: TextIO) -> None:
-        super().__init__(stream)
+    def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.table import Column
 
-        self._eta = eta
-        self._task: Any = None
+        self._task: TaskID | None = None
+        # The label takes what is left of the line, so that a narrow terminal cuts only it.
+        label = Column(ratio=1, no_wrap=True)
         self._progress = Progress(
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[left]}", markup=False),
-            # The label takes what is left of the line, so that a narrow terminal cuts only it.
-            TextColumn(
-                "{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)
-            ),
+            TextColumn("{task.description}", markup=False, table_column=label),
             console=Console(file=stream, highlight=False),
             expand=True,
             transient=True,
         )
 
-    def __enter__(self) -> "BarProgress":
+    def __enter__(self) -> "Bar":
         self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
+    def begin(self, total: int, left: str = "") -> None:
+        """Begin a task of so many steps, in place of the one before."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task("starting", total=total, left=left)
+
+    def update(self, **changes: Any) -> None:
+        """Change the task's `description` or `left`, or `advance` it; before the first, nothing."""
+        if self._task is not None:
+            self._progress.update(self._task, **changes)
+
+    def print(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._progress.console.print(line, markup=False, soft_wrap=True)
+
+
+class BarProgress(QuietProgress):
+    """A bar with the case, its phase, what is left and an ETA; failures stay above it."""
+
+    def __init__(self, eta: Eta, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._eta = eta
+        self._bar = Bar(stream)
+
+    def __enter__(self) -> "BarProgress":
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.__exit__()
+
     def on_plan(self, n_total: int, n_left: int) -> None:
         """Draw the bar."""
         self._print(plan_line(n_total, n_left, self._eta.remaining_s()))
-        self._task = self._progress.add_task("starting", total=n_left, left=self._left())
+        self._bar.begin(n_left, self._left())
 
     def on_case_start(self, case: Case) -> None:
         """Name the case."""
@@ -252,14 +293,13 @@ class BarProgress(QuietProgress):
         super().on_case_end(case, observations)
 
     def _update(self, **changes: Any) -> None:
-        if self._task is not None:
-            self._progress.update(self._task, left=self._left(), **changes)
+        self._bar.update(left=self._left(), **changes)
 
     def _left(self) -> str:
         return f"{duration(self._eta.remaining_s())} left"
 
     def _print(self, line: str) -> None:
-        self._progress.console.print(line, markup=False, soft_wrap=True)
+        self._bar.print(line)
 
 
 def plan_line(n_total: int, n_left: int, remaining_s: float) -> str:

@@ -4,8 +4,6 @@ Whatever happens to a worker is its case's outcome and nobody else's. Imports ne
 triton: the process that supervises must survive what it supervises.
 """
 
-import itertools
-import math
 import sys
 import time
 from collections import Counter
@@ -14,23 +12,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from mambench.harness import machine
+from mambench.harness.batches import Batches
 from mambench.harness.errors import RunFolderError
-from mambench.harness.failures import trace
 from mambench.harness.ledger import Ledger
 from mambench.harness.lock import device_lock
 from mambench.harness.plan import Plan, PlannedCase
 from mambench.harness.profilers import catalog
 from mambench.harness.profilers.base import (
     DECIDING,
-    Batch,
     BatchProfiler,
     CaseProfiler,
-    Failed,
     Measured,
     Process,
 )
-from mambench.harness.progress import Listener
-from mambench.harness.records import Observation, now
+from mambench.harness.progress import Listener, SilentListener
+from mambench.harness.records import now
 from mambench.harness.spec import Case, Outcome
 from mambench.harness.store import Key, RunFolder
 from mambench.harness.workers import precompile
@@ -68,25 +64,6 @@ class Session:
     holds_device: bool = False  # the caller has locked it
     plugins: tuple[str, ...] = ()  # further ones, that only workers import
     code: Code = field(default_factory=Code)  # what the pool's processes import
-
-
-class SilentListener:
-    """A listener that tells nobody."""
-
-    def on_plan(self, n_total: int, n_left: int) -> None:
-        """Ignore it."""
-
-    def on_case_start(self, case: Case) -> None:
-        """Ignore it."""
-
-    def on_phase(self, case: Case, phase: str) -> None:
-        """Ignore it."""
-
-    def on_case_end(self, case: Case, observations: Sequence[Observation]) -> None:
-        """Ignore it."""
-
-    def on_note(self, text: str) -> None:
-        """Ignore it."""
 
 
 def run(
@@ -177,6 +154,7 @@ class _Runner:
         self._threads = threads
         self._listener = listener
         self._session = session
+        self._plugins = (*plan.plugins, *session.plugins)
         self._ledger = Ledger(plan, folder, session.round)
         self._wanted = plan.settings.measurements
         found = catalog.load(plan.plugins)
@@ -186,16 +164,24 @@ class _Runner:
             for name, profiler in self._profilers.items()
             if (reason := profiler.missing(plan.device))
         }
-        self._batched = [
-            name
-            for name, profiler in self._profilers.items()
-            if isinstance(profiler, BatchProfiler) and name not in self._absent
-        ]
         self._processes = {
             profiler.process(plan.device)
             for name, profiler in self._profilers.items()
             if isinstance(profiler, CaseProfiler) and name not in self._absent
         }
+        self._batches = Batches(
+            plan=plan,
+            ledger=self._ledger,
+            listener=listener,
+            profilers={
+                name: profiler
+                for name, profiler in self._profilers.items()
+                if isinstance(profiler, BatchProfiler) and name not in self._absent
+            },
+            threads=threads,
+            plugins=self._plugins,
+            code=session.code,
+        )
         self._workers: dict[Process, Worker] = {}
         self._memory_limit = memory_limit(plan.settings)
 
@@ -215,8 +201,8 @@ class _Runner:
         for planned, missing in left:
             self._case(planned, missing, deadline)
         self.stop_workers()  # what comes next has the device to itself
-        for name in self._batched:
-            self._batch(name, finished, deadline)
+        for name in self._batches.profilers:
+            self._batches.measure(name, finished, deadline)
 
     def stop_workers(self) -> None:
         """Kill the workers that are left; they are idle, or the run is being interrupted."""
@@ -227,7 +213,7 @@ class _Runner:
         return tuple(
             m
             for m in self._wanted
-            if m not in self._batched and self._ledger.key(case, m) not in finished
+            if m not in self._batches.profilers and self._ledger.key(case, m) not in finished
         )
 
     def _case(self, planned: PlannedCase, missing: tuple[str, ...], deadline: float | None) -> None:
@@ -268,7 +254,7 @@ class _Runner:
         A measurement that fails, other than of the time, fails alone: a new worker goes on.
         """
         pending: list[str] = [m for m in missing if m not in self._absent]
-        proven = len(missing) < len(self._wanted) - len(self._batched)
+        proven = len(missing) < len(self._wanted) - len(self._batches.profilers)
         gate = not self._session.proven
         while next_work := self._next_work(case, pending, proven=proven, gate=gate):
             work, process = next_work
@@ -348,80 +334,12 @@ class _Runner:
                 worker.kill()
         return done
 
-    def _batch(self, name: str, finished: set[Key], deadline: float | None) -> None:
-        """Let a batch profiler measure the cases that are ok; fails the others as they failed."""
-        left: list[Case] = []
-        for planned in self._plan.runnable:
-            case = planned.case
-            if self._ledger.key(case, name) in finished:
-                continue
-            self._ledger.begin()
-            if failure := self._ledger.earlier_failure(case, (name,)):
-                self._ledger.failure(case, name, failure)
-            else:
-                left.append(case)
-        if left and deadline is not None and time.monotonic() > deadline:
-            reason = "time budget: nothing was left; resume the run or raise --time-budget"
-            done = Done(outcome=Outcome.SKIPPED, reason=reason)
-            for case in left:
-                self._ledger.failure(case, name, done)
-        elif left:
-            left_s = math.inf if deadline is None else deadline - time.monotonic()
-            self._measure_batch(name, left, left_s)
-
-    def _measure_batch(self, name: str, cases: Sequence[Case], left_s: float) -> None:
-        profiler = self._profilers[name]
-        assert isinstance(profiler, BatchProfiler)
-        order = itertools.count(1)
-
-        def told(case: Case) -> None:
-            self._listener.on_phase(case, f"{name} {next(order)} of {len(cases)}")
-
-        batch = Batch(
-            cases=tuple(cases),
-            times_s={case.case_id: self._ledger.value(case, "time_s") for case in cases},
-            first_calls_s={
-                case.case_id: self._ledger.value(case, "first_call_s") for case in cases
-            },
-            left_s=left_s,
-            device=self._plan.device,
-            settings=self._plan.settings,
-            threads=self._threads,
-            plugins=(*self._plan.plugins, *self._session.plugins),
-            sys_path=tuple(sys.path),
-            code=self._session.code,
-            note=self._listener.on_note,
-            on_case=told,
-        )
-        self._listener.on_note(f"measuring {name} of {len(cases)} cases")
-        self._ledger.begin()
-        left = {case.case_id: case for case in cases}
-        end = Done(outcome=Outcome.ERROR, reason=f"{name} found nothing for this case")
-        begun = time.monotonic()
-        try:
-            for case, found in profiler.measure_batch(batch):
-                if left.pop(case.case_id, None) is None:
-                    continue  # said twice, or never asked for
-                taken_s, begun = time.monotonic() - begun, time.monotonic()
-                if isinstance(found, Failed):
-                    done = Done(outcome=found.outcome, reason=found.reason, details=found.details)
-                    self._ledger.failure(case, name, done, duration_s=taken_s)
-                else:
-                    self._ledger.measured(case, profiler, found, taken_s)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error} (in {name})"
-            end = Done(outcome=Outcome.ERROR, reason=reason, details={"traceback": trace(error)})
-        for case in left.values():
-            self._ledger.failure(case, name, end)
-        got = sum(o.measurement == name and o.method is not None for o in self._ledger.observed)
-        self._listener.on_note(f"measured {name} of {got} of {len(cases)} cases")
-
     def _config(self, process: Process) -> WorkerConfig:
         return WorkerConfig(
             device=self._plan.device,
             settings=self._plan.settings,
             threads=self._threads,
-            plugins=(*self._plan.plugins, *self._session.plugins),
+            plugins=self._plugins,
             tuned_malloc=process is Process.TUNED_MALLOC,
             traced=process is Process.TRACED,
             shares_device=len(self._processes) > 1,

@@ -43,7 +43,7 @@ WORKER_SIDE = (
 TORCH_FREE = (
     *("harness.spec", "harness.records", "harness.errors", "harness.plan", "harness.suite"),
     *("harness.registry", "harness.machine", "harness.store", "harness.analysis.loading"),
-    *("harness.runner", "harness.ledger", "harness.failures"),
+    *("harness.runner", "harness.batches", "harness.ledger", "harness.failures"),
     *("harness.doctor", "harness.progress", "harness.cli.views"),
     *("harness.cli.options", "harness.cli.begin", "harness.reproduce"),
     *("harness.cli.check", "harness.check.commands", "harness.check.report", "harness.verdict"),

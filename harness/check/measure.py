@@ -27,6 +27,7 @@ from mambench.harness.check.sides import Side
 from mambench.harness.check.turns import TurnListener, Turns, together
 from mambench.harness.lock import device_lock
 from mambench.harness.plan import Plan, PlannedCase
+from mambench.harness.progress import SilentListener
 from mambench.harness.records import Observation
 from mambench.harness.spec import SCHEMA_VERSION, Case, DeviceKind, Outcome
 from mambench.harness.store import RunFolder, new_run
@@ -281,7 +282,7 @@ class Check:
         cases: Sequence[PlannedCase],
         measurements: tuple[str, ...],
         pool: Pool,
-        listener: runner.SilentListener,
+        listener: SilentListener,
     ) -> int:
         """Measure cases in the processes of a pool; returns how many of them failed."""
         arm, folder = self._arms[name], self._folders[name]
@@ -355,7 +356,7 @@ class Check:
         )
 
 
-class _CaseListener(runner.SilentListener):
+class _CaseListener(SilentListener):
     """Passes on which case is measured, and notes."""
 
     def __init__(self, progress: Progress) -> None:

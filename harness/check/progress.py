@@ -3,8 +3,9 @@
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TextIO, cast
+from typing import TextIO, cast
 
+from mambench.harness.progress import Bar
 from mambench.harness.spec import Case
 from mambench.harness.text import duration
 
@@ -82,55 +83,34 @@ class BarProgress(PlainProgress):
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.table import Column
-
-        self._task: Any = None
-        self._progress = Progress(
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[left]}", markup=False),
-            TextColumn(
-                "{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)
-            ),
-            console=Console(file=stream, highlight=False),
-            expand=True,
-            transient=True,
-        )
+        self._bar = Bar(stream)
 
     def __enter__(self) -> "BarProgress":
-        self._progress.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._bar.__exit__()
 
     def on_work(self, processes: int) -> None:
         """Draw a new bar."""
         super().on_work(processes)
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        self._task = self._progress.add_task("starting", total=processes, left="")
+        self._bar.begin(processes)
 
     def on_process(self, arm: str, what: str, cases: int) -> None:
         """Name the process."""
         super().on_process(arm, what, cases)
-        self._update(description=f"{arm}, {what}")
+        self._bar.update(description=f"{arm}, {what}")
 
     def on_case(self, case: Case) -> None:
         """Name the case."""
-        self._update(description=f"{self._line.partition(':')[0]}: {case.label}")
+        self._bar.update(description=f"{self._line.partition(':')[0]}: {case.label}")
 
     def on_process_end(self, failed: int) -> None:
         """Advance."""
         self._quiet = True
         super().on_process_end(failed)
-        self._update(advance=1, left=self._eta())
-
-    def _update(self, **changes: Any) -> None:
-        if self._task is not None:
-            self._progress.update(self._task, **changes)
+        self._bar.update(advance=1, left=self._eta())
 
     def _print(self, line: str) -> None:
-        self._progress.console.print(line, markup=False, soft_wrap=True)
+        self._bar.print(line)

@@ -8,7 +8,7 @@ fresh process all the same, and while one measures the others wait for their tur
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from mambench.harness import runner
+from mambench.harness.progress import SilentListener
 from mambench.harness.records import Observation
 from mambench.harness.spec import Case
 
@@ -55,10 +55,10 @@ class Turns:
             self._changed.notify_all()
 
 
-class TurnListener(runner.SilentListener):
+class TurnListener(SilentListener):
     """Waits for its turn before each case."""
 
-    def __init__(self, name: str, turns: Turns, listener: runner.SilentListener) -> None:
+    def __init__(self, name: str, turns: Turns, listener: SilentListener) -> None:
         self._name, self._turns, self._listener = name, turns, listener
 
     def on_case_start(self, case: Case) -> None:

@@ -50,7 +50,7 @@ def _own_lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     )
 
 
-class Listener(runner.SilentListener):
+class Listener(progress.SilentListener):
     """Remembers what it was told; can act when a case starts."""
 
     def __init__(self, at_start: Callable[[Case], None] | None = None) -> None:

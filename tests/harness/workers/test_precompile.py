@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mambench.harness.runner import SilentListener
+from mambench.harness.progress import SilentListener
 from mambench.harness.spec import (
     Case,
     Device,
