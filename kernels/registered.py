@@ -7,7 +7,9 @@ opaque operator with a fake kernel that knows the results' shapes, and its backw
 
 torch.func's `grad` and `vjp` need an `autograd.Function` of the newer form around the operator:
 what `torch.library.register_autograd` makes is of the older one (PyTorch 2.13). So there are two
-ways to the same operator: one for compilers, one for transforms. Not served: `vmap`, forward-mode
+ways to the same operator: one for compilers, one for transforms. `vmap` calls the operator once for
+each element of the axis it maps, for a kernel sums a parameter's gradient over its batch: right for
+gradients of each sample and for ensembles, and no faster than a loop. Not served: forward-mode
 derivatives, second derivatives, and torch.func inside torch.compile; all of them raise.
 """
 
@@ -149,6 +151,10 @@ def _transformable(
         def backward(ctx: Any, *grads: Any) -> Any:
             raise RuntimeError("expected to be differentiated once, got a second time")
 
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
+            return _one_by_one(Backward.apply, info.batch_size, in_dims, given)
+
     class Forward(torch.autograd.Function):
         @staticmethod
         def forward(*given: Any) -> Any:
@@ -163,7 +169,25 @@ def _transformable(
         def backward(ctx: Any, *grads: Any) -> Any:
             return differentiate(ctx, *grads)
 
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
+            return _one_by_one(Forward.apply, info.batch_size, in_dims, given)
+
     return Forward.apply
+
+
+def _one_by_one(
+    call: Callable[..., Tensors], count: int, in_dims: tuple[int | None, ...], given: Tensors
+) -> tuple[Tensors, tuple[int, ...]]:
+    """Call for each element of the mapped axes; returns the results in rows, and their axis."""
+    rows = [
+        call(
+            *(v if dim is None else v.select(dim, i) for v, dim in zip(given, in_dims, strict=True))
+        )
+        for i in range(count)
+    ]
+    results = tuple(torch.stack(each) for each in zip(*rows, strict=True))
+    return results, (0,) * len(results)
 
 
 def _has_gradient(tensor: Tensor | None) -> bool:

@@ -15,7 +15,7 @@ from mambench.kernels import registered
 SCRIPT = Path(__file__).with_name("traced_cases.py")
 CPU = ("s6_numba", "ssd_torch")
 GPU = ("s6_triton", "s6_hopper", "ssd_triton", "ssd_hopper")
-WAYS = ("torch.compile", "torch.func.grad", "torch.func.vjp", "checkpoint")
+WAYS = ("torch.compile", "torch.func.grad", "torch.func.vjp", "torch.func.vmap", "checkpoint")
 
 # PyTorch's own, while it compiles.
 pytestmark = [
@@ -122,10 +122,41 @@ def test_checkpointing_runs_the_forward_again_and_holds_less(cases, variant, mon
 
 
 @pytest.mark.parametrize("variant", CPU)
+def test_vmap_maps_any_axis_and_is_differentiated(cases, variant):
+    # An ensemble: the weights are mapped, the first input is not.
+    call = cases.draw(variant, varied=cases.VARIANTS[variant][2])
+    first, *rest = call.tensors
+    rows = [[t, 0.9 * t, 1.1 * t] for t in rest]
+    mapped = [torch.stack(row, dim=-1).requires_grad_() for row in rows]
+    ensemble = torch.func.vmap(call.loss, in_dims=(None, *(-1 for _ in rest)))
+    got = torch.autograd.grad(ensemble(first, *mapped).sum(), mapped)
+    for i in range(3):
+        leaves = [row[i].detach().requires_grad_() for row in rows]
+        want = torch.autograd.grad(call.loss(first, *leaves), leaves)
+        assert cases.same([gradient[..., i] for gradient in got], want)
+
+
+@pytest.mark.parametrize("variant", CPU)
+def test_a_jacobian_has_a_row_for_each_result(cases, variant):
+    call = cases.draw(variant, seqlen=3)
+    names = call.names.index("A")
+
+    def outputs(A):
+        return call(*call.tensors[:names], A, *call.tensors[names + 1 :])[0]
+
+    A = call.tensors[names].detach().requires_grad_()
+    out, jacobian = outputs(A), torch.func.jacrev(outputs)(A.detach())
+    assert jacobian.shape == (*out.shape, *A.shape)
+    rows = jacobian.flatten(0, out.ndim - 1)
+    for i in range(0, out.numel(), 37):
+        (want,) = torch.autograd.grad(out.flatten()[i], A, retain_graph=True)
+        torch.testing.assert_close(rows[i], want)
+    assert rows.abs().sum() > 0
+
+
+@pytest.mark.parametrize("variant", CPU)
 def test_what_is_not_served_raises(cases, variant):
     call = cases.draw(variant, bare=True)
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.func.vmap(call)(*(t[None] for t in call.tensors))
     twice = torch.func.grad(lambda t: torch.func.grad(call.loss)(t, *call.tensors[1:]).sum())
     with pytest.raises(RuntimeError, match="expected to be differentiated once"):
         twice(call.tensors[0])

@@ -184,6 +184,16 @@ def by_vjp(call):
     return pull(torch.ones((), device=call.tensors[0].device))
 
 
+def by_samples(call):
+    """Return gradients by torch.func.vmap, as the second of two samples of one model."""
+    first, *others = call.tensors
+    arguments = tuple(range(len(call.tensors)))
+    each = torch.func.vmap(
+        torch.func.grad(call.loss, arguments), in_dims=(1, *(None for _ in others))
+    )
+    return [rows[1] for rows in each(torch.stack((2 * first, first), dim=1), *others)]
+
+
 def by_checkpoint(call):
     """Return gradients with the operation's forward recomputed."""
     leaves = [t.detach().requires_grad_() for t in call.tensors]
@@ -194,6 +204,7 @@ WAYS = {
     "torch.compile": by_compiler,
     "torch.func.grad": by_transform,
     "torch.func.vjp": by_vjp,
+    "torch.func.vmap": by_samples,
     "checkpoint": by_checkpoint,
 }
 
