@@ -95,6 +95,7 @@ def test_long_sequence(literal):
         assert literal.distance(sampled(name, ours).cpu(), theirs) < allowed, name
 
 
+@pytest.mark.alone  # for its memory
 def test_offsets_beyond_32_bits():
     # 2,304 channels of a million steps: the last channels, alone, must come out the same.
     d_inner, seqlen, tail = 2304, 1_000_000, 32

@@ -206,6 +206,7 @@ def test_long_sequences_agree_with_the_torch_variant_on_the_gpu(cases):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone  # for its memory
 @pytest.mark.parametrize("variant", ["triton", "hopper"])
 def test_a_million_tokens_beyond_32_bit_offsets_are_right_on_the_gpu(cases, variant):
     op = gpu_op()
@@ -225,10 +226,15 @@ def test_a_million_tokens_beyond_32_bit_offsets_are_right_on_the_gpu(cases, vari
     x[:, -256:, -1:], dt[:, -256:, -1:] = tail["x"], tail["dt"]
     B[:, -256:], C[:, -256:] = tail["B"], tail["C"]
     A = inputs["A"].detach()
+    from mambench.kernels.ssd.torch_ssd import ssd as torch_ssd
+
+    wide = {name: value.double() for name, value in (*tail.items(), ("A", A))}
     with torch.no_grad():
-        want = op(**tail, A=A, chunk_size=64, dt_softplus=True)
+        # Not the operation itself on the tail: of few tokens it may take another kernel.
+        want = torch_ssd(**wide, chunk_size=64, dt_softplus=True)
         got = op(x, dt, A.expand(nheads), B, C, 64, dt_softplus=True)
-    assert torch.equal(got[:, -256:, -1:], want)
+    error = cases.relative_error(got[:, -256:, -1:], want.cpu())
+    assert error < cases.tolerance("bfloat16")
     assert not got[:, :-256].any()
 
 

@@ -55,6 +55,7 @@ def test_extreme_steps_and_rates(cases, dt, rate):
         assert float((got.double() - want).norm()) <= 5e-3 * float(want.norm()) + 1e-30
 
 
+@pytest.mark.alone  # for its memory
 def test_offsets_past_32_bits(cases):
     free, _ = torch.cuda.mem_get_info()
     states = 600 * 128 * 128 * 256
