@@ -12,7 +12,6 @@ from mambench.harness.errors import UsageError, unknown_name
 
 AxisValue = int | bool | str
 
-SIZE_AXES = ("batch", "seqlen", "d_inner", "d_model", "d_state", "headdim", "ngroups")
 AXES: Mapping[str, str] = {
     "batch": "sequences computed at once",
     "seqlen": "tokens per sequence",

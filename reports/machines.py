@@ -11,8 +11,6 @@ from mambench.harness.analysis.runs import Source
 from mambench.reports import roofline, units
 from mambench.reports.rows import Report, Row
 
-NORMALISERS = ("bandwidth", "peak")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:

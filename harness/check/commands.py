@@ -32,7 +32,6 @@ from mambench.harness.store import MANIFEST, RunFolder, new_run
 from mambench.harness.text import duration
 from mambench.harness.verdict import TIMES, Assessment, Point, Verdict, with_points
 
-CHECK_FILE = "check.json"
 _NOTHING = Assessment(points=())
 
 

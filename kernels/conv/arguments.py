@@ -1,7 +1,5 @@
 """What the causal convolution accepts, checked once for all of its kernels."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 MOST_TAPS = 4
@@ -42,11 +40,3 @@ def check_activation(activation: str | None) -> None:
     """Raise a ValueError for an activation that is none of `ACTIVATIONS`."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected None or 'silu', got {activation!r}")
-
-
-def check_widths(widths: Sequence[int], channels: int) -> None:
-    """Raise a ValueError unless one to three widths add up to the channels."""
-    if not 1 <= len(widths) <= 3 or sum(widths) != channels or min(widths) < 1:
-        raise ValueError(
-            f"widths: expected one to three that add up to {channels}, got {tuple(widths)}"
-        )
