@@ -309,10 +309,14 @@ def plan_line(n_total: int, n_left: int, remaining_s: float) -> str:
 
 
 def case_line(case: Case, observations: Sequence[Observation]) -> str:
-    """Return one line: outcome, label, and the time or the reason."""
+    """Return one line: outcome, label, and the time, what else was measured, or the reason."""
     worst = next((o for o in observations if o.outcome is not Outcome.OK), None)
     if worst is not None:
         return f"{worst.outcome:<11} {case.label}: {worst.reason}"
-    times = [o.values["time_s"] for o in observations if o.values.get("time_s") is not None]
-    time_s = next((value for value in times if value is not None), None)
-    return f"{'ok':<11} {case.label}: {si_time(time_s) if time_s is not None else 'no time'}"
+    found = {o.measurement: o.values.get("time_s") for o in observations}
+    if "time" in found:
+        time_s = found["time"]
+        said = "no time" if time_s is None else si_time(time_s)
+    else:  # it was measured before the run was cut off
+        said = ", ".join(found)
+    return f"{'ok':<11} {case.label}: {said}"

@@ -78,7 +78,11 @@ class RunFolder:
                 )
             # The manifest comes last: a folder that has one is a complete, empty run.
             (path / RESULTS).touch(exist_ok=False)
-            _write_atomically(path / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+            try:
+                _write_atomically(path / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+            except OSError:
+                (path / RESULTS).unlink()  # the same command is to be repeated, once there is room
+                raise
         except OSError as error:
             raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
         folder = cls(path, manifest)
@@ -117,7 +121,10 @@ class RunFolder:
         entry = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "code": code, "gpu": gpu}
         entries = [*self.manifest.get("resumed", ()), entry]
         self.manifest = {**self.manifest, "resumed": entries}
-        _write_atomically(self.path / MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
+        try:
+            _write_atomically(self.path / MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
+        except OSError as error:
+            raise RunFolderError(f"{self.path} cannot be written: {error.strerror}.") from error
 
     @classmethod
     def unparsed(cls, path: Path) -> Self:
@@ -154,11 +161,17 @@ class RunFolder:
         return {key for key, o in self._newest.items() if o.outcome is not Outcome.SKIPPED}
 
     def append(self, observation: Observation) -> None:
-        """Write one line and wait until the disk has it."""
+        """Write one line and wait until the disk has it; raises RunFolderError if it cannot."""
         if self._descriptor is None:
             raise RunFolderError(f"{self.path} was opened for reading only.")
-        _write_all(self._descriptor, observation.to_line().encode() + b"\n")
-        os.fsync(self._descriptor)
+        try:
+            _write_all(self._descriptor, observation.to_line().encode() + b"\n")
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.path / RESULTS} cannot be written: {error.strerror}. What was measured "
+                f"before is there: go on with run --resume {self.path}."
+            ) from error
         self._newest[_key(observation)] = observation
         self._observations.append(observation)
 
@@ -271,11 +284,15 @@ def _manifest_problem(manifest: Any) -> str | None:
 
 def _write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

@@ -17,6 +17,7 @@ from mambench.harness.progress import (
     Eta,
     PlainProgress,
     QuietProgress,
+    case_line,
     make_listener,
 )
 from mambench.harness.records import Observation
@@ -39,11 +40,14 @@ def case(seqlen: int) -> Case:
 
 
 def observation(
-    of: Case, outcome: Outcome = Outcome.OK, values: Mapping[str, float] | None = None
+    of: Case,
+    outcome: Outcome = Outcome.OK,
+    values: Mapping[str, float] | None = None,
+    measurement: str = "time",
 ) -> Observation:
     return Observation(
         case=of,
-        measurement="time",
+        measurement=measurement,
         outcome=outcome,
         reason=None if outcome is Outcome.OK else "it [bold]broke[/bold]",
         observation_id="x",
@@ -144,6 +148,12 @@ def test_plain_lines():
     assert "it [bold]broke[/bold]" in third
     assert fourth == "note: careful"
     assert "\x1b" not in stream.getvalue()
+
+
+def test_a_case_whose_time_is_known_already_says_what_was_measured():
+    done, memory = observation(CASES[0]), observation(CASES[0], measurement="memory")
+    assert case_line(CASES[0], [memory]).endswith(": memory")
+    assert case_line(CASES[0], [done, memory]).endswith(": no time")
 
 
 def test_quiet_shows_failures_and_notes_only():

@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -45,6 +48,13 @@ def folder(tmp_path: Path) -> Path:
         for seqlen in (1, 2, 3):
             run.append(observation(seqlen))
     return path
+
+
+def raising(error: Exception) -> Callable[[int], None]:
+    def fail(_: int) -> None:
+        raise error
+
+    return fail
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -175,6 +185,61 @@ def test_missing_results_file_is_refused(folder: Path) -> None:
     for for_append in (False, True):
         with pytest.raises(RunFolderError, match=r"results\.jsonl"):
             RunFolder.open(folder, for_append=for_append)
+
+
+@pytest.fixture
+def full_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let the disk take so many more bytes of results."""
+    write = os.write
+
+    def begin(left: int) -> None:
+        def written(descriptor: int, data: bytes) -> int:
+            nonlocal left
+            if left == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            count = write(descriptor, data[:left])
+            left -= count
+            return count
+
+        monkeypatch.setattr(os, "write", written)
+
+    return begin
+
+
+def test_a_full_disk_keeps_what_was_measured(
+    folder: Path, full_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunFolder.open(folder, for_append=True) as run:
+        full_after(20)
+        with pytest.raises(RunFolderError, match=r"results.jsonl .*: No space.* --resume"):
+            run.append(observation(4))
+    monkeypatch.undo()
+    with RunFolder.open(folder, for_append=True) as run:
+        assert len(run.observations()) == 3
+        run.append(observation(4))
+    assert len(RunFolder.open(folder).observations()) == 4
+
+
+def test_a_full_disk_leaves_nothing_of_a_run_that_did_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", raising(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(RunFolderError, match="run cannot be written: No space left"):
+        RunFolder.create(tmp_path / "run", MANIFEST)
+    assert not list((tmp_path / "run").iterdir())
+    monkeypatch.undo()
+    RunFolder.create(tmp_path / "run", MANIFEST).close()
+
+
+def test_a_full_disk_leaves_the_manifest_of_a_run_that_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = content(folder)
+    with RunFolder.open(folder, for_append=True) as run:
+        monkeypatch.setattr(os, "fsync", raising(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(RunFolderError, match="cannot be written: No space left"):
+            run.continued("abc", None)
+    assert content(folder) == before
 
 
 def test_two_writers_are_refused_and_a_reader_is_not(folder: Path) -> None:
