@@ -133,7 +133,7 @@ def test_plain_lines():
         listener.on_phase(CASES[0], PRECOMPILE)
         listener.on_case_start(CASES[0])
         listener.on_phase(CASES[0], "gate")
-        memory = observation(CASES[0], values={"peak_memory_bytes": 3.0})
+        memory = observation(CASES[0], values={"peak_memory_bytes": 3.0}, measurement="memory")
         timed = observation(CASES[0], values={"time_s": 0.00123456})
         listener.on_case_end(CASES[0], [timed, memory])
         listener.on_case_end(CASES[1], [observation(CASES[1], Outcome.TIMEOUT)])
