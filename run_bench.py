@@ -4,6 +4,7 @@
 Everything heavy is imported inside the command that needs it, so that `--help` answers at once.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -35,18 +36,28 @@ if (HERE / "pyproject.toml").is_file():  # a checkout, not an installation
 from mambench import __version__
 from mambench.harness.cli import check as cli_check
 from mambench.harness.cli import history as cli_history
+from mambench.harness.cli import machine as cli_machine
 from mambench.harness.cli import options
-from mambench.harness.errors import DeviceBusyError, MambenchError, UsageError
+from mambench.harness.errors import DeviceBusyError, MambenchError, MeasurementError, UsageError
 
 if TYPE_CHECKING:
     from mambench.harness.runner import RunSummary
 
+# What a disk or a person's choice of a file does, and not a fault of ours.
+OUTSIDE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+}
 REPORT_FORMATS = ("text", "markdown", "csv", "json", "pytest-benchmark")
 EPILOG = """\b
-Exit codes: 0 every case ended ok, unsupported, unavailable or skipped; 1 a case, or a check of
-selftest, failed;
-2 a mistake on the command line, in a suite or a plugin; 3 a broken run folder; 4 the GPU is
-taken by another run; 5 the harness could not measure; 130 interrupted, resume with --resume.
+Exit codes:
+  0    every case ended ok, unsupported, unavailable or skipped
+  1    a case, or a check of selftest, failed
+  2    a mistake on the command line, in a suite or a plugin
+  3    a run folder is broken, or cannot be written
+  4    another run holds the device
+  5    the harness could not measure, or not read or write another file
+  130  interrupted; go on with run --resume
 
 \b
 Examples:
@@ -70,7 +81,7 @@ def cli(context: click.Context) -> None:
         context.color = False
 
 
-@cli.command("list")
+@cli.command("list", short_help="What can run here, and why not the rest; suites, measurements.")
 @options.device_option
 @options.plugin_option
 def list_(device: str | None, plugins: tuple[str, ...]) -> None:
@@ -85,106 +96,13 @@ def list_(device: str | None, plugins: tuple[str, ...]) -> None:
     click.echo(cli_views.listing(implementations, suites, profilers, where))
 
 
-@cli.command()
-@options.plugin_option
-def doctor(plugins: tuple[str, ...]) -> None:
-    """What this machine can measure, and how to enable what it cannot."""
-    from mambench.harness import doctor, registry
-    from mambench.harness.cli import views as cli_views
-
-    click.echo(cli_views.checks(doctor.examine(registry.load(plugins))))
+cli.add_command(cli_machine.doctor)
+cli.add_command(cli_machine.selftest)
+cli.add_command(cli_machine.ceilings)
+cli.add_command(cli_machine.env)
 
 
-@cli.command()
-@options.device_option
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option(
-    "-o", "--output", type=Path, metavar="FILE", help="Write the result as JSON here too."
-)
-@click.option("--wait", is_flag=True, help="Wait for the device if a run holds it.")
-@click.pass_context
-def selftest(
-    context: click.Context, device: str | None, as_json: bool, output: Path | None, wait: bool
-) -> None:
-    """Prove on this machine that times, bytes, energy and intervals are right; under 2 minutes.
-
-    Exits with 1 if a check fails. The result is kept in the user's cache and goes into the manifest
-    of later runs on this machine.
-    """
-    import json
-
-    from mambench.harness import lock, machine, machine_cache
-    from mambench.harness.selftest import run as selftest
-
-    where = machine.detect(device)
-    with lock.device_lock(machine.lock_key(where), holder="selftest", wait=wait, on_wait=_say):
-        result = selftest.run(where, on_part=lambda part: _say(f"checking {part}"))
-    document = result.to_dict()
-    click.echo(json.dumps(document, indent=2) if as_json else result.text())
-    if output is not None:
-        output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    if (problem := machine_cache.keep("selftest", where, document)) is not None:
-        click.echo(f"note: the result is not kept: {problem}", err=True)
-    context.exit(0 if result.passed else 1)
-
-
-@cli.command()
-@options.device_option
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--wait", is_flag=True, help="Wait for the device if a run holds it.")
-def ceilings(device: str | None, threads: int | None, as_json: bool, wait: bool) -> None:
-    """Calibrate: measure what this machine can do at most, beside its datasheet.
-
-    Copy bandwidth, matrix rates, exponentials and launch cost. They are kept in the user's cache,
-    and `sol` measures how near to them a case comes.
-    """
-    import json
-
-    from mambench.harness import lock, machine
-    from mambench.harness.instruments import ceilings
-    from mambench.harness.workers import limits
-    from mambench.harness.spec import Settings
-
-    where = machine.detect(device)
-    count = limits.thread_count(Settings(threads=threads))
-    with lock.device_lock(machine.lock_key(where), holder="ceilings", wait=wait, on_wait=_say):
-        found = ceilings.measure(where, count)
-    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.text())
-    if (problem := ceilings.save(found, where)) is not None:
-        _say(f"note: the result is not kept: {problem}")
-
-
-@cli.command()
-@click.argument("run_dirs", nargs=-1, type=Path, metavar="[RUN_A [RUN_B]]")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-@click.pass_context
-def env(context: click.Context, run_dirs: tuple[Path, ...], as_json: bool) -> None:
-    """What differs between the machines, software and code of two runs.
-
-    Without a run: what would be recorded here and now; with one: what it has recorded.
-    """
-    import json
-
-    from mambench.harness import environment, machine
-    from mambench.harness.store import RunFolder
-
-    if len(run_dirs) > 2:
-        raise UsageError(f"env compares two runs, got {len(run_dirs)}.")
-    found = [environment.of_manifest(RunFolder.open(path).manifest) for path in run_dirs]
-    if len(run_dirs) == 2:
-        names = (str(run_dirs[0]), str(run_dirs[1]))
-        entries = environment.compare(*found)
-        colour = sys.stdout.isatty() and context.color is not False
-        text = environment.comparison(entries, names, colour=colour)
-        click.echo(environment.to_json(entries, names) if as_json else text)
-        return
-    name = str(run_dirs[0]) if run_dirs else "this machine"
-    here = found[0] if found else environment.here(machine.detect())
-    click.echo(json.dumps(here, indent=2) if as_json else environment.listing(here, name))
-
-
-@cli.command()
+@cli.command(short_help="The cases of a run with estimates; runs nothing.")
 @options.question_options
 @options.settings_options
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
@@ -202,7 +120,7 @@ def plan(as_json: bool, **asked: Any) -> None:
         click.echo(cli_views.plan(made))
 
 
-@cli.command()
+@cli.command(short_help="Run a suite's cases, and write the report.")
 @options.question_options
 @options.settings_options
 @click.option("--resume", type=Path, metavar="RUN_DIR", help="Go on with this run's own plan.")
@@ -234,7 +152,7 @@ def run(
         raise UsageError("--retry-failed goes with --resume RUN_DIR.")
     if asked["suite"] == options.CALIBRATION:  # its programs are no cases: nothing is compared
         where = {name: asked[name] for name in ("device", "threads")}
-        context.invoke(ceilings, as_json=False, wait=wait, **where)
+        context.invoke(cli_machine.ceilings, as_json=False, wait=wait, **where)
         return
     made, folder = begin.resumed(resume, output, asked) if resume else begin.created(output, asked)
     finished = {case_id for case_id, _, _ in folder.finished()}
@@ -262,7 +180,7 @@ def run(
     _conclude(context, folder.path, summary, report=not no_report)
 
 
-@cli.command()
+@cli.command(short_help="Write one offline HTML report of runs, or another format.")
 @click.argument("run_dirs", nargs=-1, type=Path, metavar="[RUN_DIR...]")
 @click.option(
     "-o",
@@ -331,7 +249,7 @@ def report(
         _name_path("report", output)
 
 
-@cli.command()
+@cli.command(short_help="One case of a run, and the command that repeats it.")
 @click.argument("case")
 @click.option(
     "-r",
@@ -367,7 +285,7 @@ cli.add_command(cli_history.import_run)
 cli.add_command(cli_history.make(lambda: importlib.import_module("mambench.reports.history")))
 
 
-@cli.command()
+@cli.command(short_help="Print the script that completes commands in a shell.")
 @click.argument("shell", type=options.Name("shell", lambda: ("bash", "zsh", "fish")))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
@@ -391,6 +309,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MambenchError as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
+    except OSError as error:
+        if error.errno not in OUTSIDE:
+            raise  # ours to mend
+        place = "cannot write" if error.filename is None else error.filename
+        click.echo(f"error: {place}: {error.strerror}.", err=True)
+        code = MeasurementError.exit_code
     except ModuleNotFoundError as error:
         if (error.name or "mambench").partition(".")[0] == "mambench":
             raise  # ours to mend
@@ -416,10 +340,6 @@ def _conclude(context: click.Context, path: Path, summary: "RunSummary", *, repo
 
         _name_path("report", build([path], path / "report.html"))
     context.exit(1 if summary.failed else 0)
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)
 
 
 def _name_path(what: str, path: Path) -> None:

@@ -110,7 +110,8 @@ def read(path: Path) -> Suite:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SuiteError(f"{path}: cannot be read: {error}") from error
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise SuiteError(f"{path}: cannot be read: {problem}") from error
     return parse(text, path)
 
 

@@ -71,7 +71,8 @@ def read(path: Path) -> tuple[Budget, ...]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SuiteError(f"{path}: cannot be read: {error}") from error
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise SuiteError(f"{path}: cannot be read: {problem}") from error
     root = parse_yaml(text, path, expected="a mapping with budgets")
     found = root.fields(("budgets",), required=("budgets",))["budgets"]
     budgets = tuple(_budget(item) for item in found.items())

@@ -55,7 +55,7 @@ _side_options = options.all_of(
 )
 
 
-@click.command()
+@click.command(short_help="Did anything get slower or bigger than at another commit?")
 @click.option(
     "--base", metavar="REF", help="The commit to compare with, or a folder (./PATH) that holds it."
 )
@@ -150,7 +150,7 @@ def compare(first: Path, second: Path, form: str) -> None:
     _show(checking.compare(first, second), form, everything=True)
 
 
-@click.command()
+@click.command(short_help="Measure this machine's own noise, and keep it for `check`.")
 @click.option(
     "--head", metavar="REF", default="worktree", help="The code to run.  [default: worktree]"
 )

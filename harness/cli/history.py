@@ -29,11 +29,12 @@ def make(drawn: Callable[[], Any]) -> click.Group:
     """
     group = click.Group("history", help=_HELP)
     group.add_command(add)
-    group.add_command(click.command(name="show")(_show_with(drawn)))
+    shown = click.command("show", short_help="Draw each case over commits, and mark its changes.")
+    group.add_command(shown(_show_with(drawn)))
     return group
 
 
-_HELP = "Results over commits: an append-only store, drawn with its change points."
+_HELP = "Results over commits, drawn with their change points."
 
 
 @click.command()
@@ -94,7 +95,7 @@ def _series(store: Path, filters: tuple[str, ...], metric: str) -> list[Any]:
     return list(history.series(entries, metric))
 
 
-@click.command("import")
+@click.command("import", short_help="Make a run of pytest-benchmark's JSON.")
 @click.argument("file", type=Path)
 @click.option(
     *("-o", "--output"),

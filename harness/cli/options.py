@@ -203,7 +203,7 @@ question_options = all_of(
     click.option(
         *("--pass", "pass_"),
         type=Name("pass", _passes),
-        metavar="forward|backward|training",
+        metavar="forward|backward|training|prefill|decode",
         help="Replace the suite's passes.",
     ),
     filter_option,
