@@ -6,6 +6,7 @@ What a system does not tell is None, and `missing` says which file was asked.
 import os
 import platform
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,23 @@ _INSTRUCTIONS = (
     *("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16"),
     *("amx_tile", "asimd", "sve", "bf16"),
 )
+
+
+def busy(device: Mapping[str, Any], environment: Mapping[str, Any]) -> str | None:
+    """Say so if other work held all of the processor that was to be measured; else None.
+
+    Args:
+        device: as a manifest has it; a GPU's times do not share the processor.
+        environment: as a manifest has it, taken before the run's own work began.
+    """
+    cores: Mapping[str, Any] = environment.get("cpu") or {}
+    load, usable = cores.get("load_average"), cores.get("usable_cores")
+    if device.get("kind") != "cpu" or not load or not usable or load[0] < usable:
+        return None
+    return (
+        f"the processor was busy with other work as the run began (load {load[0]:.1f} on {usable} "
+        f"cores): its times hold that too"
+    )
 
 
 class HostState:

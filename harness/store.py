@@ -15,6 +15,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Self, cast
 
 from mambench.harness.errors import RunFolderError
+from mambench.harness.host_state import busy
 from mambench.harness.records import Cases, Observation
 from mambench.harness.spec import SCHEMA_VERSION, Outcome
 
@@ -58,6 +59,8 @@ class RunFolder:
             + (f" on the GPU {entry['gpu']}" if entry["gpu"] else "")
             for entry in manifest.get("resumed", ())
         ]
+        if problem := busy(manifest.get("device", {}), manifest.get("environment", {})):
+            self.warnings.append(problem)
         self.lines: list[bytes] = []  # of `unparsed`: each observation's, without its newline
         self._observations: list[Observation] = []
         self._index: dict[Key, Observation] | None = None

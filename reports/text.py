@@ -16,6 +16,8 @@ _WIDTH = 100
 def render(report: Report) -> str:
     """Return plain text without colours or control characters, whatever the records hold."""
     blocks = [_block(entry) for entry in summary.summarise(report)]
+    for run in (run for source in report.sources for run in source.runs):
+        blocks += [textwrap.fill(f"Note on {run.suite}: {note}.", _WIDTH) for note in run.notes]
     failed = summary.failures(report)
     if failed:
         lines = [

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mambench.harness.host_state import HostState
+from mambench.harness.host_state import HostState, busy
 
 CPUINFO = "processor\t: 0\nmicrocode\t: 0x2b\nflags\t\t: fpu avx2 fma avx512f{extra}\n"
 
@@ -90,6 +90,19 @@ def test_containers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert HostState(tmp_path).container() == "kubernetes"
     assert tree(tmp_path, {"run/.containerenv": ""}).container() == "podman"
     assert tree(tmp_path, {".dockerenv": ""}).container() == "docker"
+
+
+def test_a_processor_that_was_busy_before_the_run():
+    def said(load: float, kind: str = "cpu") -> str | None:
+        cores = {"load_average": [load, 0.1, 0.1], "usable_cores": 4}
+        return busy({"kind": kind}, {"cpu": cores})
+
+    assert said(3.9) is None
+    assert "load 4.2 on 4 cores" in (said(4.2) or "")
+    assert said(40.0, "cuda") is None  # its times are the GPU's
+    unknown = {"load_average": None, "usable_cores": 4}
+    assert busy({"kind": "cpu"}, {"cpu": unknown}) is None
+    assert busy({"kind": "cpu"}, {}) is None
 
 
 def test_a_distribution(tmp_path: Path):

@@ -20,6 +20,7 @@ from mambench.harness.analysis.results import QUANTILES
 from mambench.harness.errors import RunFolderError
 from mambench.harness.spec import METRICS
 from mambench.reports import figures, packing, page, rows
+from mambench.reports.text import render as as_text
 
 
 class Outline(HTMLParser):
@@ -300,6 +301,21 @@ def test_a_broken_run_is_refused_and_nothing_written(tmp_path):
 def test_a_run_without_results_is_a_page(tmp_path, write_run):
     output = reports.build([write_run(tmp_path / "empty", [])], tmp_path / "r.html")
     assert "These runs hold no case yet." in output.read_text()
+
+
+def test_what_a_person_should_know_of_a_run_stands_under_the_answer(tmp_path, write_run):
+    busy = {"cpu": {"load_average": [7.0, 1.0, 1.0], "usable_cores": 2}}
+    cpu = {"kind": "cpu", "name": "a processor", "memory_bytes": 2**34}
+    left = "a sweep was left out: <b>why</b>"
+    run = write_run(tmp_path / "run", [], device=cpu, environment=busy, notes=[left])
+    report = rows.make(loading.load([run]))
+    html = page.render(report)
+    assert "Note on quick: a sweep was left out: &lt;b&gt;why&lt;/b&gt;; the processor was" in html
+    said = as_text(report)
+    assert f"Note on quick: {left}." in said
+    assert "(load 7.0 on 2" in said
+    calm = rows.make(loading.load([write_run(tmp_path / "calm", [], device=cpu)]))
+    assert "Note on" not in page.render(calm) + as_text(calm)
 
 
 def test_numbers_that_json_cannot_hold_become_null():
