@@ -160,12 +160,13 @@ def sentences(ratios: Sequence[Ratio]) -> str:
     ahead = [r for r in ratios if r.winner is r.ours]
     behind = [r for r in ratios if r.peer is not None and r.winner is r.peer]
     compared = [r for r in ratios if r.value is not None]
-    said = [f"Ours is ahead in {len(ahead)} of {len(ratios)} rows"]
+    whole = 1 < len(ahead) == len(ratios)
+    said = [f"Ours is ahead in {'all' if whole else f'{len(ahead)} of'} {len(ratios)} rows"]
     if ahead:
         values = [r.value for r in ahead if r.value is not None]
         said[0] += (
-            f", there by {units.digits(min(values))} to {units.digits(max(values))} times "
-            f"(median {units.digits(median(values))})"
+            f", {'' if whole else 'there '}by {units.digits(min(values))} to "
+            f"{units.digits(max(values))} times (median {units.digits(median(values))})"
         )
     said[0] += "."
     for ratio in behind:

@@ -155,6 +155,20 @@ def test_ours_that_failed_is_shown_as_that():
     assert "Ours is ahead in 0 of 1 rows." in ratios.sentences([ratio])
 
 
+def test_rows_that_are_all_ours_are_said_to_be_all():
+    one, two = (
+        only(result("selective_scan:hopper", 1e-3), result("mamba_ssm_scan:cuda", times * 1e-3))
+        for times in (2, 4)
+    )
+    assert ratios.sentences([one, two]).startswith(
+        "Ours is ahead in all 2 rows, by 2.00 to 4.00 times (median 3.00)."
+    )
+    lost = only(result("selective_scan:hopper", 2e-3), result("mamba_ssm_scan:cuda", 1e-3))
+    assert ratios.sentences([one, lost]).startswith(
+        "Ours is ahead in 1 of 2 rows, there by 2.00 to 2.00 times"
+    )
+
+
 def test_machines_passes_and_problems_are_not_mixed():
     assert not ratios.make(
         analysis(
