@@ -3,8 +3,10 @@
 Repeated calls must give the bits of first ones. Results: $OUT/host.json and tables; about 75 s on an H100.
 `host.py warm PART` compiles what a part needs; the parts are warmed side by side first.
 """
-import json, math, os, runpy, statistics, subprocess, sys, time, traceback
+import json, math, os, statistics, subprocess, sys, time, traceback
 from pathlib import Path
+
+from parts import load_package, replay_us
 
 ROOT = Path.cwd()
 OUT = Path(os.environ.get("OUT", "/tmp/out")); OUT.mkdir(parents=True, exist_ok=True)
@@ -12,10 +14,10 @@ START = time.time()
 LIMIT = float(os.environ.get("LIMIT", "140"))
 import torch
 
-runpy.run_path(str(ROOT / "mambench/_start.py"))["load_package"](ROOT / "mambench")
+load_package()
 from mambench.kernels import prepared
 from mambench.kernels.s6 import hopper_op as s6_hopper, hopper_scan, triton_scan
-from mambench.kernels.ssd import hopper_config, hopper_op, hopper_ssd, triton_ssd
+from mambench.kernels.ssd import hopper_op, hopper_ssd, triton_ssd
 from mambench.kernels.state_update import triton_update
 
 WARM = len(sys.argv) > 2 and sys.argv[1] == "warm"
@@ -84,25 +86,6 @@ def sustained(call, n=100, repeats=9):
         best.append((time.perf_counter() - t) / n * 1e6)
     torch.cuda.synchronize()
     return statistics.median(best)
-
-
-def replay(call, total_s=0.03, per=None):
-    """GPU time of one call by graph replay, us."""
-    call(); torch.cuda.synchronize()
-    t = time.perf_counter(); call(); torch.cuda.synchronize(); once = time.perf_counter() - t
-    per = per or max(1, min(20, int(0.004 / max(once, 1e-5))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(per): held = call()
-    for _ in range(3): graph.replay()
-    n = max(3, min(60, int(total_s / max(once * per, 1e-5))))
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
-    torch.cuda.synchronize(); marks[0].record()
-    for m in marks[1:]: graph.replay(); m.record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in zip(marks, marks[1:]))
-    del graph, held
-    return times[len(times) // 2] * 1e3 / per
 
 
 def host():
@@ -252,7 +235,7 @@ def ways():
                 ops = hopper_ssd.Operands.laid_out(*(case.get(k) for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")))
                 call = lambda: hopper_ssd.run_forward(prepared.Recording(None), plan, ops, return_final_states=False, keep=False, config=config)
                 if WARM: call(); continue
-                try: us = replay(call)
+                try: us = replay_us(call, least=3)
                 except Exception as e: us = float("nan"); print("FAILED", way, pdl, repr(e)[:200])
             line.append(us); FOUND[f"ways {B} {L} {H} {way} {pdl}"] = us
         if not WARM: print(f"B={B} L={L:6} H={H:4}" + "".join(f"{u:11.1f}" for u in line), flush=True)
@@ -277,7 +260,7 @@ def scaling():
             with torch.no_grad():
                 call = op if walk == "op" else lambda: hopper_ssd.ssd_forward(**case, keep=False, config=config)
                 if WARM: hopper_ssd.ssd_forward(**case, return_final_states=True, keep=False, config=hopper_ssd.Config(walk=4)); call(); continue
-                try: us = replay(call, total_s=0.1, per=1 if L > 100000 else None)
+                try: us = replay_us(call, total_s=0.1, least=3, per=1 if L > 100000 else None)
                 except Exception as e: us = float("nan"); print("FAILED", L, walk, repr(e)[:200])
             line.append(us * 1e3 / L); FOUND[f"scaling {L} {walk} {len(line)}"] = us
         if WARM: continue

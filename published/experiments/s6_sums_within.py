@@ -4,13 +4,14 @@
 
 Compiles and checks side by side, then times. Writes OUT/s6_<part>.json; a table comes last. mamba_ssm's memory, where it is installed.
 """
-import gc, json, os, runpy, subprocess, sys, time
+import gc, json, os, sys, time
 from pathlib import Path
 
-T0, ROOT = time.time(), Path.cwd()
+from parts import S6_NAMES as NAMES, Found, finish, graph_ms, kernels, load_package, relative, s6_prepared as prepared, s6_reference as reference, s6_tensors as tensors, start
+
+T0 = time.time()
 OUT = Path(os.environ.get("OUT", "runs/s6-sums")); OUT.mkdir(parents=True, exist_ok=True)
 LIMIT = float(os.environ.get("LIMIT", 90))
-NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 # (channels, tile, warps, chunk, resident)
 CONFIGS = {"w4k64": (2, 8, 4, 64, 2), "w4k32": (2, 8, 4, 32, 2), "w2k32": (2, 8, 2, 32, 4)}
 FULL = [(16, "w4k64", 1), (16, "w4k64", 8), (128, "w2k32", 1), (128, "w4k32", 1), (16, "w4k64-scratch", 1), (64, "w2k32", 1), (32, "w2k32", 1)]
@@ -18,10 +19,7 @@ MUST = {(1, 2048, 16): 0.16, (1, 8192, 16): 0.6, (8, 2048, 16): 1.25, (1, 8192, 
 
 
 def load():
-    runpy.run_path("mambench/_start.py")["load_package"](Path("mambench").resolve())
-    import mambench
-    if str(ROOT) not in mambench.__path__:
-        mambench.__path__.append(str(ROOT))
+    load_package()
     from mambench.kernels.s6 import hopper_backward
     return hopper_backward
 
@@ -29,69 +27,6 @@ def load():
 def make(H, name):
     c, t, w, k, r = CONFIGS[name.removesuffix("-scratch")]
     return H.BackwardConfig(channels=c, tile=t, warps=w, chunk=k, resident=r)
-
-
-def tensors(B, L, N, D=2048, dtype=None, G=1, z=False, skip=True, bias=True, softplus=True, seed=0):
-    import torch
-    dtype = dtype or torch.bfloat16
-    g = torch.Generator(device="cuda").manual_seed(seed)
-    r = lambda *s: torch.randn(*s, generator=g, device="cuda")
-    A = -torch.rand(D, N, generator=g, device="cuda") - 0.1; A[: D // 4] *= 1e-3
-    delta = r(B, D, L) * 0.5
-    t = dict(u=r(B, D, L).to(dtype), delta=(delta if softplus else delta.abs() * 0.2).to(dtype), A=A, B=r(B, G, N, L).to(dtype), C=r(B, G, N, L).to(dtype),
-             D=r(D) if skip else None, z=r(B, D, L).to(dtype) if z else None, delta_bias=r(D).abs() * 0.1 if bias else None)
-    return t, r(B, D, L).to(dtype), r(B, D, N)
-
-
-def prepared(t, every, softplus=True):
-    from mambench.kernels.s6 import hopper_scan, triton_scan
-    kept = hopper_scan.scan_forward(**t, delta_softplus=softplus, checkpoint_every=every)[2]
-    return triton_scan._Inputs(*(t[k] for k in NAMES), softplus), kept
-
-
-def reference(t, dout, dlast, softplus):
-    import torch, torch.nn.functional as F
-    d = {k: None if v is None else v.detach().double().requires_grad_() for k, v in t.items()}
-    dt = d["delta"] if d["delta_bias"] is None else d["delta"] + d["delta_bias"][:, None]
-    dt = F.softplus(dt, threshold=1e9) if softplus else dt
-    B, C = (d[k].repeat_interleave(dt.shape[1] // d["B"].shape[1], 1) for k in "BC")
-    h = torch.zeros(*dt.shape[:2], B.shape[2], device="cuda", dtype=torch.float64)
-    x, ys = dt * d["u"], []
-    for i in range(dt.shape[2]):
-        h = torch.exp(dt[:, :, i, None] * d["A"]) * h + x[:, :, i, None] * B[..., i]
-        ys.append((h * C[..., i]).sum(-1))
-    y = torch.stack(ys, -1)
-    y = y if d["D"] is None else y + d["u"] * d["D"][:, None]
-    y = y if d["z"] is None else y * F.silu(d["z"])
-    torch.autograd.backward([y, h] if dlast is not None else [y], [dout.double()] + ([dlast.double()] if dlast is not None else []))
-    return {k: None if v is None else v.grad for k, v in d.items()}
-
-
-def relative(got, want):
-    return float("%.2g" % ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item())
-
-
-class Found:
-    """Rows of a part, written as they are made."""
-
-    def __init__(self, name):
-        self.path, self.rows, self.began = OUT / f"s6_{name}.json", [], time.time()
-
-    def add(self, **row):
-        self.rows.append(row)
-        self.path.write_text(json.dumps(self.rows, indent=0, default=str))
-
-
-def guarded(found, label, function, *args, **kw):
-    import torch
-    try:
-        return function(*args, **kw)
-    except Exception as exc:
-        found.add(label=label, failed=f"{type(exc).__name__}: {str(exc)[-700:]}")
-        if any(word in str(exc) for word in ("illegal", "unspecified", "misaligned", "assert")):
-            raise
-    finally:
-        gc.collect(); torch.cuda.empty_cache()
 
 
 # batch, d_inner, seqlen, ngroups, d_state, dtype, z, D, bias, softplus, last-state gradient, segments, configuration
@@ -132,19 +67,7 @@ def part_check(found, wanted=None):
             ok = same and all(e < (limit if k not in ("A", "D", "delta_bias") else 2e-5) for k, e in errors.items())
             found.add(case=number, what=case, ok=ok, same=same, errors=errors)
 
-        guarded(found, f"check {number} {case}", one)
-
-
-def kernels(function):
-    """Microseconds and launches of each kernel of a call."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-    function(); torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as p:
-        for _ in range(3):
-            function()
-        torch.cuda.synchronize()
-    return {e.key[:32]: [round(e.device_time_total / 3, 1), e.count // 3] for e in p.key_averages() if e.device_time_total}
+        found.guarded(f"check {number} {case}", one)
 
 
 class NotCooperative:
@@ -156,25 +79,6 @@ class NotCooperative:
     def __getitem__(self, grid):
         launch = self.kernel[grid]
         return lambda *a, launch_cooperative_grid=False, **k: launch(*a, **k)
-
-
-def quick(function, replays=8):
-    """Median milliseconds of a graph's replay, warm L2."""
-    import torch
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        function(); function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        function()
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(replays):
-        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        a.record(); graph.replay(); graph.replay(); graph.replay(); b.record(); b.synchronize(); times.append(a.elapsed_time(b) / 3)
-    return round(sorted(times)[len(times) // 2], 4)
 
 
 def part_times(found):
@@ -191,13 +95,13 @@ def part_times(found):
         config = make(H, name)
         inputs, kept = prepared(t, config.chunk)
         call = lambda: H.scan_backward(inputs, [kept] if move else kept, dout, None, config=config)
-        row = dict(shape=[B, L, N], who=" ".join(filter(None, [name, "" if move else "not moved", note])), ms=quick(call))
+        row = dict(shape=[B, L, N], who=" ".join(filter(None, [name, "" if move else "not moved", note])), ms=graph_ms(call, 8, 3))
         if deep:
             row["kernels"] = kernels(call)
         found.add(**row)
 
     def one(*a, **k):
-        guarded(found, f"{a} {k}", ours, *a, **k)
+        found.guarded(f"{a} {k}", ours, *a, **k)
 
     outputs = {}
 
@@ -237,9 +141,9 @@ def part_times(found):
     one(1, 2048, 16, "w4k64", False, note="not cooperative")
     H.scan_backward_kernel = kernel
     for B, L in ((1, 2048), (8, 2048), (1, 8192)):
-        guarded(found, "same", same, B, L, "w4k64")
+        found.guarded("same", same, B, L, "w4k64")
     H.divide = scratch
-    guarded(found, "same", same, 1, 2048, "w4k64")
+    found.guarded("same", same, 1, 2048, "w4k64")
     H.divide = divide
     outputs.clear()
     one(1, 8192, 32, "w2k32", False); one(1, 2048, 32, "w2k32", False); one(1, 8192, 64, "w2k32", False); one(8, 2048, 64, "w2k32", False)
@@ -276,7 +180,7 @@ def part_memory(found):
 
     for shape in [(1, 2048, 16), (1, 8192, 16), (8, 2048, 16), (1, 32768, 16), (2, 4000, 16), (1, 8192, 32), (1, 8192, 128)]:
         for who, op in ops.items():
-            guarded(found, f"memory {who} {shape}", one, who, op, *shape)
+            found.guarded(f"memory {who} {shape}", one, who, op, *shape)
 
 
 def warm_time(N, name, B):
@@ -291,22 +195,6 @@ def warm_time(N, name, B):
     H.scan_backward(inputs, kept, dout, None, config=config)
     H.scan_backward(inputs, [kept], dout, None, config=config)
     torch.cuda.synchronize()
-
-
-def start(*argv):
-    log = open(OUT / f"s6_{'_'.join(argv)}.log".replace(",", "_"), "w")
-    env = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    return subprocess.Popen([sys.executable, __file__, *argv], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=env)
-
-
-def finish(process, seconds, label):
-    try:
-        process.wait(timeout=max(0.5, seconds))
-    except subprocess.TimeoutExpired:
-        process.kill(); process.wait()
-        print(f"{label}: ended after its time", flush=True)
-    if process.returncode:
-        print(f"{label}: rc {process.returncode}", flush=True)
 
 
 def left():
@@ -340,29 +228,29 @@ def main():
     if len(sys.argv) > 1 and sys.argv[1].startswith("part:"):
         name = sys.argv[1][5:]
         if name.startswith("check"):
-            part_check(Found(name), [int(i) for i in name[5:].split(",")] if name[5:] else None)
+            part_check(Found(OUT / f"s6_{name}.json"), [int(i) for i in name[5:].split(",")] if name[5:] else None)
         else:
-            globals()["part_" + name](Found(name))
+            globals()["part_" + name](Found(OUT / f"s6_{name}.json"))
         return
     if len(sys.argv) > 1 and sys.argv[1].startswith("warm:"):
         N, name, B = sys.argv[1][5:].split(",")
         warm_time(int(N), name, int(B))
         return
     (OUT / "go").unlink(missing_ok=True)
-    timing = start("part:times")
+    timing = start(__file__, OUT, "s6", "part:times")
     # compile and check beside each other
     made = {}
     groups = [",".join(map(str, range(i, len(CHECKS), 8))) for i in range(8)]
-    made |= {f"check{g}": start(f"part:check{g}") for g in groups}
+    made |= {f"check{g}": start(__file__, OUT, "s6", f"part:check{g}") for g in groups}
     for N, name, B in FULL:
-        made[f"warm {N} {name} {B}"] = start(f"warm:{N},{name},{B}")
+        made[f"warm {N} {name} {B}"] = start(__file__, OUT, "s6", f"warm:{N},{name},{B}")
     deadline = time.time() + 45
     for label, process in made.items():
         finish(process, deadline - time.time(), label)
     print(f"compiled and checked after {time.time() - T0:.0f} s", flush=True)
     (OUT / "go").touch()
     finish(timing, left() - 20, "times")
-    finish(start("part:memory"), left(), "memory")
+    finish(start(__file__, OUT, "s6", "part:memory"), left(), "memory")
     table([*(f"check{g}" for g in groups), "times", "memory"])
     print(f"took {time.time() - T0:.0f} s")
 

@@ -4,18 +4,19 @@
 
 Compiles and checks beside each other, then times. Writes $OUT/s6_mem_<part>.json, the table comes last.
 """
-import gc, json, os, runpy, subprocess, sys, time, traceback
+import json, os, sys, time
 from pathlib import Path
 
-T0, ROOT = time.time(), Path.cwd()
+from parts import S6_NAMES as NAMES, Found, finish, graph_ms, kernels, load_package, relative, s6_prepared as prepared, s6_reference as reference, s6_tensors as tensors, start
+
+T0 = time.time()
 OUT = Path(os.environ.get("OUT", "out")); OUT.mkdir(parents=True, exist_ok=True)
 LIMIT = float(os.environ.get("LIMIT", 88))
-NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 CONFIGS = {'n128': ('wide', {'warps_n': 8, 'warps_d': 1, 'chunk': 256, 'note': 16}), 'n64': ('wide', {'warps_n': 4, 'warps_d': 2, 'chunk': 128, 'note': 8}), 'n32': ('wide', {'warps_n': 2, 'warps_d': 4, 'chunk': 64, 'note': 8}), 'n256': ('wide', {'lanes_n': 8, 'warps_n': 8, 'warps_d': 1, 'chunk': 512, 'mid': 64, 'note': 8, 'exchange': 8})}
 
 
 def load():
-    runpy.run_path("mambench/_start.py")["load_package"](Path("mambench").resolve())
+    load_package()
     from mambench.kernels.s6 import hopper_backward
     return hopper_backward
 
@@ -24,70 +25,6 @@ def make(H, name):
     from mambench.kernels.s6.hopper_wide_memory import WideConfig
     kind, fields = CONFIGS[name]
     return (WideConfig if kind == "wide" else H.BackwardConfig)(**fields)
-
-
-def tensors(B, L, N, D=2048, dtype=None, G=1, z=False, skip=True, bias=True, softplus=True, seed=0):
-    import torch
-    dtype = dtype or torch.bfloat16
-    g = torch.Generator(device="cuda").manual_seed(seed)
-    r = lambda *s: torch.randn(*s, generator=g, device="cuda")
-    A = -torch.rand(D, N, generator=g, device="cuda") - 0.1; A[: D // 4] *= 1e-3
-    delta = r(B, D, L) * 0.5
-    t = dict(u=r(B, D, L).to(dtype), delta=(delta if softplus else delta.abs() * 0.2).to(dtype), A=A, B=r(B, G, N, L).to(dtype), C=r(B, G, N, L).to(dtype),
-             D=r(D) if skip else None, z=r(B, D, L).to(dtype) if z else None, delta_bias=r(D).abs() * 0.1 if bias else None)
-    return t, r(B, D, L).to(dtype), r(B, D, N)
-
-
-def prepared(t, every, softplus=True):
-    from mambench.kernels.s6 import hopper_scan, triton_scan
-    kept = hopper_scan.scan_forward(**t, delta_softplus=softplus, checkpoint_every=every)[2]
-    return triton_scan._Inputs(*(t[k] for k in NAMES), softplus), kept
-
-
-def reference(t, dout, dlast, softplus):
-    import torch, torch.nn.functional as F
-    d = {k: None if v is None else v.detach().double().requires_grad_() for k, v in t.items()}
-    dt = d["delta"] if d["delta_bias"] is None else d["delta"] + d["delta_bias"][:, None]
-    dt = F.softplus(dt, threshold=1e9) if softplus else dt
-    B, C = (d[k].repeat_interleave(dt.shape[1] // d["B"].shape[1], 1) for k in "BC")
-    h = torch.zeros(*dt.shape[:2], B.shape[2], device="cuda", dtype=torch.float64)
-    x, ys = dt * d["u"], []
-    for i in range(dt.shape[2]):
-        h = torch.exp(dt[:, :, i, None] * d["A"]) * h + x[:, :, i, None] * B[..., i]
-        ys.append((h * C[..., i]).sum(-1))
-    y = torch.stack(ys, -1)
-    y = y if d["D"] is None else y + d["u"] * d["D"][:, None]
-    y = y if d["z"] is None else y * F.silu(d["z"])
-    torch.autograd.backward([y, h] if dlast is not None else [y], [dout.double()] + ([dlast.double()] if dlast is not None else []))
-    return {k: None if v is None else v.grad for k, v in d.items()}
-
-
-def relative(got, want):
-    return float("%.2g" % ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item())
-
-
-class Found:
-    """Rows of a part, written as they are made."""
-
-    def __init__(self, name):
-        self.path, self.rows, self.began = OUT / f"s6_mem_{name}.json", [], time.time()
-
-    def add(self, **row):
-        self.rows.append(row)
-        self.path.write_text(json.dumps(self.rows, indent=0, default=str))
-
-
-def guarded(found, label, function, *args, **kw):
-    import torch
-    try:
-        return function(*args, **kw)
-    except Exception as exc:
-        traceback.print_exc()
-        found.add(label=label, failed=f"{type(exc).__name__}: {str(exc)[-700:]}")
-        if any(word in str(exc) for word in ("illegal", "unspecified", "misaligned", "assert")):
-            raise
-    finally:
-        gc.collect(); torch.cuda.empty_cache()
 
 
 # batch, d_inner, seqlen, ngroups, d_state, dtype, z, D, bias, softplus, last-state gradient, segments, configuration
@@ -117,38 +54,7 @@ def part_check(found, wanted):
             ok = same and all(e < (limit if k not in ("A", "D", "delta_bias") else 2e-5) for k, e in errors.items())
             found.add(case=number, what=case, ok=ok, same=same, errors=errors)
 
-        guarded(found, f"check {number} {case}", one)
-
-
-def kernels(function):
-    """Microseconds and launches of each kernel of a call."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-    function(); torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as p:
-        for _ in range(3):
-            function()
-        torch.cuda.synchronize()
-    return {e.key[:32]: [round(e.device_time_total / 3, 1), e.count // 3] for e in p.key_averages() if e.device_time_total}
-
-
-def quick(function, replays=6):
-    """Median milliseconds of a graph's replay, warm L2."""
-    import torch
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        function(); function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        function()
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(replays):
-        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        a.record(); graph.replay(); graph.replay(); b.record(); b.synchronize(); times.append(a.elapsed_time(b) / 2)
-    return round(sorted(times)[len(times) // 2], 4)
+        found.guarded(f"check {number} {case}", one)
 
 
 TIMES = [(1, 8192, 128, 'n128', 1), (1, 2048, 128, 'n128', 1), (1, 8192, 64, 'n64', 1), (1, 8192, 32, 'n32', 1), (1, 8192, 256, 'n256', 1), (1, 2048, 64, 'n64', 0), (1, 2048, 32, 'n32', 0), (1, 2048, 256, 'n256', 0), (8, 2048, 128, 'n128', 0)]  # B, L, N, configuration, profile
@@ -170,8 +76,8 @@ def part_times(found):
         config = make(H, name)
         inputs, kept = prepared(t, config.chunk)
         call = lambda: H.scan_backward(inputs, [kept], dout, None, config=config)
-        row = dict(shape=[B, L, N], who=name, ms=quick(call))
-        row["forward"] = quick(lambda: hopper_scan.scan_forward(**t, delta_softplus=True, checkpoint_every=config.chunk))
+        row = dict(shape=[B, L, N], who=name, ms=graph_ms(call, 6, 2))
+        row["forward"] = graph_ms(lambda: hopper_scan.scan_forward(**t, delta_softplus=True, checkpoint_every=config.chunk), 6, 2)
         if deep:
             row["kernels"] = kernels(call)
         got = call()
@@ -184,9 +90,9 @@ def part_times(found):
     for B, L, N, name, deep in TIMES:
         for key in [k for k in results if k != (B, L, N)]:
             del results[key]
-        guarded(found, f"{B} {L} {N} {name}", ours, B, L, N, name, deep)
+        found.guarded(f"{B} {L} {N} {name}", ours, B, L, N, name, deep)
     results.clear()
-    part_peaks(Found("peaks"))
+    part_peaks(Found(OUT / "s6_mem_peaks.json"))
 
 
 def peer(batch, seqlen, d_state, d_inner=2048):
@@ -217,7 +123,7 @@ def part_peaks(found):
         found.add(shape=[B, L, N], who=name, peak=peak, peer=peer(B, L, N), launches=sum(n for _, n in kernels(lambda: torch.autograd.grad(selective_scan(*given, delta_softplus=True), [g for g in given if g is not None], dout)).values()))
 
     for case in PEAKS:
-        guarded(found, str(case), one, *case)
+        found.guarded(str(case), one, *case)
 
 
 def warm(name, N, B, L):
@@ -229,22 +135,6 @@ def warm(name, N, B, L):
     inputs, kept = prepared(t, config.chunk)
     H.scan_backward(inputs, [kept], dout, None, config=config)
     torch.cuda.synchronize()
-
-
-def start(*argv):
-    log = open(OUT / f"s6_mem_{'_'.join(argv)}.log".replace(",", "_"), "w")
-    env = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    return subprocess.Popen([sys.executable, __file__, *argv], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=env)
-
-
-def finish(process, seconds, label):
-    try:
-        process.wait(timeout=max(0.5, seconds))
-    except subprocess.TimeoutExpired:
-        process.kill(); process.wait()
-        print(f"{label}: ended after its time", flush=True)
-    if process.returncode:
-        print(f"{label}: rc {process.returncode}", flush=True)
 
 
 def left():
@@ -278,16 +168,16 @@ def main():
         if part == "warm":
             warm(rest[0], *map(int, rest[1:]))
         elif part == "check":
-            part_check(Found("check" + rest[0].split(",")[0]), list(map(int, rest[0].split(","))))
+            part_check(Found(OUT / f"s6_mem_check{rest[0].split(',')[0]}.json"), list(map(int, rest[0].split(","))))
         else:
-            globals()["part_" + part](Found(part))
+            globals()["part_" + part](Found(OUT / f"s6_mem_{part}.json"))
         return
     (OUT / "go").unlink(missing_ok=True)
     for old in OUT.glob("s6_mem_*.json"):
         old.unlink()
-    running = [("times", start("times"))]
-    warming = [(f"warm {c}", start("warm", c[3], str(c[2]), str(c[0]), str(c[1]))) for c in TIMES]
-    checking = [(f"check {i}", start("check", str(i))) for i in range(len(CHECKS))]
+    running = [("times", start(__file__, OUT, "s6_mem", "times"))]
+    warming = [(f"warm {c}", start(__file__, OUT, "s6_mem", "warm", c[3], str(c[2]), str(c[0]), str(c[1]))) for c in TIMES]
+    checking = [(f"check {i}", start(__file__, OUT, "s6_mem", "check", str(i))) for i in range(len(CHECKS))]
     for label, process in warming + checking:
         finish(process, min(left() - 25, 62 - (time.time() - T0)), label)
     (OUT / "go").touch()

@@ -1,5 +1,5 @@
 """Sweep tilings of the SSD backward on a GPU; per-kernel times. Run from the repository root."""
-import fcntl, itertools, json, os, subprocess, sys, time
+import fcntl, json, os, subprocess, sys, time
 from dataclasses import replace
 OUT = os.environ.get("OUT", "/tmp/out"); os.makedirs(OUT, exist_ok=True)
 ROWS = [(1, 32, 2048), (1, 32, 8192), (8, 32, 2048)]

@@ -4,7 +4,7 @@ Every configuration is checked in processes of its own (a failure stops no other
 the compilation cache; then everything that was right is timed here, one at a time: graph replay,
 median, warm L2. Results: $RESULTS/ssd_forward.json, and a table last.
 """
-import importlib.util, json, math, os, runpy, subprocess, sys, time, traceback
+import importlib.util, json, math, os, runpy, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path.cwd()

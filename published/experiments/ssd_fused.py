@@ -3,9 +3,11 @@
 python3 ssd_fused.py, from the repository's root; about 60 s. Compiles side by side first (a line each), then prints each
 result as it is made, most important first: a run that is cut short has lost only the rest. $OUT/ssd_fused.json.
 """
-import itertools, json, math, os, runpy, subprocess, sys, time, traceback
+import itertools, json, math, os, subprocess, sys, time, traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from parts import load_package, replay_us, ssd_inputs as inputs
 
 ROOT = Path.cwd()
 OUT = Path(os.environ.get("OUT", "/tmp/out")); OUT.mkdir(parents=True, exist_ok=True)
@@ -16,7 +18,7 @@ def setup():
     global torch, S, hopper_op, prepared, cases, fused, flags
     import torch
     sys.path.insert(0, str(ROOT / "tests/kernels/ssd"))
-    runpy.run_path(str(ROOT / "mambench/_start.py"))["load_package"](ROOT / "mambench")
+    load_package()
     from mambench.kernels import flags, prepared
     from mambench.kernels.ssd import hopper_op, hopper_ssd as S, hopper_fused as fused
     import ssd_cases as cases
@@ -40,33 +42,6 @@ def variant(name):
 
 
 MADE = {}
-
-
-def inputs(B, L, H, P=64, N=128, G=1, dtype=None, z=False, start=False, A=4.0):
-    dtype = dtype or torch.bfloat16
-    g = torch.Generator(device="cuda").manual_seed(0)
-    r = lambda *s, d=dtype: torch.randn(s, device="cuda", dtype=torch.float32, generator=g).to(d)
-    return dict(x=r(B, L, H, P), dt=r(B, L, H), A=-torch.rand(H, device="cuda", generator=g) * A - 0.1, B=r(B, L, G, N), C=r(B, L, G, N),
-                D=torch.rand(H, device="cuda", generator=g), z=r(B, L, H, P) if z else None, dt_bias=torch.rand(H, device="cuda", generator=g) - 4,
-                initial_states=r(B, H, P, N, d=torch.float32) if start else None, dt_softplus=True)
-
-
-def replay(call, total_s=0.03):
-    call(); torch.cuda.synchronize()
-    t = time.perf_counter(); call(); torch.cuda.synchronize(); once = time.perf_counter() - t
-    per = max(1, min(20, int(0.004 / max(once, 1e-5))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(per): held = call()
-    for _ in range(3): graph.replay()
-    n = max(5, min(60, int(total_s / max(once * per, 1e-5))))
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
-    torch.cuda.synchronize(); marks[0].record()
-    for m in marks[1:]: graph.replay(); m.record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in zip(marks, marks[1:]))
-    del graph, held
-    return times[len(times) // 2] * 1e3 / per
 
 
 def forward(case, config, keep=False, final=False):
@@ -201,7 +176,7 @@ def main_timing():
         for way, (name, config) in ways.items():
             try:
                 if name: variant(name)
-                got[way] = replay(forward(case, config))
+                got[way] = replay_us(forward(case, config))
             except Exception as e: got[way] = repr(e)[:200]
             if name in ABLATIONS: zero()
         print(f"{label:24}", {k: round(v, 2) if isinstance(v, float) else v for k, v in got.items()}, flush=True)

@@ -2,9 +2,11 @@
 
 python3 ssd_walk.py, from the repository's root; about 25 s on 12 cores. Rows as they are made; $OUT/ssd_walk.json.
 """
-import json, math, os, runpy, subprocess, sys, time, traceback, importlib.util
+import json, math, os, subprocess, sys, time, traceback, importlib.util
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from parts import load_package, replay_us, ssd_inputs as inputs
 
 ROOT = Path.cwd()
 OUT = Path(os.environ.get("OUT", "/tmp/out")); OUT.mkdir(parents=True, exist_ok=True)
@@ -15,7 +17,7 @@ def setup():
     global torch, S, prepared, cases, flags, W, WK
     import torch
     sys.path.insert(0, str(ROOT / "tests/kernels/ssd"))
-    runpy.run_path(str(ROOT / "mambench/_start.py"))["load_package"](ROOT / "mambench")
+    load_package()
     from mambench.kernels import flags, prepared
     from mambench.kernels.ssd import hopper_ssd as S, hopper_walk as W, hopper_walk_kernel as WK
     import ssd_cases as cases
@@ -39,33 +41,6 @@ def use(name):
         made = importlib.util.module_from_spec(spec); sys.modules[spec.name] = made; spec.loader.exec_module(made)
         MADE[name] = made.walk_kernel
     W.walk_kernel = MADE[name]
-
-
-def inputs(B, L, H, P=64, N=128, G=1, dtype=None, z=False, start=False, A=4.0):
-    dtype = dtype or torch.bfloat16
-    g = torch.Generator(device="cuda").manual_seed(0)
-    r = lambda *s, d=dtype: torch.randn(s, device="cuda", dtype=torch.float32, generator=g).to(d)
-    return dict(x=r(B, L, H, P), dt=r(B, L, H), A=-torch.rand(H, device="cuda", generator=g) * A - 0.1, B=r(B, L, G, N), C=r(B, L, G, N),
-                D=torch.rand(H, device="cuda", generator=g), z=r(B, L, H, P) if z else None, dt_bias=torch.rand(H, device="cuda", generator=g) - 4,
-                initial_states=r(B, H, P, N, d=torch.float32) if start else None, dt_softplus=True)
-
-
-def replay(call, total_s=0.02):
-    call(); torch.cuda.synchronize()
-    t = time.perf_counter(); call(); torch.cuda.synchronize(); once = time.perf_counter() - t
-    per = max(1, min(20, int(0.004 / max(once, 1e-5))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(per): held = call()
-    for _ in range(3): graph.replay()
-    n = max(5, min(60, int(total_s / max(once * per, 1e-5))))
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
-    torch.cuda.synchronize(); marks[0].record()
-    for m in marks[1:]: graph.replay(); m.record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in zip(marks, marks[1:]))
-    del graph, held
-    return times[len(times) // 2] * 1e3 / per
 
 
 def planned(case, config):
@@ -140,7 +115,7 @@ def main_timing():
     def tried(label, make):
         try: note(label, make())
         except Exception as e: note(label, "FAILED " + repr(e)[:300]); traceback.print_exc()
-    def over(config, lengths=LS, heads=32, batch=1, **extra): return {L: round(replay(forward(inputs(batch, L, heads, **extra), config)), 2) for L in lengths}
+    def over(config, lengths=LS, heads=32, batch=1, **extra): return {L: round(replay_us(forward(inputs(batch, L, heads, **extra), config), 0.02), 2) for L in lengths}
     def right():
         got = {}
         for label, case, segments in (("start", inputs(1, 1200, 8, start=True), 8), ("gated, ragged", inputs(1, 1111, 8, start=True, z=True), 5)):

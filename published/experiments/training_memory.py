@@ -6,16 +6,15 @@ About 150 s (LIMIT, seconds, ends it earlier): processes beside each other compi
 $OUT/training-memory.json as it goes; the tables come last (and once before mamba_ssm's SSD, which autotunes). Every part
 survives the failure of another. `variants` and `errors` ask for windows of time, which commit 57a1637 removed: they run before it. Parts, all by default: memory ours-time errors peers variants peers-ssd
 """
-import gc, json, os, runpy, subprocess, sys, time, traceback
+import gc, json, os, subprocess, sys, time, traceback
 from pathlib import Path
 
-T0, ROOT = time.time(), Path.cwd()
+from parts import graph_ms, kernels, load_package, relative
+
+T0 = time.time()
 OUT = Path(os.environ.get("OUT", "/tmp/out")); OUT.mkdir(parents=True, exist_ok=True)
 LIMIT = float(os.environ.get("LIMIT", 150))
-runpy.run_path("mambench/_start.py")["load_package"](Path("mambench").resolve())
-import mambench
-if str(ROOT) not in mambench.__path__:
-    mambench.__path__.append(str(ROOT))
+load_package()
 import torch
 
 S6 = [(1, 2048), (1, 8192), (8, 2048), (1, 32768)]
@@ -116,25 +115,6 @@ def launches(op, t, grad):
     return len([e for e in p.events() if e.device_type == device])
 
 
-def replay(function, rep=10):
-    """Median milliseconds of a CUDA graph's replay."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        function()
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(rep):
-        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        a.record(); [graph.replay() for _ in range(4)]; b.record(); b.synchronize(); times.append(a.elapsed_time(b) / 4)
-    return round(sorted(times)[len(times) // 2], 4)
-
-
 def events(function, rep=12):
     """Median milliseconds by events around eager calls, after a spin that hides the host."""
     for _ in range(3):
@@ -144,16 +124,6 @@ def events(function, rep=12):
         a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(30_000_000); a.record(); function(); b.record(); b.synchronize(); times.append(a.elapsed_time(b))
     return round(sorted(times)[len(times) // 2], 4)
-
-
-def kernels(function):
-    from torch.profiler import ProfilerActivity, profile
-    function(); torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as p:
-        for _ in range(3):
-            function()
-        torch.cuda.synchronize()
-    return {e.key[:36]: [round(e.device_time_total / 3, 1), e.count // 3] for e in p.key_averages() if e.device_time_total}
 
 
 def backward_time(op, t, grad):
@@ -185,7 +155,7 @@ def configurations(N):
     return {"w4k32x2": C(warps=4, chunk=32, resident=2)}
 
 
-def s6_variants(B, L, N, only=None, time=replay):
+def s6_variants(B, L, N, only=None, time=lambda call: graph_ms(call, 10, 4)):
     """The s6 backward by graph replay: blocks of 32 or 64 channels, windows, states moved into du or not."""
     from mambench.kernels.s6 import hopper_backward as H, hopper_scan, triton_scan
     t, dout = s6_inputs(B, L, N)
@@ -232,10 +202,6 @@ def ssd_variants():
                 parts.state_kernel = kernel
             if found:
                 FOUND["variants"][f"ssd {B},{L} {name}"] = {"events": found["events"], "kernels_ms": round(sum(v[0] for v in found["kernels"].values()) / 1e3, 4), **found["kernels"]}
-
-
-def relative(got, want):
-    return float("%.2g" % ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item())
 
 
 def s6_reference(t, dout):
