@@ -239,6 +239,8 @@ def _declined(ratios: Iterable[Ratio]) -> str:
 def _quantity(value: float, unit: str) -> str:
     if unit == "s":
         return units.seconds(value)
+    if unit == "1" and value == round(value):
+        return units.count(value)
     return units.memory(value) if unit == "bytes" else f"{units.digits(value)} {unit}"
 
 

@@ -196,6 +196,15 @@ def test_other_metrics_and_a_state_update():
         only(*pair, metric="tokens_per_s")
 
 
+def test_launches_are_whole_numbers():
+    ours, theirs = (
+        result(name, 1e-3, values={"kernel_count": count})
+        for name, count in (("selective_scan:hopper", 4), ("mamba_ssm_scan:cuda", 9))
+    )
+    ratio = only(ours, theirs, metric="kernel_count")
+    assert f"| **4** | 9 | mamba_ssm_scan:cuda | 2.25{TIMES} |" in ratios.table([ratio])
+
+
 def test_nothing_to_compare_is_said():
     assert "No question" in ratios.sentences([])
 
