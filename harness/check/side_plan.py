@@ -14,8 +14,9 @@ from typing import Any
 
 import mambench
 from mambench.harness.check.sides import Side
+from mambench.harness.cli import begin
 from mambench.harness.errors import MeasurementError, UsageError
-from mambench.harness.plan import Plan, make_plan
+from mambench.harness.plan import Plan
 from mambench.harness.profilers import catalog
 from mambench.harness.spec import METRICS, DeviceKind
 from mambench.harness.verdict import EXACT, TIMES
@@ -60,29 +61,7 @@ def ask(side: Side, asked: Mapping[str, Any]) -> Plan:
 
 def from_request(asked: Mapping[str, Any]) -> Plan:
     """Return the plan that the options of a check ask for, with this process's code."""
-    from mambench.harness import axes, machine, reproduce, suite
-
-    overrides: dict[str, tuple[axes.AxisValue, ...]] = {}
-    for text in asked["axes"]:
-        name, values = axes.parse_axis(text)
-        overrides[name] = overrides.get(name, ()) + values
-    for name, value in (("dtype", asked["dtype"]), ("pass", asked["pass_"])):
-        if value is not None:
-            overrides[name] = (value,)
-    own = {name: asked[name] for name in ("target_s", "time_limit_s", "seed", "threads")}
-    given = {name: value for name, value in own.items() if value is not None}
-    device = machine.detect(asked["device"])
-    sampling = {"target_s": TARGET_S[device.kind], **SAMPLING}
-    return make_plan(
-        suite.find(asked["suite"] or "quick"),
-        device,
-        implementations=asked["implementations"],
-        axes=overrides,
-        filters=asked["filters"],
-        settings={**sampling, **reproduce.parse_settings(asked["settings"]), **given},
-        measure=reproduce.parse_names(asked.get("measure") or ()),
-        plugins=asked["plugins"],
-    )
+    return begin.plan_of(asked, sampling=lambda kind: {"target_s": TARGET_S[kind], **SAMPLING})
 
 
 def times(plan: Plan) -> list[str]:

@@ -1,7 +1,7 @@
 """What `plan`, `run` and `show` begin with: a plan, and the folder of its run."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,22 @@ from mambench.harness import axes, machine, machine_cache, plan, reproduce, suit
 from mambench.harness.errors import UsageError
 from mambench.harness.instruments import ceilings
 from mambench.harness.plan import Plan
-from mambench.harness.spec import SCHEMA_VERSION
+from mambench.harness.spec import SCHEMA_VERSION, DeviceKind
 from mambench.harness.store import RunFolder, new_run
 from mambench.harness.workers import limits
 
 
-def plan_of(asked: Mapping[str, Any], *, time_budget_s: float | None = None) -> Plan:
+def plan_of(
+    asked: Mapping[str, Any],
+    *,
+    sampling: Callable[[DeviceKind], Mapping[str, Any]] | None = None,
+    time_budget_s: float | None = None,
+) -> Plan:
     """Return the plan that the words of a command line ask for.
 
     Args:
         asked: the values of `options.question_options` and `settings_options`.
+        sampling: settings on a kind of device in place of the suite's, where none were asked for.
         time_budget_s: leaves out what does not fit; None for all.
 
     Raises UsageError for what is not known or does not fit together.
@@ -31,15 +37,17 @@ def plan_of(asked: Mapping[str, Any], *, time_budget_s: float | None = None) -> 
         if value is not None:
             overrides[name] = (value,)
     own = {name: asked[name] for name in ("target_s", "time_limit_s", "seed", "threads")}
-    settings = {name: value for name, value in own.items() if value is not None}
+    given = {name: value for name, value in own.items() if value is not None}
+    device = machine.detect(asked["device"])
+    base: Mapping[str, Any] = {} if sampling is None else sampling(device.kind)
     return plan.make_plan(
         suite.find(asked["suite"] or "quick"),
-        machine.detect(asked["device"]),
+        device,
         implementations=asked["implementations"],
         axes=overrides,
         filters=asked["filters"],
-        settings={**reproduce.parse_settings(asked["settings"]), **settings},
-        measure=reproduce.parse_names(asked["measure"]),
+        settings={**base, **reproduce.parse_settings(asked["settings"]), **given},
+        measure=reproduce.parse_names(asked.get("measure") or ()),
         plugins=asked["plugins"],
         time_budget_s=time_budget_s,
     )
