@@ -53,11 +53,24 @@ def rows_of(tensor: Tensor, columns: int, rows: int) -> TensorDescriptor:
     return described(tensor, shape, [width, 1], [rows, columns], layout)
 
 
-def fetchable(tensor: Tensor) -> Tensor:
-    """Return the tensor as TMA can read it: copied where its address or strides are not right."""
+def blocks_of(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Describe a contiguous tensor to TMA as a row of matrices, its last two dimensions."""
+    height, width = tensor.shape[-2:]
+    layout = tile_layout(rows, columns, tensor.dtype)
+    shape = [tensor.numel() // (height * width), height, width]
+    return described(tensor, shape, [height * width, width, 1], [1, rows, columns], layout)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether TMA can read a tensor: its address and strides are multiples of 16 bytes."""
     per_16_bytes = 16 // tensor.element_size()
     *outer, last = tensor.stride()
     right = last == 1 and tensor.data_ptr() % 16 == 0
     for size, stride in zip(tensor.shape, outer, strict=False):
         right = right and (size == 1 or (stride > 0 and stride % per_16_bytes == 0))
-    return tensor if right else tensor.clone(memory_format=torch.contiguous_format)
+    return right
+
+
+def fetchable(tensor: Tensor) -> Tensor:
+    """Return the tensor as TMA can read it: copied where its address or strides are not right."""
+    return tensor if readable(tensor) else tensor.clone(memory_format=torch.contiguous_format)

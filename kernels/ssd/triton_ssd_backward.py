@@ -53,6 +53,7 @@ from mambench.kernels.ssd.triton_launch import (
     strides3,
     unit_last,
 )
+from mambench.kernels.ssd.triton_sums import column_sums
 from mambench.kernels.ssd.triton_whole import run_whole
 
 _SUM_BLOCK = 1024
@@ -442,18 +443,28 @@ def _run_walks(
     states = torch.empty(
         (*per_head, launch.headdim, launch.d_state), dtype=x.dtype, device=x.device
     )
-    run_states(launch, x, None, B, cum, cumj, entries, states, seq=seq)
+    fetched = None
+    if launch.tiling.fetched_walks:
+        from mambench.kernels.ssd import hopper_grad
+
+        if hopper_grad.fits(launch, operands, dout, seq):
+            fetched = hopper_grad
+    if fetched is not None:
+        fetched.run_states(launch, x, B, times, entries, states)
+    else:
+        run_states(launch, x, None, B, cum, cumj, entries, states, seq=seq)
     shape = _Gradients.of(launch, operands, seq)
     partial_C = _run_grad_c(launch, operands, shape, dout, times, seq, states, gradients)
-    exits = segment_entries(
-        Recording(None), launch, dout, z, C, cum, cumj, dfinal, seq=seq, reverse=True
-    )
+    exits = _run_exits(launch, operands, dout, dfinal, seq, times)
     end = None
     if operands.initial_states is not None:
         end = torch.empty_like(operands.initial_states, dtype=torch.float32)
         gradients["initial_states"] = end
     passed = torch.empty((*per_head, launch.blocks_p), dtype=torch.float32, device=x.device)
-    run_states(launch, dout, z, C, cum, cumj, exits, states, seq=seq, end=end, passed=passed)
+    if fetched is not None:
+        fetched.run_states(launch, dout, C, times, exits, states, end=end, passed=passed)
+    else:
+        run_states(launch, dout, z, C, cum, cumj, exits, states, seq=seq, end=end, passed=passed)
     del exits
     run = run_whole if z is None and launch.tiling.whole_heads else _run_grad_b
     sums = run(launch, operands, shape, dout, times, seq, (states, passed), partial_C, gradients)
@@ -497,6 +508,26 @@ class _Gradients:
         )  # fmt: skip
 
 
+def _run_exits(
+    launch: Launch,
+    operands: Operands,
+    dout: Tensor,
+    dfinal: Tensor | None,
+    seq: Tensor | None,
+    times: _Times,
+) -> Tensor | None:
+    """Return the gradient of what leaves each segment, as `segment_entries` does."""
+    if launch.tiling.fetched_exits:
+        from mambench.kernels.ssd import hopper_grad
+
+        if hopper_grad.fits(launch, operands, dout, seq):
+            return hopper_grad.run_exits(launch, operands, dout, times, dfinal)
+    return segment_entries(
+        Recording(None), launch, dout, operands.z, operands.C, times.cum, times.cumj, dfinal,
+        seq=seq, reverse=True,
+    )  # fmt: skip
+
+
 def _run_grad_c(
     launch: Launch,
     operands: Operands,
@@ -509,6 +540,11 @@ def _run_grad_c(
 ) -> Tensor:
     """Launch the kernel that needs the states; returns grad_C's part, by block of heads."""
     x, z, B, C, tiles = operands.x, operands.z, operands.B, operands.C, launch.tiling
+    if tiles.fetched_states:
+        from mambench.kernels.ssd import hopper_grad
+
+        if hopper_grad.fits(launch, operands, dout, seq):
+            return hopper_grad.run_grad_c(launch, operands, dout, times, states)
     partial_C = torch.empty((shape.blocks, *C.shape), dtype=torch.float32, device=x.device)
     if z is not None:
         gradients["z"] = torch.empty(z.shape, dtype=z.dtype, device=x.device)
@@ -580,7 +616,7 @@ def _sum_chunks(
     """Sum the per-chunk parts of the gradients of A, dt_bias and D."""
     D = operands.D
     rows = 3 if D is not None and D.dim() == 1 else 2
-    sums = partial_heads[:, :rows].sum(0)
+    sums = column_sums(partial_heads, rows)
     gradients["A"] = sums[0]
     if operands.dt_bias is not None:
         gradients["dt_bias"] = sums[1]

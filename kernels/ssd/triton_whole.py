@@ -145,12 +145,16 @@ def whole_kernel(
     tl.store(grad_C_ptr + offsets, grad_C.to(grad_C_ptr.dtype.element_ty), mask=mask_n)
 
 
-@triton.jit(do_not_specialize=["seqlen", "nchunks", "tails", "blocks", "size", "dt_min", "dt_max"])
+@triton.jit(
+    do_not_specialize=[
+        "seqlen", "nchunks", "tails", "blocks", "slots_C", "size", "dt_min", "dt_max"
+    ]
+)  # fmt: skip
 def finish_kernel(
     A_ptr, dt_raw_ptr, bias_ptr, cum_ptr, dt_ptr, seq_ptr, v_ptr, passed_ptr,
     read_kept_ptr, diag_ptr, partial_B_ptr, partial_C_ptr,
     grad_dt_ptr, grad_B_ptr, grad_C_ptr, partial_heads_ptr,
-    seqlen, nchunks, nheads: tl.constexpr, tails, blocks, size, dt_min, dt_max,
+    seqlen, nchunks, nheads: tl.constexpr, tails, blocks, slots_C, size, dt_min, dt_max,
     stride_dt_batch, stride_dt_token, stride_dt_head,
     Q: tl.constexpr, BLOCK_H: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     HAS_SEQ: tl.constexpr, HAS_SKIP: tl.constexpr, PASSED: tl.constexpr,
@@ -159,7 +163,8 @@ def finish_kernel(
     """The first `tails` programs take a chunk of BLOCK_H heads, the others sum blocks in order.
 
     partial_heads is (B * chunks, 3, H) fp32: grad_A, grad_dt_bias and grad_D of the chunk. What the
-    chunk's last token adds to every token's grad_a is exp(total) <G, S>, of PASSED parts.
+    chunk's last token adds to every token's grad_a is exp(total) <G, S>, of PASSED parts. Of
+    slots_C slots of grad_C, each block has left its sum in the first of its share.
     """
     program = tl.program_id(0)
     if program < tails:
@@ -228,12 +233,15 @@ def finish_kernel(
         mask = e < size
         source = partial_B_ptr
         target = grad_B_ptr
+        slots = blocks
         if program - tails >= half:
             source = partial_C_ptr
             target = grad_C_ptr
+            slots = slots_C
         total = tl.zeros([BLOCK], dtype=tl.float32)
         for k in tl.range(0, blocks):
-            total += tl.load(source + k * size.to(tl.int64) + e, mask=mask, other=0.0)
+            slot = (k * slots // blocks) * size.to(tl.int64)
+            total += tl.load(source + slot + e, mask=mask, other=0.0)
         tl.store(target + e, total.to(grad_B_ptr.dtype.element_ty), mask=mask)
 
 
@@ -249,8 +257,15 @@ def run_whole(
     gradients: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor | None]:
     """Launch both kernels, as `triton_ssd_backward` launches its own (`_run_grad_b`)."""
-    x, B, C, D, tiles = operands.x, operands.B, operands.C, operands.D, launch.tiling
-    skip, blocks = shape.options["D_DIMS"], shape.blocks
+    x, B, C, D = operands.x, operands.B, operands.C, operands.D
+    skip, blocks, before = shape.options["D_DIMS"], shape.blocks, partial_C.shape[0]
+    division = None
+    if launch.tiling.fetched_heads:
+        from mambench.kernels.ssd import hopper_grad
+
+        if hopper_grad.fits(launch, operands, dout, seq):
+            division = hopper_grad.Division.of(launch, x.device, most=before)
+            blocks = division.blocks
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     partial_B = torch.empty((blocks, *B.shape), **fp32) if blocks > 1 else None
     per_chunk = launch.batch * launch.nchunks
@@ -263,27 +278,52 @@ def run_whole(
     gradients["B"] = torch.empty(B.shape, dtype=B.dtype, device=x.device)
     gradients["C"] = torch.empty(C.shape, dtype=C.dtype, device=x.device)
     grad_states, passed = states
-    whole_kernel[shape.grid](
-        x, B, C, D, dout, times.cum, times.dt, seq, times.v, grad_states,
-        partial_C, gradients["x"],
+    written = (
+        gradients["x"],
         gradients["B"] if partial_B is None else partial_B,
         gradients["C"] if partial_B is None else partial_C,
-        read_kept, diag, partial_D, *shape.sizes,
-        *strides3(x), *strides3(B), *strides3(C), *strides3(dout),
-        **{name: value for name, value in shape.options.items() if name != "HAS_Z"},
-        BLOCK_P=max(16, triton.next_power_of_2(launch.headdim)), STAGES=tiles.whole_stages,
-        STAGES_B=tiles.whole_sum_stages, num_warps=tiles.grad_b_warps,
+        read_kept, diag, partial_D,
     )  # fmt: skip
+    if division is not None:
+        hopper_grad.run_grad(
+            launch, operands, division, dout, times, grad_states, partial_C, written
+        )
+    else:
+        _run_whole_kernel(
+            launch, operands, shape, dout, times, seq, grad_states, partial_C, written
+        )
     tails = per_chunk * -(-launch.nheads // _BLOCK_H)
     sums = 0 if partial_B is None else 2 * -(-B.numel() // _SUM_BLOCK)
     finish_kernel[(tails + sums,)](
         operands.A, operands.dt, operands.dt_bias, times.cum, times.dt, seq, times.v, passed,
         read_kept, diag, partial_B, partial_C,
         gradients["dt"], gradients["B"], gradients["C"], partial_heads,
-        launch.seqlen, launch.nchunks, launch.nheads, tails, blocks, B.numel(), *launch.dt_limit,
+        launch.seqlen, launch.nchunks, launch.nheads, tails, blocks, before, B.numel(),
+        *launch.dt_limit,
         *operands.dt.stride(),
         Q=launch.chunk, BLOCK_H=_BLOCK_H, HAS_BIAS=operands.dt_bias is not None,
         SOFTPLUS=launch.dt_softplus, HAS_SEQ=seq is not None, HAS_SKIP=skip == 1,
         PASSED=launch.blocks_p, SUMS=sums > 0, BLOCK=_SUM_BLOCK, num_warps=4,
     )  # fmt: skip
     return partial_heads, partial_D
+
+
+def _run_whole_kernel(
+    launch: Launch,
+    operands: Operands,
+    shape: Any,
+    dout: Tensor,
+    times: Any,
+    seq: Tensor | None,
+    grad_states: Tensor,
+    partial_C: Tensor,
+    written: tuple[Any, ...],
+) -> None:
+    x, B, C, tiles = operands.x, operands.B, operands.C, launch.tiling
+    whole_kernel[shape.grid](
+        x, B, C, operands.D, dout, times.cum, times.dt, seq, times.v, grad_states, partial_C,
+        *written, *shape.sizes, *strides3(x), *strides3(B), *strides3(C), *strides3(dout),
+        **{name: value for name, value in shape.options.items() if name != "HAS_Z"},
+        BLOCK_P=max(16, triton.next_power_of_2(launch.headdim)), STAGES=tiles.whole_stages,
+        STAGES_B=tiles.whole_sum_stages, num_warps=tiles.grad_b_warps,
+    )  # fmt: skip

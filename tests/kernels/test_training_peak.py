@@ -64,10 +64,12 @@ def unlaunched(monkeypatch):
     from mambench.kernels import prepared
     from mambench.kernels.s6 import hopper_backward, hopper_op, hopper_scan, hopper_wide
     from mambench.kernels.ssd import (
+        hopper_grad,
         hopper_ssd,
         triton_launch,
         triton_parts,
         triton_ssd_backward,
+        triton_sums,
         triton_whole,
     )
 
@@ -81,11 +83,13 @@ def unlaunched(monkeypatch):
         (hopper_wide, ("scan_backward_wide_kernel",)),
         (triton_ssd_backward, ("grad_c_kernel", "grad_b_kernel", "sum_kernel")),
         (triton_whole, ("whole_kernel", "finish_kernel")),
+        (triton_sums, ("column_sums_kernel",)),
+        (hopper_grad, ("exits_kernel", "grad_c_kernel", "grad_kernel", "states_kernel")),
         (triton_parts, ("state_kernel", "dt_kernel", "prefix_kernel")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, NoLaunch())
-    for module in (hopper_backward, hopper_ssd, triton_launch, triton_ssd_backward):
+    for module in (hopper_backward, hopper_grad, hopper_ssd, triton_launch, triton_ssd_backward):
         monkeypatch.setattr(module, "multiprocessors", lambda device: PROCESSORS)
     monkeypatch.setattr(hopper_scan, "_multiprocessors", lambda device: PROCESSORS)
     monkeypatch.setattr(triton_launch, "has_wgmma", lambda device: True)

@@ -1,0 +1,168 @@
+"""The launches of the SSD backward's kernels over chunks, on Hopper, where there is no gate."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from mambench.kernels.prepared import Recording
+from mambench.kernels.ssd.hopper_config import CHANNELS, CHUNK, pairs
+from mambench.kernels.ssd.hopper_exits_kernel import exits_kernel
+from mambench.kernels.ssd.hopper_grad_c_kernel import grad_c_kernel
+from mambench.kernels.ssd.hopper_grad_kernel import grad_kernel
+from mambench.kernels.ssd.hopper_launch import blocks_of, readable, rows_of, tiles_of
+from mambench.kernels.ssd.hopper_states_kernel import states_kernel
+from mambench.kernels.ssd.triton_config import heads_per_program
+from mambench.kernels.ssd.triton_launch import Launch, Operands, multiprocessors, run_prefix
+
+_REGISTERS = 184, 120  # per thread of a group that takes heads, and of the one that adds up
+_STAGES = 4
+_REGISTERS_C = 168
+_STAGES_C = 6
+_REGISTERS_EXITS = 200
+_STAGES_EXITS = 6
+_REGISTERS_STATES = 232
+_STAGES_STATES = 3
+
+
+def fits(launch: Launch, operands: Operands, dout: Tensor, seq: Tensor | None) -> bool:
+    """Whether the kernels can serve a call: one sequence a row, and TMA can read the tensors."""
+    tensors = (operands.x, operands.B, operands.C, dout)
+    sizes = launch.headdim % 8 == 0 and launch.d_state % 8 == 0 and launch.chunk == CHUNK
+    small = launch.headdim <= CHANNELS and launch.tiling.block_n <= 128
+    return seq is None and operands.z is None and sizes and small and all(map(readable, tensors))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """Blocks of heads of a group, of which each multiprocessor runs one at a time."""
+
+    block_heads: int
+    blocks: int
+
+    @classmethod
+    def of(cls, launch: Launch, device: Any, *, most: int | None = None) -> "Division":
+        """Divide the heads into at most so many blocks."""
+        programs = launch.batch * launch.nchunks * launch.ngroups
+        heads = launch.heads_per_group
+        block_heads = heads_per_program(heads, programs, multiprocessors(device))
+        if most is not None:
+            block_heads = max(block_heads, -(-heads // most))
+        return cls(block_heads=block_heads, blocks=-(-heads // block_heads))
+
+
+def run_states(
+    launch: Launch,
+    v: Tensor,
+    m: Tensor,
+    times: Any,
+    entries: Tensor | None,
+    states: Tensor,
+    *,
+    end: Tensor | None = None,
+    passed: Tensor | None = None,
+) -> None:
+    """Fill states (B, H, chunks, P, N) as `triton_ssd_backward.run_states` does.
+
+    Along time v is x and m is B; with `passed` (B, H, chunks), against it, grad_y and C.
+    """
+    per_group = pairs(launch.heads_per_group, launch.headdim)
+    block_n = max(16, triton.next_power_of_2(launch.d_state))
+    states_kernel[(launch.nsegments, per_group * launch.ngroups, launch.batch)](
+        tiles_of(v, CHANNELS), tiles_of(m, block_n), blocks_of(states, CHANNELS, block_n),
+        rows_of(times.cum, CHUNK, 1), rows_of(times.cumj, CHUNK, 1), entries, end, passed,
+        launch.nchunks, launch.segment_chunks, launch.nsegments, launch.nheads, per_group,
+        launch.heads_per_group,
+        PDL=False, P=launch.headdim, N=launch.d_state, BLOCK_N=block_n, STAGES=_STAGES_STATES,
+        REGISTERS=_REGISTERS_STATES, REVERSE=passed is not None, num_warps=4,
+    )  # fmt: skip
+
+
+def run_exits(
+    launch: Launch, operands: Operands, dout: Tensor, times: Any, dfinal: Tensor | None
+) -> Tensor | None:
+    """Return the gradient of what leaves each segment, (B, H, segments, P, N) fp32.
+
+    dfinal is that of the final states, and all there is of one segment; None stands for zeros.
+    """
+    if launch.nsegments == 1:
+        return dfinal
+    outer = (launch.batch, launch.nheads, launch.nsegments)
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": dout.device}
+    exits = torch.empty((*outer, launch.headdim, launch.d_state), **fp32)
+    decay = torch.empty(outer, **fp32)
+    per_group = pairs(launch.heads_per_group, launch.headdim)
+    block_n = max(16, triton.next_power_of_2(launch.d_state))
+    exits_kernel[(launch.nsegments - 1, per_group * launch.ngroups, launch.batch)](
+        tiles_of(dout, CHANNELS), tiles_of(operands.C, block_n), rows_of(times.cum, CHUNK, 1),
+        exits, decay, launch.nchunks, launch.segment_chunks, launch.nsegments, launch.nheads,
+        per_group, launch.heads_per_group,
+        PDL=False, P=launch.headdim, N=launch.d_state, BLOCK_N=block_n, STAGES=_STAGES_EXITS,
+        REGISTERS=_REGISTERS_EXITS, num_warps=4,
+    )  # fmt: skip
+    run_prefix(Recording(None), launch, exits, decay, dfinal, reverse=True)
+    return exits
+
+
+def run_grad_c(
+    launch: Launch, operands: Operands, dout: Tensor, times: Any, states: Tensor
+) -> Tensor:
+    """Launch the kernel that needs the states; returns grad_C's part, (blocks, B, L, G, N) fp32.
+
+    Fills times.v. states (B, H, chunks, P, N) are those that enter the chunks.
+    """
+    C = operands.C
+    division = Division.of(launch, C.device)
+    block_n = max(16, triton.next_power_of_2(launch.d_state))
+    partial_C = torch.empty((division.blocks, *C.shape), dtype=torch.float32, device=C.device)
+    grad_c_kernel[(launch.nchunks, launch.ngroups * division.blocks, launch.batch)](
+        tiles_of(dout, CHANNELS), blocks_of(states, CHANNELS, block_n), tiles_of(C, block_n),
+        rows_of(times.cum, CHUNK, 1), times.v, partial_C,
+        launch.seqlen, launch.nchunks, launch.nheads, launch.heads_per_group,
+        division.block_heads, launch.ngroups,
+        PDL=False, N=launch.d_state, BLOCK_N=block_n, STAGES=_STAGES_C, REGISTERS=_REGISTERS_C,
+        num_warps=4,
+    )  # fmt: skip
+    return partial_C
+
+
+def run_grad(
+    launch: Launch,
+    operands: Operands,
+    division: Division,
+    dout: Tensor,
+    times: Any,
+    grad_states: Tensor,
+    partial_C: Tensor,
+    written: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None],
+) -> None:
+    """Launch the kernel.
+
+    Args:
+        launch: as `fits` takes it.
+        operands: the operation's.
+        division: of the heads.
+        dout: gradient of the output.
+        times: cum, dt and v of every token; v is added to.
+        grad_states: (B, H, chunks, P, N), of the states that leave the chunks.
+        partial_C: (blocks before, B, L, G, N) fp32; of several blocks each leaves its part of
+            grad_C in the first slot of its share.
+        written: grad_x; grad_B, in parts if of several blocks; grad_C; read and kept; x . grad_y;
+            parts of grad_D (B * chunks, H, P), or None.
+    """
+    x, B, C, D = operands.x, operands.B, operands.C, operands.D
+    grad_x, grad_B, grad_C, read_kept, diag, partial_D = written
+    block_n = max(16, triton.next_power_of_2(launch.d_state))
+    grad_kernel[(launch.nchunks, launch.ngroups * division.blocks, launch.batch)](
+        tiles_of(grad_x, CHANNELS), tiles_of(x, CHANNELS), tiles_of(dout, CHANNELS),
+        blocks_of(grad_states, CHANNELS, block_n), tiles_of(B, block_n), tiles_of(C, block_n),
+        rows_of(times.cum, CHUNK, 1), rows_of(times.dt, CHUNK, 1), rows_of(times.v, CHUNK, 1),
+        D, times.v, read_kept, diag, partial_D, partial_C, grad_B, grad_C,
+        launch.seqlen, launch.nchunks, launch.nheads, launch.heads_per_group,
+        division.block_heads, launch.ngroups, partial_C.shape[0],
+        PDL=False, P=launch.headdim, N=launch.d_state, BLOCK_N=block_n,
+        STAGES=_STAGES, REGISTERS=_REGISTERS[0], SUM_REGISTERS=_REGISTERS[1],
+        D_DIMS=0 if D is None else D.dim(), num_warps=4,
+    )  # fmt: skip
