@@ -1,7 +1,15 @@
-"""What the kernels compile to, from the inventory that `check --static` judges too."""
+"""What the kernels compile to, from the inventory that `check --static` judges too, and scripts."""
 
 import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -9,6 +17,36 @@ from mambench.harness.static.binary import Binary
 from mambench.harness.static.record import record
 
 Binaries = Callable[..., dict[str, Binary]]
+
+
+@pytest.fixture(scope="session")
+def load_script() -> Callable[[Path], ModuleType]:
+    """Return a function that loads a script as a module named by its file."""
+
+    def load(path: Path) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def interpret() -> Callable[..., Any]:
+    """Return a function that runs a script in Triton's interpreter: what it printed, of JSON."""
+
+    def run(script: Path, *words: str) -> Any:
+        done = subprocess.run(
+            [sys.executable, str(script), *words],
+            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, check=False, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
 
 
 @pytest.fixture(scope="session")

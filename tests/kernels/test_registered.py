@@ -1,9 +1,5 @@
 """Our operations under torch.compile, torch.func and checkpointing, as in eager calls."""
 
-import importlib.util
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,12 +22,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def cases():
-    spec = importlib.util.spec_from_file_location("traced_cases", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["traced_cases"] = module
-    spec.loader.exec_module(module)
-    return module
+def cases(load_script):
+    return load_script(SCRIPT)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -51,14 +43,8 @@ def test_operators_keep_what_they_declare(cases, variant, bare):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["s6_triton:bare", "ssd_triton:varied"])
-def test_kernels_of_the_interpreter_keep_what_they_declare(name):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), name],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {name: {}}
+def test_kernels_of_the_interpreter_keep_what_they_declare(interpret, name):
+    assert interpret(SCRIPT, name) == {name: {}}
 
 
 @pytest.mark.parametrize("variant", CPU)

@@ -1,8 +1,5 @@
 """The Triton associative scan without a GPU: in the interpreter, and as compiled for GPUs."""
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,16 +24,8 @@ FAULTY = ("s6 without carry", "one step without carry")
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, str]]:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *CASES, *FAULTY],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def interpreted(interpret):
+    return interpret(SCRIPT, *CASES, *FAULTY)
 
 
 @pytest.mark.parametrize("case", CASES)

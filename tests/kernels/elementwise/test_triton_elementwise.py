@@ -1,9 +1,5 @@
 """The rotation and the gated product, in Triton's interpreter and on a GPU."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,16 +9,8 @@ pytest.importorskip("triton")
 
 
 @pytest.fixture(scope="module")
-def interpreted():
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("elementwise_cases.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def interpreted(interpret):
+    return interpret(Path(__file__).with_name("elementwise_cases.py"))
 
 
 def test_both_agree_with_float64_in_the_interpreter(interpreted):

@@ -1,10 +1,6 @@
 """The Triton RMS norm without a GPU: in the interpreter, and as compiled for GPUs."""
 
-import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,16 +12,8 @@ pytest.importorskip("triton")
 
 
 @pytest.fixture(scope="module")
-def interpreted():
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("norm_cases.py"), "8"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def interpreted(interpret):
+    return interpret(Path(__file__).with_name("norm_cases.py"), "8")
 
 
 def test_random_calls_agree_with_float64_in_the_interpreter(interpreted):

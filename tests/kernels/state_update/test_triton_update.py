@@ -1,9 +1,5 @@
 """The Triton state update without a GPU: in the interpreter, and as compiled for GPUs."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,24 +14,13 @@ SSD = {"entries": 80, "headdim": 64, "d_state": 128, "itemsize": 2}
 S6 = {"entries": 4096, "headdim": None, "d_state": 16, "itemsize": 2}
 
 
-def interpret(count, script=HERE / "update_cases.py"):
-    done = subprocess.run(
-        [sys.executable, script, str(count)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout)
-
-
-def test_random_shapes_in_the_interpreter():
-    found = interpret(10)
+def test_random_shapes_in_the_interpreter(interpret):
+    found = interpret(HERE / "update_cases.py", "10")
     assert len(found) == 10
     assert not {shape: wrong for shape, wrong in found.items() if wrong}
 
 
-def test_the_interpreter_notices_a_wrong_kernel(tmp_path):
+def test_the_interpreter_notices_a_wrong_kernel(interpret, tmp_path):
     """A copy of the kernels with one fault, put in the place of the module by the script."""
     from mambench.kernels.state_update import triton_kernels
 
@@ -58,7 +43,7 @@ def test_the_interpreter_notices_a_wrong_kernel(tmp_path):
         "    triton_update.ssd_update_kernel = faulty.ssd_update_kernel\n",
     )
     script.write_text(text)
-    found = interpret(2, script)
+    found = interpret(script, "2")
     assert any(name.startswith("state") for wrong in found.values() for name in wrong)
 
 
