@@ -137,11 +137,11 @@ def _on_gpu(sensors: Sensors, work: int) -> Observed:
 
 def _rounds(out: "Tensor") -> int:
     """Return how many rounds of the chain take about EXECUTION_S."""
-    from mambench.harness.selftest import gpu as selftest_gpu
+    from mambench.harness.selftest import gpu_timers
     from mambench.kernels import probes
 
     trial = 2000
-    each_s = selftest_gpu.seconds(lambda: probes.chain(out, trial)) / trial
+    each_s = gpu_timers.seconds(lambda: probes.chain(out, trial)) / trial
     return max(1, round(EXECUTION_S / each_s))
 
 

@@ -14,8 +14,7 @@ A host that other work keeps from launching in time spoils call times and what a
 for a moment. So these are measured again where they do not agree, twice at most, and the check says
 so; a timer that is off is off each time.
 
-Other timers' starts hold the events around a call besides: they are found on a short wait, shown,
-bounded, and taken off before longer kernels are compared.
+What other timers see is in `gpu_timers`.
 """
 
 import math
@@ -24,7 +23,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median, quantiles
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,21 +52,18 @@ MOST_LAUNCH_S = (
 )
 # Largest cost of starting a kernel that is plausible; more hides an error of the timer.
 STARTS_S = {"graph replay": 3e-6, "profiler sum": 3e-6}
-AGREEMENT = 0.02  # two timers, above 50 us
-OTHER_STARTS_S = 8e-6  # what another timer's start may be beyond ours
-SHORT_WAIT = "wait-20us"
 TRAFFIC = 0.02
 COPIES_IN_L2_SIZES = (5, 16)
-
-Kernels = dict[str, Callable[[], None]]
 
 
 def on(device: Device, part: str) -> Iterator[Check]:
     """Yield the checks of a part on a device, on a stream that can be captured."""
+    from mambench.harness.selftest import gpu_timers
+
     made: dict[str, Callable[[Device], Iterator[Check]]] = {
         "clock": clock,
         "timer": timer,
-        "two_timers": two_timers,
+        "two_timers": gpu_timers.two_timers,
         "cold_and_hot": selftest_cache.cold_and_hot,
         "traffic": traffic,
         "energy": selftest_energy.known_load,
@@ -152,7 +147,7 @@ def timer(device: Device) -> Iterator[Check]:
     from mambench.kernels import probes
 
     record = probes.new_record()
-    cycles_per_s = _cycles_per_s(record)
+    cycles_per_s = settled_clock(record)
     step_s = timer_step_s()
 
     def measured(method: str, asked_s: float) -> Wait | None:
@@ -247,7 +242,7 @@ def judge_waits(method: str, waits: list[Wait]) -> Iterator[Check]:
         low=-selftest.ABSOLUTE_S,
         high=STARTS_S[method],
         got=start_s,
-        show=_signed_time,
+        show=signed_time,
         unit="s",
     )
     for wait in waits:
@@ -263,11 +258,12 @@ def judge_waits(method: str, waits: list[Wait]) -> Iterator[Check]:
         )
 
 
-def _signed_time(time_s: float) -> str:
+def signed_time(time_s: float) -> str:
+    """Write a time that may be below zero."""
     return si_time(time_s) if time_s >= 0 else f"-{si_time(-time_s)}"
 
 
-def _cycles_per_s(record: Tensor) -> float:
+def settled_clock(record: Tensor) -> float:
     """Return the SM clock's rate once it has settled, by the global timer."""
     from mambench.kernels import probes
 
@@ -281,7 +277,8 @@ def _cycles_per_s(record: Tensor) -> float:
     return cycles / own_ns * 1e9
 
 
-def _graph(execute: Callable[[], object], rule: timing.StopRule) -> float:
+def by_graph(execute: Callable[[], object], rule: timing.StopRule) -> float:
+    """Return the time by graph replay; raises RuntimeError if it was taken otherwise."""
     taken, _ = cuda_timing.time_gpu(execute, rule)
     if taken.method != "cuda-graph":
         raise RuntimeError(f"timed by {taken.method}: {taken.details.get('not_captured')}")
@@ -298,139 +295,14 @@ def _profiler(execute: Callable[[], object], rule: timing.StopRule) -> float | N
 
 
 METHODS: dict[str, Measure] = {
-    "graph replay": _graph,
+    "graph replay": by_graph,
     CALL_TIME: _call,
     "profiler sum": _profiler,
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scale:
-    """How long the steady kernels are: found once, so that every process runs the same ones."""
-
-    cycles_per_s: float
-    chain_rounds: int
-
-
-def scale() -> Scale:
-    """Measure the SM clock, and how many rounds of exponentials take about 400 us."""
-    from mambench.kernels import probes
-
-    rate = _cycles_per_s(probes.new_record())
-    out, trial = probes.chain_out(), 10_000  # long enough to hide its launch
-    return Scale(
-        cycles_per_s=rate,
-        chain_rounds=round(trial * 400e-6 / seconds(lambda: probes.chain(out, trial))),
-    )
-
-
-def steady_kernels(scale: Scale) -> Kernels:
-    """Return kernels that take as long with a cold L2 as with a warm one, by name.
-
-    Two timers can only agree on what does not depend on how they treat caches: waits, a chain of
-    exponentials, and a copy of many times L2.
-    """
-    from mambench.kernels import probes
-
-    record = probes.new_record()
-    values = _multiple(16 * probes.l2_bytes() // 4, probes.BLOCK)
-    source = torch.randn(values, device="cuda")
-    target = torch.empty_like(source)
-    out = probes.chain_out()
-
-    def wait(wait_s: float) -> Callable[[], None]:
-        cycles = round(scale.cycles_per_s * wait_s)
-        return lambda: probes.spin(record, cycles)
-
-    return {
-        SHORT_WAIT: wait(20e-6),
-        "wait-100us": wait(100e-6),
-        "wait-1ms": wait(1e-3),
-        "exponentials": lambda: probes.chain(out, scale.chain_rounds),
-        "copy-16xL2": lambda: probes.copy(source, target),
-    }
-
-
-def two_timers(device: Device) -> Iterator[Check]:
-    """Check graph replay against Triton's do_bench, and NVIDIA's nvbench where installed."""
-    from mambench.harness.selftest import nvbench as selftest_nvbench
-
-    measured = scale()
-    kernels = steady_kernels(measured)
-    ours = {name: _graph(execute, RULE) for name, execute in kernels.items()}
-
-    yield from _against_do_bench(ours, kernels)
-    del kernels
-    torch.cuda.empty_cache()
-    found, lack = selftest_nvbench.times_s(device, measured)
-    if lack is not None:
-        yield selftest.skipped("two timers", "NVIDIA's nvbench (cuda-bench)", lack)
-    else:
-        yield from agree("NVIDIA's nvbench", ours, found)
-
-
-def _against_do_bench(ours: dict[str, float], kernels: Kernels) -> list[Check]:
-    checks: list[Check] = []
-    for _ in range(ATTEMPTS):
-        failed = sum(not check.passed for check in checks)
-        others = {name: _do_bench(execute) for name, execute in kernels.items()}
-        checks = list(agree("Triton's do_bench", ours, others))
-        if failed:
-            checks = [replace(c, got=f"{c.got}; measured again, {failed} failed") for c in checks]
-        if all(check.passed for check in checks):
-            break
-    return checks
-
-
-def agree(whose: str, ours: dict[str, float], others: dict[str, float]) -> Iterator[Check]:
-    """Check that another timer's times, its longer start aside, are ours within 2 %."""
-    start_s = others.get(SHORT_WAIT, math.nan) - ours[SHORT_WAIT]
-    yield selftest.between(
-        "two timers",
-        f"start of a kernel beyond ours, of {whose}",
-        low=-selftest.ABSOLUTE_S,
-        high=OTHER_STARTS_S,
-        got=start_s,
-        show=_signed_time,
-        unit="s",
-        note=f"on a wait of 20 us, {si_time(ours[SHORT_WAIT])} by graph replay",
-    )
-    for name, ours_s in ours.items():
-        if name == SHORT_WAIT:
-            continue
-        expected_s = others.get(name, math.nan) - start_s
-        yield selftest.near(
-            "two timers",
-            f"{name}: graph replay against {whose}",
-            expected=expected_s,
-            got=ours_s,
-            tolerance=AGREEMENT * expected_s,
-            show=si_time,
-            unit="s",
-            note=f"{si_time(others.get(name, math.nan))} with its start",
-        )
-
-
-def _do_bench(execute: Callable[[], None]) -> float:
-    import importlib
-
-    bench: Any = importlib.import_module("triton.testing").do_bench
-    return bench(execute, warmup=25, rep=150, return_mode="median") / 1e3
-
-
-def seconds(execute: Callable[[], None]) -> float:
-    """Return a rough time of one execution, after some that compile and raise the clock."""
-    for _ in range(50):
-        execute()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(20):
-        execute()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - begin) / 20
-
-
-def _multiple(count: int, of: int) -> int:
+def multiple(count: int, of: int) -> int:
+    """Return the multiple of a number that is nearest to a count, at least once the number."""
     return max(1, round(count / of)) * of
 
 
@@ -438,7 +310,7 @@ def traffic(device: Device) -> Iterator[Check]:
     """Check the counters on copies of more bytes than L2 holds, where they are permitted."""
     from mambench.kernels import probes
 
-    sizes = [_multiple(n * probes.l2_bytes(), 1 << 20) for n in COPIES_IN_L2_SIZES]
+    sizes = [multiple(n * probes.l2_bytes(), 1 << 20) for n in COPIES_IN_L2_SIZES]
     found = counters.count_copies(sizes, counters.Request(device=device))
     for size in sizes:
         yield from judge_traffic(size, found[size])

@@ -19,7 +19,7 @@ import mambench
 from mambench.harness.spec import Device
 
 if TYPE_CHECKING:
-    from mambench.harness.selftest.gpu import Scale
+    from mambench.harness.selftest.gpu_timers import Scale
 
 LIMIT_S = 90.0
 BENCHMARK_LIMIT_S = "4"  # else it samples a short wait for 15 s to see its noise settle
@@ -28,7 +28,7 @@ MEAN = "nv/cold/time/gpu/mean"
 
 
 def times_s(device: Device, scale: "Scale") -> tuple[dict[str, float], str | None]:
-    """Return the mean times of `selftest_gpu.steady_kernels` by name, or why there are none."""
+    """Return the mean times of `gpu_timers.steady_kernels` by name, or why there are none."""
     if not _installed():
         return {}, f"cuda-bench is not installed: {INSTALL}"
     start = Path(mambench.__file__).with_name("_start.py")
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> None:
     import torch
 
     bench: Any = importlib.import_module("cuda.bench")
-    from mambench.harness.selftest.gpu import Scale, steady_kernels
+    from mambench.harness.selftest.gpu_timers import Scale, steady_kernels
 
     index, file, scale = arguments
     torch.cuda.set_device(int(index))
