@@ -79,7 +79,8 @@ def _by_machine(found: Sequence[Series]) -> list[tuple[str, list[Series]]]:
 
 
 def _summary(one: Series) -> str:
-    return f"{len(one.values)} runs, now {_quantity(one.values[-1], one.metric)}"
+    runs = "1 run" if len(one.values) == 1 else f"{len(one.values)} runs"
+    return f"{runs}, now {_quantity(one.values[-1], one.metric)}"
 
 
 def _quantity(value: float, metric: str) -> str:

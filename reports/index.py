@@ -47,11 +47,9 @@ def build(folder: Path, output: Path | None = None) -> Path:
     """
     output = output or folder / "index.html"
     found, unread = collect(folder, output.parent)
-    html = (
-        page.environment()
-        .get_template("index.html.j2")
-        .render(entries=found, unread=unread, css=page.stylesheet(), folder=folder.name)
-    )
+    template = page.environment().get_template("index.html.j2")
+    css, name = page.stylesheet("report.css"), folder.resolve().name
+    html = template.render(entries=found, unread=unread, css=css, folder=name)
     page.write_atomically(output, html)
     return output
 

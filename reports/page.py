@@ -372,9 +372,11 @@ def _minified(css: str) -> str:
     return re.sub(r"\s*\n\s*", "\n", re.sub(r"/\*.*?\*/", "", css, flags=re.DOTALL)).strip()
 
 
-def stylesheet(*names: str) -> str:
+def stylesheet(first: str, *others: str) -> str:
     """Return the style that assets hold."""
-    return "\n".join(_minified((HERE / "assets" / name).read_text("utf-8")) for name in names)
+    return "\n".join(
+        _minified((HERE / "assets" / name).read_text("utf-8")) for name in (first, *others)
+    )
 
 
 def powers(text: str) -> markupsafe.Markup:

@@ -148,7 +148,7 @@ def test_a_run_is_held_to_the_budget_and_added_to_the_history(repository, tmp_pa
     assert "promised at most 1" in done.stdout
     store = str(tmp_path / "history")
     assert call(repository, "history", "add", run, "--store", store).returncode == 0
-    assert "1 runs, now" in call(repository, "history", "show", "--store", store).stdout
+    assert "1 run, now" in call(repository, "history", "show", "--store", store).stdout
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The page in a real browser: drawn, offline, sortable, narrow, without script."""
 
 import json
+import shutil
 
 import pytest
 
@@ -10,6 +11,7 @@ from mambench.harness.analysis import loading
 from mambench.harness.plan import Plan
 from mambench.harness.spec import Device, DeviceKind, Settings
 from mambench.reports import machines, rows, units
+from mambench.reports.style import DARK_PAGE, LIGHT_PAGE
 
 pytestmark = pytest.mark.browser
 
@@ -367,6 +369,22 @@ def test_axe_finds_no_violation_in_light_nor_dark(open_page, full_page):
     assert violations(options=colours) == []
     tab.locator("#case-table tbody button").first.click()
     assert violations("#detail", colours) == []
+
+
+@pytest.mark.parametrize(("scheme", "page"), [("light", LIGHT_PAGE), ("dark", DARK_PAGE)])
+def test_the_index_of_runs_looks_like_a_report(open_page, full_run, tmp_path, scheme, page):
+    shutil.copytree(full_run, tmp_path / "run")
+    index = reports.index_page(tmp_path, tmp_path / "there" / "index.html")
+    tab = open_page(index, ready=False, color_scheme=scheme, viewport={"width": 390, "height": 700})
+    painted = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    red, green, blue = (int(page[i : i + 2], 16) for i in (1, 3, 5))
+    assert painted == f"rgb({red}, {green}, {blue})"
+    assert tab.evaluate("document.documentElement.scrollWidth") == 390
+    assert (
+        tab.locator("td.text small").first.evaluate("e => getComputedStyle(e).display") == "block"
+    )
+    assert tab.title() == f"Mambench runs: {tmp_path.name}"
+    assert tab.errors == []
 
 
 def test_print_is_on_white_and_shows_every_chart(open_page, full_page):
