@@ -304,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = cli.main(args=arguments, standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        _show(error)
         code = error.exit_code
     except MambenchError as error:
         click.echo(f"error: {error}", err=True)
@@ -324,6 +324,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo("interrupted", err=True)
         code = 130
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show(error: click.ClickException) -> None:
+    """Say a mistake that click found as our own are said; no command at all is answered by help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return
+    message = error.format_message()
+    message += "" if message.endswith((".", "?", ")")) else "."
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        message += f" See `{error.ctx.command_path} --help`."
+    click.echo(f"error: {message}", err=True)
 
 
 def _conclude(context: click.Context, path: Path, summary: "RunSummary", *, report: bool) -> None:
