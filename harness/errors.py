@@ -6,7 +6,8 @@
     |   +-- PluginError          2  a plugin cannot be loaded or its names collide
     +-- RunFolderError           3  a run folder is broken, foreign or from another schema version
     +-- DeviceBusyError          4  another run holds this GPU
-    +-- MeasurementError         5  the harness itself could not measure (not: a case that failed)
+    +-- MeasurementError         5  the harness itself could not measure (not: a case that failed);
+                                    and any other file that could not be read or written
 
 A case that fails is a record, not an exception: see `harness.spec.Outcome`.
 Exit code 0: every case ended `ok`, `unsupported`, `unavailable` or `skipped`. Exit code 1: at least
