@@ -1,6 +1,7 @@
 """The page as a file: self-contained, atomic, small, and safe whatever the records hold."""
 
 import base64
+import errno
 import gzip
 import hashlib
 import json
@@ -277,11 +278,12 @@ def test_the_file_is_written_whole_or_not_at_all(gpu_run, tmp_path, monkeypatch)
     def torn(self, text, **options):
         with self.open("w") as file:
             file.write(text[:100])
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full", str(self))
 
     monkeypatch.setattr("pathlib.Path.write_text", torn)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match="disk full") as failed:
         reports.build([gpu_run], output)
+    assert failed.value.filename == str(output)
     assert output.read_bytes() == before
     assert [path.name for path in output.parent.iterdir()] == ["report.html"]
 
