@@ -15,8 +15,6 @@ CHROMIUM = Path("/usr/bin/chromium")  # Debian's; else Playwright's own, where i
 VIEWS: Sequence[tuple[str, int, int, str, str | None]] = (
     ("report-light", 1200, 1140, "light", None),
     ("report-heatmap", 1200, 640, "light", "#wins"),
-    ("report-dark", 1200, 1140, "dark", None),
-    ("report-phone", 360, 740, "light", None),
 )
 
 
