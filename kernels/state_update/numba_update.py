@@ -11,6 +11,7 @@ from mambench.kernels.s6.numba_scan import (
 )
 from mambench.kernels.state_update import numba_kernels as kernels
 from mambench.kernels.state_update.arguments import check_arguments
+from mambench.kernels.state_update.traced import register
 
 _DTYPES = (torch.float32, torch.float64)
 _LEAST_STATES = 1 << 16  # of a thread: starting one takes as long as updating so many
@@ -47,6 +48,22 @@ def selective_state_update(
             fp64, or its rows are not whole vectors.
     """
     B, C = (B[:, None], C[:, None]) if B.dim() == 2 else (B, C)
+    update = _traced if torch.compiler.is_compiling() else _update
+    return update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+
+def _update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
     check_arguments(state, x, dt, A, B, C, D, z, dt_bias)
     dtype, d_state = state.dtype, state.shape[-1]
     if dtype not in _DTYPES or not state.is_contiguous() or d_state % LANES:
@@ -76,6 +93,9 @@ def selective_state_update(
     if z is not None:
         y *= silu(z.to(dtype))
     return y.to(x.dtype)
+
+
+_traced = register("state_update_numba", _update)
 
 
 def precompile(dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mambench.kernels.prepared import Calls, Recording
 from mambench.kernels.state_update.arguments import check_arguments, rows_contiguous
 from mambench.kernels.state_update.config import Config, choose, padded
+from mambench.kernels.state_update.traced import register
 from mambench.kernels.state_update.triton_kernels import s6_update_kernel, ssd_update_kernel
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -55,7 +56,14 @@ def selective_state_update(
     """
     if B.dim() == 2:
         B, C = B[:, None], C[:, None]
-    (out,) = _calls((state, x, dt, A, B, C, D, z, dt_bias), (dt_softplus, config))
+    tensors = (state, x, dt, A, B, C, D, z, dt_bias)
+    if config is None and torch.compiler.is_compiling():
+        return _traced(*tensors, dt_softplus)
+    return _update(*tensors, dt_softplus, config=config)
+
+
+def _update(*given: Any, config: Config | None = None) -> Tensor:
+    (out,) = _calls(given[:-1], (given[-1], config))
     assert out is not None
     return out
 
@@ -103,3 +111,4 @@ def _run(recording: Recording, tensors: tuple[Any, ...], options: tuple[Any, ...
 
 
 _calls = Calls(_run, _ready)
+_traced = register("state_update_triton", _update)

@@ -50,6 +50,20 @@ def test_numba_shares_a_large_state_between_threads(cases, headdim):
         torch.set_num_threads(before)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, while it compiles
+@pytest.mark.parametrize("module", [numba_update, torch_update])
+@pytest.mark.parametrize("headdim", [16, None])
+def test_a_decoding_loop_compiles_whole(cases, module, headdim):
+    shape = SHAPE | {"headdim": headdim}
+    assert cases.traced(module.selective_state_update, shape, "cpu", "aot_eager") == []
+
+
+def test_the_operator_is_what_it_declares(cases):
+    positional, keywords = cases.make(SHAPE, seed=0, device="cpu")
+    given = [keywords[name] for name in ("D", "z", "dt_bias", "dt_softplus")]
+    torch.library.opcheck(torch.ops.mambench.state_update_numba.default, (*positional, *given))
+
+
 def test_numba_computes_in_fp64_what_is_fp64(cases):
     shape = SHAPE | {"dtype": torch.float64, "state_dtype": torch.float64}
     positional, keywords = cases.make(shape, seed=0, device="cpu")

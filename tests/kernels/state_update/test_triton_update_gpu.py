@@ -23,6 +23,13 @@ def update(*args, **kwargs):
     return triton_update.selective_state_update(*args, **kwargs)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+@pytest.mark.parametrize("headdim", [64, None])
+def test_a_decoding_loop_compiles_whole(cases, headdim):
+    shape = SHAPE | {"headdim": headdim, "entries": 24 if headdim else 240}
+    assert cases.traced(update, shape, "cuda", "inductor") == []
+
+
 def test_sixty_random_shapes(cases):
     draw, found = random.Random(0), {}
     for seed in range(60):

@@ -133,6 +133,28 @@ def wrong(operation, shape, *, seed, device, **options):
     return found
 
 
+def traced(operation, shape, device, backend):
+    """Compile several tokens in one graph; return what has not the bits of eager calls, by name."""
+    positional, keywords = make(shape, seed=0, device=device)
+    state, x, *others = positional
+
+    def tokens(state, x):
+        outputs = []
+        for _ in range(3):
+            outputs.append(operation(state, x, *others, **keywords))
+            x = -x
+        return torch.stack(outputs)
+
+    torch._dynamo.reset()
+    states = state.clone(), state.clone()
+    with torch.no_grad():
+        want = tokens(states[0], x)
+        got = torch.compile(tokens, fullgraph=True, backend=backend)(states[1], x)
+    pairs = {"y": (got, want), "state": states}
+    changed = [] if not torch.equal(states[0], state) else ["nothing was updated"]
+    return changed + [name for name, (a, b) in pairs.items() if not torch.equal(a, b)]
+
+
 def describe(shape):
     """Return a shape as text."""
     return " ".join(f"{key}={value}" for key, value in shape.items())
