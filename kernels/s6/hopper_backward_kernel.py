@@ -155,10 +155,10 @@ def load_states(ptr, mask, layout: gl.constexpr):
 
 
 @gluon.jit
-def value_of(counter_ptr):
-    """Return a counter's value, which says nothing of other memory."""
+def acquired(counter_ptr):
+    """Return a counter's value; what was written before it was counted is visible from here on."""
     return gl.inline_asm_elementwise(
-        "ld.relaxed.gpu.global.u32 $0, [$1];",
+        "ld.acquire.gpu.global.u32 $0, [$1];",
         "=r,l",
         [counter_ptr.to(gl.int64)],
         dtype=gl.int32,
@@ -168,28 +168,15 @@ def value_of(counter_ptr):
 
 
 @gluon.jit
-def wait_for(counter_ptr, count):
-    """Wait until a counter has reached a count; what was written before is visible from here on.
+def acquire(counter_ptr, count):
+    """Wait until a counter has reached a count, each thread for itself.
 
-    It is acquired once, by one thread: each time the multiprocessor's first-level cache is lost.
+    Not by one thread for all: where nothing uses what that loads, ptxas 12.8 has been seen to lose
+    the predicate of that thread, also for the count that follows.
     """
-    seen = value_of(counter_ptr)
+    seen = acquired(counter_ptr)
     while seen < count:
-        seen = value_of(counter_ptr)
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred p; .reg .b32 t;
-        mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
-        @p ld.acquire.gpu.global.u32 t, [$1];
-        mov.u32 $0, t;
-        }""",
-        "=r,l",
-        [counter_ptr.to(gl.int64)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-    gl.thread_barrier()
+        seen = acquired(counter_ptr)
 
 
 @gluon.jit
@@ -728,7 +715,7 @@ def scan_backward_kernel(
                 part_at = (slot * ngroups + group).to(gl.int64) * blocks_per_group
                 part_at = part_at * (CHUNK * 32)
             if iteration > 0:
-                wait_for(written_ptr, iteration * blocks_per_group)
+                acquire(written_ptr, iteration * blocks_per_group)
                 add_up_steps(
                     part_ptr + old_at, block_stride, step_stride, anew(block), blocks_per_group,
                     dBC_ptr, old_row, batches * ngroups, seqlen, old_start,
@@ -737,7 +724,7 @@ def scan_backward_kernel(
                 if IN_PLACE:
                     count_in(read_ptr)
                     if final:  # whose partial sums take the place of those just added up
-                        wait_for(read_ptr, iteration * blocks_per_group)
+                        acquire(read_ptr, iteration * blocks_per_group)
 
             for tile_back in range(TILES):
                 tile = TILES - 1 - tile_back
@@ -859,7 +846,7 @@ def scan_backward_kernel(
                     gl.store(ddelta_ptr + now + io_offset, ddelta.to(element), mask=io_mask)
             if IN_PLACE:  # noqa: SIM102 (known when compiling)
                 if not final:
-                    wait_for(read_ptr, (iteration - 1) * blocks_per_group)
+                    acquire(read_ptr, (iteration - 1) * blocks_per_group)
                     write_rows(
                         ddelta_ptr + start + io_offset, sums_io, BLOCK, start + io_step, seqlen,
                         io_live, PIECES, RUN * RUNS, BLOCK, IO,
@@ -885,12 +872,12 @@ def scan_backward_kernel(
     gl.store(record_ptr + at, gl.sum(dD, 0), mask=io_in_group < group_channels)
     gl.store(record_ptr + at + 1, gl.sum(dbias, 0), mask=io_in_group < group_channels)
     count_in_twice(written_ptr, column_ptr)
-    wait_for(written_ptr, iteration * blocks_per_group)
+    acquire(written_ptr, iteration * blocks_per_group)
     add_up_steps(
         part_ptr + old_at, block_stride, step_stride, block, blocks_per_group, dBC_ptr, old_row,
         batches * ngroups, seqlen, old_start, D_STATE, CHUNK, STEP_SHARE, EVEN, WARPS,
     )  # fmt: skip
-    wait_for(column_ptr, rows)
+    acquire(column_ptr, rows)
     add_up_records(
         record_ptr, record_row, record_chunk, record_channel, team, rows, items, segments,
         segment_chunks, first_channel, group_channels, group, dA_ptr, dD_ptr, dbias_ptr,
@@ -898,8 +885,8 @@ def scan_backward_kernel(
     )  # fmt: skip
     if IN_PLACE:
         count_in_twice(read_ptr, column_ptr + 32)
-        wait_for(read_ptr, iteration * blocks_per_group)
-        wait_for(column_ptr + 32, rows)
+        acquire(read_ptr, iteration * blocks_per_group)
+        acquire(column_ptr + 32, rows)
         io_at = over_states((batch * d_inner + io_channel) * seqlen) + io_step + start
         io_now = start + io_step
         write_rows(

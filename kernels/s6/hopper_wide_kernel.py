@@ -25,6 +25,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from mambench.kernels.s6.hopper_backward_kernel import (
+    acquire,
     anew,
     count_in,
     load_states,
@@ -165,31 +166,6 @@ def signal(counter_ptr):
         is_pure=False,
         pack=1,
     )
-
-
-@gluon.jit
-def acquired(counter_ptr):
-    """Return a counter's value; what was written before it was counted is visible from here on."""
-    return gl.inline_asm_elementwise(
-        "ld.acquire.gpu.global.u32 $0, [$1];",
-        "=r,l",
-        [counter_ptr.to(gl.int64)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def acquire(counter_ptr, count):
-    """Wait until a counter has reached a count, each thread for itself.
-
-    Not by one thread for all, as in `wait_for`: where nothing uses what that loads, ptxas 12.8 has
-    been seen to lose the predicate of that thread, also for the count that follows.
-    """
-    seen = acquired(counter_ptr)
-    while seen < count:
-        seen = acquired(counter_ptr)
 
 
 @gluon.constexpr_function

@@ -27,7 +27,8 @@ _TYPES = {
 _BINARY: dict[str, Callable[..., np.ndarray]] = {
     "add": np.add, "sub": np.subtract, "min": np.fmin, "max": np.fmax, "mul": np.multiply,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-    "div": lambda a, b: np.trunc(a / b).astype(a.dtype), "rem": lambda a, b: np.fmod(a, b),
+    "div": lambda a, b: a / b if a.dtype.kind == "f" else np.trunc(a / b).astype(a.dtype),
+    "rem": lambda a, b: np.fmod(a, b),
 }  # fmt: skip
 _COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,

@@ -1,4 +1,7 @@
-"""Problems of the Hopper scan's backward, their gradients in float64, and its PTX on the CPU."""
+"""Problems of the Hopper scan's backward, their gradients in float64, and its PTX on the CPU.
+
+What the tests of its two kernels share; `conftest` makes it importable.
+"""
 
 import importlib.util
 import re
@@ -16,6 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
+
+from mambench.kernels.s6 import hopper_backward, hopper_scan, triton_scan
 
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32",
@@ -134,6 +139,78 @@ class Emulated:
             )  # fmt: skip
 
         return launch
+
+
+def gradients(
+    p: Problem, config: Any, t: dict[str, Any], dout: torch.Tensor, dlast: Any, kept: Any
+) -> dict[str, Any]:
+    """Return the kernels' gradients by input; kept as `hopper_backward.scan_backward` takes it."""
+    inputs = triton_scan._Inputs(*(t[name] for name in NAMES), p.softplus)
+    got = hopper_backward.scan_backward(
+        inputs, kept, dout, dlast, config=config, segments=p.segments
+    )
+    return dict(zip(NAMES, got, strict=True))
+
+
+def run(p: Problem, config: Any, *, give: bool = False) -> None:
+    """Hold the gradients to float64's; give: the kept states may move into du."""
+    t, dout, dlast = tensors(p)
+    want, kept = reference(p, t, dout, dlast, config.chunk)
+    kept = kept.float().contiguous()
+    given: Any = [kept] if give else kept
+    got = gradients(p, config, t, dout, dlast, given)
+    assert given == [] or not give
+    assert_right(got, want, p.dtype)
+
+
+def run_on_the_gpu(p: Problem, config: Any) -> None:
+    """Hold the gradients to float64's, and to the same bits once states are moved."""
+    t, dout, dlast = tensors(p, "cuda")
+    want, _ = reference(p, t, dout, dlast, config.chunk)
+    every = {"delta_softplus": p.softplus, "checkpoint_every": config.chunk}
+    kept = hopper_scan.scan_forward(**t, **every)[2]
+    got = gradients(p, config, t, dout, dlast, kept)
+    assert_right(got, want, p.dtype)
+    again = gradients(p, config, t, dout, dlast, [kept])  # now in du's memory
+    assert all(a is None or torch.equal(a, again[name]) for name, a in got.items())
+
+
+def faulty(source: Any, tmp_path: Path, name: str, old: str, new: str) -> ModuleType:
+    """Import a module with a fault planted in it."""
+    text = Path(str(source.__file__)).read_text()
+    assert text.count(old) == 1
+    stem = re.sub(r"\W", "_", name)
+    path = tmp_path / f"{stem}.py"
+    path.write_text(text.replace(old, new))
+    return load(path, stem)
+
+
+def assert_compiles_well(
+    kernel: Any, constants: dict[str, Any], config: Any, *, absent: tuple[str, ...]
+) -> None:
+    """Few registers are spilled, none in the loop with exchanges over lanes; one thread counts.
+
+    absent: pointers that are not given. Shared memory suffices for the blocks of the configuration.
+    """
+    given: dict[str, Any] = dict.fromkeys(kernel.arg_names, 1) | constants
+    narrow = ("u", "delta", "B", "C", "z", "dout", "du", "ddelta", "dz", "dBC")
+    for name in kernel.arg_names:
+        if name.endswith("_ptr"):
+            dtype = torch.bfloat16 if name[:-4] in narrow else torch.float32
+            given[name] = torch.empty(16, dtype=torch.int32 if name == "counter_ptr" else dtype)
+    compiled = compile_kernel(kernel, given | dict.fromkeys(absent), config.warps)
+    assert config.resident * (compiled.metadata.shared + 1024) <= 228 * 1024
+    # by one thread for all, with a value that nobody uses: ptxas loses the thread's predicate
+    assert "@p ld.acquire" not in compiled.asm["ptx"]
+    lines = machine_code(compiled)
+    assert counted_by_all(lines) == []
+    everyone = compiled.asm["ptx"].replace("@p red.release", "red.release")
+    assert counted_by_all(machine_code(compiled, everyone)) != []
+    exchanges = [i for i, line in enumerate(lines) if "SHFL.BFLY" in line]
+    inner = [i for i in exchanges if sum(abs(i - j) < 600 for j in exchanges) >= 64]
+    between = lines[inner[0] : inner[-1]]
+    assert len(between) > 400
+    assert not [line for line in between if "LDL" in line or "STL" in line]
 
 
 def is_constant(kernel: Any, name: str) -> bool:

@@ -1,6 +1,11 @@
-"""Give the tests of this folder the literal scan, which is a plain module beside them."""
+"""Give the tests of this folder the literal scan, and the Hopper backward's tests what they share.
 
+Both are plain modules beside them.
+"""
+
+import contextlib
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -8,14 +13,28 @@ import pytest
 import torch
 
 
+def beside(name: str) -> ModuleType:
+    """Import a script of this folder, once."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+with contextlib.suppress(ImportError):  # without Gluon, and then its tests are skipped
+    beside("backward_cases")
+
+
 @pytest.fixture(scope="session")
 def literal() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("literal", Path(__file__).parent / "literal.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return beside("literal")
 
 
 @pytest.fixture

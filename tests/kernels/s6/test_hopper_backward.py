@@ -1,41 +1,18 @@
 """The Hopper scan's backward: its PTX run on the CPU against float64, its launcher, and the GPU."""
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
-from mambench.kernels.s6 import (
-    hopper_backward,
-    hopper_backward_kernel,
-    hopper_memory,
-    hopper_scan,
-    triton_scan,
-)
+import backward_cases as cases
+from backward_cases import Emulated, Problem, machine, run
 
+from mambench.kernels.s6 import hopper_backward, hopper_backward_kernel, hopper_memory
 
-def beside(name: str) -> Any:
-    """Load a script of this folder as a module."""
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = beside("backward_cases")
-NAMES, Problem, Emulated, machine = cases.NAMES, cases.Problem, cases.Emulated, cases.machine
-compile_kernel, load = cases.compile_kernel, cases.load
-assert_right, reference, tensors = cases.assert_right, cases.reference, cases.tensors
 Config = hopper_backward.BackwardConfig
 
 
@@ -44,26 +21,6 @@ def emulated(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
     """Run the launcher's kernels on the CPU."""
     for name in ("segment_adjoint_kernel", "pass_back_kernel", "scan_backward_kernel"):
         monkeypatch.setattr(hopper_backward, name, Emulated(getattr(hopper_backward, name)))
-
-
-def gradients(
-    p: Problem, config: Config, t: dict[str, Any], dout: Any, dlast: Any, kept: Any
-) -> dict[str, Any]:
-    inputs = triton_scan._Inputs(*(t[name] for name in NAMES), p.softplus)
-    got = hopper_backward.scan_backward(
-        inputs, kept, dout, dlast, config=config, segments=p.segments
-    )
-    return dict(zip(NAMES, got, strict=True))
-
-
-def run(p: Problem, config: Config, *, give: bool = False) -> None:
-    t, dout, dlast = tensors(p)
-    want, kept = reference(p, t, dout, dlast, config.chunk)
-    kept = kept.float().contiguous()
-    given: Any = [kept] if give else kept
-    got = gradients(p, config, t, dout, dlast, given)
-    assert given == [] or not give
-    assert_right(got, want, p.dtype)
 
 
 BARE = Problem(
@@ -133,31 +90,25 @@ FAULTS = {
     ),
     "steps in the wrong order": ("gl.join(parts[0], parts[2])", "gl.join(parts[2], parts[0])"),
     "sums added up before they are there": (
-        "wait_for(written_ptr, iteration * blocks_per_group)\n                add",
+        "acquire(written_ptr, iteration * blocks_per_group)\n                add",
         "add",
     ),
     "sums of a block forgotten": ("(begin + source < blocks)", "(begin + source < blocks - 1)"),
     "sums over others that are not read": (
-        "                        wait_for(read_ptr, iteration * blocks_per_group)",
+        "                        acquire(read_ptr, iteration * blocks_per_group)",
         "                        pass",
     ),
     "a gradient over sums that are not read": (
-        "wait_for(read_ptr, (iteration - 1) * blocks_per_group)", "pass"
+        "acquire(read_ptr, (iteration - 1) * blocks_per_group)", "pass"
     ),
-    "a gradient over another row's sums": ("wait_for(column_ptr + 32, rows)", "pass"),
+    "a gradient over another row's sums": ("acquire(column_ptr + 32, rows)", "pass"),
 }  # fmt: skip
 
 
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Path(str(hopper_backward_kernel.__file__)).read_text()
-    old, new = FAULTS[name]
-    assert source.count(old) == 1
-    stem = name.replace(" ", "_").replace("'", "")
-    path = tmp_path / f"{stem}.py"
-    path.write_text(source.replace(old, new))
-    wrong = load(path, stem)
+    wrong = cases.faulty(hopper_backward_kernel, tmp_path, name, *FAULTS[name])
     monkeypatch.setattr(
         hopper_backward, "scan_backward_kernel", Emulated(wrong.scan_backward_kernel)
     )
@@ -190,25 +141,10 @@ def test_it_compiles_for_sm_90_without_spills_in_its_loops(gated: bool) -> None:
         d_state=16, unit=8, has_D=True, has_z=gated, has_bias=True, softplus=True, has_r=True,
         division=division, kept_unit=4, config=config,
     )  # fmt: skip
-    kernel = hopper_backward_kernel.scan_backward_kernel
-    given: dict[str, Any] = dict.fromkeys(kernel.arg_names, 1) | constants
-    narrow = ("u", "delta", "B", "C", "z", "dout", "du", "ddelta", "dz", "dBC")
-    for name in kernel.arg_names:
-        if name.endswith("_ptr"):
-            dtype = torch.bfloat16 if name[:-4] in narrow else torch.float32
-            given[name] = torch.empty(16, dtype=torch.int32 if name == "counter_ptr" else dtype)
-    given |= {} if gated else {"z_ptr": None, "dz_ptr": None}
-    compiled = compile_kernel(kernel, given, config.warps)
-    lines = cases.machine_code(compiled)
-    assert cases.counted_by_all(lines) == []
-    everyone = compiled.asm["ptx"].replace("@p red.release", "red.release")
-    assert cases.counted_by_all(cases.machine_code(compiled, everyone)) != []
-    exchanges = [i for i, line in enumerate(lines) if "SHFL.BFLY" in line]
-    inner = [i for i in exchanges if sum(abs(i - j) < 600 for j in exchanges) >= 64]
-    between = lines[inner[0] : inner[-1]]
-    assert len(between) > 400
-    assert not [line for line in between if "LDL" in line or "STL" in line]
-    assert config.resident * compiled.metadata.shared <= 232448
+    cases.assert_compiles_well(
+        hopper_backward_kernel.scan_backward_kernel, constants, config,
+        absent=() if gated else ("z_ptr", "dz_ptr"),
+    )  # fmt: skip
 
 
 def test_what_is_not_chosen_runs_the_portable_backward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,13 +190,4 @@ def test_what_it_refuses() -> None:
     ],
 )
 def test_gradients_on_the_gpu_are_right_and_the_same_bits_again(p: Problem) -> None:
-    config = Config()
-    t, dout, dlast = tensors(p, "cuda")
-    want, _ = reference(p, t, dout, dlast, config.chunk)
-    kept = hopper_scan.scan_forward(**t, delta_softplus=p.softplus, checkpoint_every=config.chunk)[
-        2
-    ]
-    got = gradients(p, config, t, dout, dlast, kept)
-    assert_right(got, want, p.dtype)
-    again = gradients(p, config, t, dout, dlast, [kept])  # now in du's memory
-    assert all(a is None or torch.equal(a, again[name]) for name, a in got.items())
+    cases.run_on_the_gpu(p, Config())

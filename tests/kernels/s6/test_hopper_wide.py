@@ -1,8 +1,5 @@
 """The Hopper scan's backward of more than 16 states: its PTX on the CPU, its launcher, the GPU."""
 
-import importlib.util
-import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,31 +9,18 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
+import backward_cases as cases
+from backward_cases import Problem, machine, run
+
 from mambench.kernels.s6 import (
     hopper_backward,
     hopper_memory,
-    hopper_scan,
     hopper_wide,
     hopper_wide_kernel,
     hopper_wide_memory,
-    triton_scan,
 )
 
-
-def beside(name: str) -> Any:
-    """Load a script of this folder as a module."""
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = beside("backward_cases")
-Problem, Config, machine = cases.Problem, hopper_wide_memory.WideConfig, cases.machine
+Config = hopper_wide_memory.WideConfig
 KERNELS = (
     "segment_adjoint_kernel", "pass_back_kernel", "move_states_kernel", "scan_backward_wide_kernel",
 )  # fmt: skip
@@ -48,24 +32,6 @@ def emulated(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
     for name in KERNELS:
         monkeypatch.setattr(hopper_wide, name, cases.Emulated(getattr(hopper_wide, name)))
     monkeypatch.setattr(hopper_backward, "multiprocessors", lambda device: 3)
-
-
-def gradients(p: Any, config: Any, t: dict[str, Any], dout: Any, dlast: Any, kept: Any) -> Any:
-    inputs = triton_scan._Inputs(*(t[name] for name in cases.NAMES), p.softplus)
-    got = hopper_backward.scan_backward(
-        inputs, kept, dout, dlast, config=config, segments=p.segments
-    )
-    return dict(zip(cases.NAMES, got, strict=True))
-
-
-def run(p: Any, config: Any, *, give: bool = True) -> None:
-    t, dout, dlast = cases.tensors(p)
-    want, kept = cases.reference(p, t, dout, dlast, config.chunk)
-    kept = kept.float().contiguous()
-    given: Any = [kept] if give else kept
-    got = gradients(p, config, t, dout, dlast, given)
-    assert given == [] or not give
-    cases.assert_right(got, want, p.dtype)
 
 
 SMALL = Config(warps_n=2, warps_d=1, chunk=64)
@@ -104,7 +70,7 @@ def test_one_set_of_sums_is_written_over_when_all_have_read_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hopper_wide_memory, "_SETS", ((8, 1),))
-    run(Problem(d_inner=32, seqlen=40, d_state=32, segments=1), SMALL)
+    run(Problem(d_inner=32, seqlen=40, d_state=32, segments=1), SMALL, give=True)
 
 
 FAULTS = {
@@ -123,17 +89,12 @@ FAULTS = {
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Path(str(hopper_wide_kernel.__file__)).read_text()
-    old, new = FAULTS[name]
-    assert source.count(old) == 1
-    stem = re.sub(r"\W", "_", name)
-    path = tmp_path / f"{stem}.py"
-    path.write_text(source.replace(old, new))
-    wrong = cases.Emulated(cases.load(path, stem).scan_backward_wide_kernel)
-    monkeypatch.setattr(hopper_wide, "scan_backward_wide_kernel", wrong)
+    wrong = cases.faulty(hopper_wide_kernel, tmp_path, name, *FAULTS[name])
+    launched = cases.Emulated(wrong.scan_backward_wide_kernel)
+    monkeypatch.setattr(hopper_wide, "scan_backward_wide_kernel", launched)
     channels = 16 if "row" in name else 20  # with one block a row, both segments run at once
     with pytest.raises((AssertionError, machine.Hazard)):
-        run(Problem(d_inner=channels, seqlen=150, d_state=20), replace(SMALL, note=16))
+        run(Problem(d_inner=channels, seqlen=150, d_state=20), replace(SMALL, note=16), give=True)
 
 
 @pytest.mark.usefixtures("emulated")
@@ -142,7 +103,7 @@ def test_blocks_that_are_not_there_at_once_are_found(monkeypatch: pytest.MonkeyP
     kernel = hopper_wide.scan_backward_wide_kernel
     monkeypatch.setattr(hopper_wide, "scan_backward_wide_kernel", {(2,): kernel[(1,)]})
     with pytest.raises(machine.Deadlock):
-        run(Problem(d_inner=32, seqlen=40, d_state=32, segments=1), SMALL)
+        run(Problem(d_inner=32, seqlen=40, d_state=32, segments=1), SMALL, give=True)
 
 
 def chosen(d_state: int) -> Any:
@@ -160,28 +121,11 @@ def test_it_compiles_for_sm_90_without_spills_in_its_loops(d_state: int, gated: 
         d_state=d_state, unit=8, has_D=True, has_z=gated, has_bias=True, softplus=True,
         has_r=True, in_du=plan.in_du, first=True, last=plan.launches == 1, plan=plan, config=config,
     )  # fmt: skip
-    kernel = hopper_wide_kernel.scan_backward_wide_kernel
-    given: dict[str, Any] = dict.fromkeys(kernel.arg_names, 1) | constants
-    narrow = ("u", "delta", "B", "C", "z", "dout", "du", "ddelta", "dz", "dBC")
-    for name in kernel.arg_names:
-        if name.endswith("_ptr"):
-            dtype = torch.bfloat16 if name[:-4] in narrow else torch.float32
-            given[name] = torch.empty(16, dtype=torch.int32 if name == "counter_ptr" else dtype)
-    given |= {"head_ptr": None} | ({} if gated else {"z_ptr": None, "dz_ptr": None})
-    given |= {"sum_ptr": None} if plan.launches == 1 else {}
-    compiled = cases.compile_kernel(kernel, given, config.warps)
-    assert config.resident * compiled.metadata.shared <= 232448
-    # by one thread for all, with a value that nobody uses: ptxas loses the thread's predicate
-    assert "@p ld.acquire" not in compiled.asm["ptx"]
-    lines = cases.machine_code(compiled)
-    assert cases.counted_by_all(lines) == []
-    everyone = compiled.asm["ptx"].replace("@p red.release", "red.release")
-    assert cases.counted_by_all(cases.machine_code(compiled, everyone)) != []
-    exchanges = [i for i, line in enumerate(lines) if "SHFL.BFLY" in line]
-    inner = [i for i in exchanges if sum(abs(i - j) < 600 for j in exchanges) >= 64]
-    between = lines[inner[0] : inner[-1]]
-    assert len(between) > 400
-    assert not [line for line in between if "LDL" in line or "STL" in line]
+    absent = ("head_ptr", *(() if gated else ("z_ptr", "dz_ptr")))
+    cases.assert_compiles_well(
+        hopper_wide_kernel.scan_backward_wide_kernel, constants, config,
+        absent=(*absent, "sum_ptr") if plan.launches == 1 else absent,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("d_state", [17, 32, 40, 64, 100, 128, 200, 256])
@@ -249,13 +193,4 @@ GPU = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("p", GPU)
 def test_gradients_on_the_gpu_are_right_and_the_same_bits_again(p: Any) -> None:
-    config = chosen(p.d_state)
-    t, dout, dlast = cases.tensors(p, "cuda")
-    want, _ = cases.reference(p, t, dout, dlast, config.chunk)
-    kept = hopper_scan.scan_forward(**t, delta_softplus=p.softplus, checkpoint_every=config.chunk)[
-        2
-    ]
-    got = gradients(p, config, t, dout, dlast, kept)
-    cases.assert_right(got, want, p.dtype)
-    again = gradients(p, config, t, dout, dlast, [kept])  # now in du's memory
-    assert all(a is None or torch.equal(a, again[name]) for name, a in got.items())
+    cases.run_on_the_gpu(p, chosen(p.d_state))
