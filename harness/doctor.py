@@ -208,7 +208,12 @@ def _ncu_version(ncu: str) -> str:
 def _implementation(implementation: Implementation, device: Device) -> Check:
     variants: tuple[Variant, ...] = registry.ask(implementation, "variants", device)
     usable = [variant.name for variant in variants if variant.unavailable is None]
-    missing = [f"{v.name}: {v.unavailable}" for v in variants if v.unavailable is not None]
+    lacks = {v.name: v.unavailable for v in variants}
+    if not usable:  # it may compute one token and no sequence
+        decoding: tuple[Variant, ...] = registry.ask(implementation, "decode_variants", device)
+        usable = [f"{v.name} (decode)" for v in decoding if v.unavailable is None]
+        lacks |= {v.name: v.unavailable for v in decoding}
+    missing = [f"{name}: {reason}" for name, reason in lacks.items() if reason is not None]
     where = "the CPU" if device.kind is DeviceKind.CPU else device.name
     return Check(
         name=implementation.name,

@@ -35,6 +35,9 @@ def listing(
             else ("    ", variant.name, "available")
             for variant in registry.ask(item, "variants", device)
         ]
+        if decoding := registry.ask(item, "decode_variants", device):
+            able = ", ".join(variant.name for variant in decoding if not variant.unavailable)
+            rows.append(("    ", "decode", able or f"unavailable: {decoding[0].unavailable}"))
         lines.append(table(rows))
     questions = {suite.name: suite.question or suite.title for suite in suites}
     questions[CALIBRATION] = "What can this machine do at most? As the command ceilings."

@@ -7,7 +7,7 @@ import pytest
 from mambench.harness import doctor, machine, registry
 from mambench.harness.cli import views as cli_views
 from mambench.harness.doctor import Check
-from mambench.harness.spec import Device, Family
+from mambench.harness.spec import Device, DeviceKind, Family
 from mambench.implementations.base import Implementation, Variant
 
 
@@ -21,6 +21,19 @@ class Peer(Implementation):
 
     def op(self, family: Family, variant: str):
         raise NotImplementedError
+
+
+class Update(Peer):
+    """Computes one token and no sequence."""
+
+    name = "update"
+    lack: str | None = None
+
+    def variants(self, device: Device) -> tuple[Variant, ...]:
+        return (Variant(name="own", unavailable="computes one token, not a sequence"),)
+
+    def decode_variants(self, device: Device) -> tuple[Variant, ...]:
+        return (Variant(name="own", unavailable=self.lack),)
 
 
 def by_name(checks: list[Check]) -> dict[str, Check]:
@@ -49,6 +62,23 @@ def test_every_lack_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
     text = cli_views.checks(list(found.values()))
     assert "to enable: there: pip install there" in text
     assert "to enable: pip install numba" in text
+
+
+def test_what_only_decodes_can_run(monkeypatch: pytest.MonkeyPatch):
+    update = Update()
+    found = by_name(doctor.examine({"update": update}))["update"]
+    assert (found.ok, found.found, found.fix) == (True, "own (decode)", None)
+    device = Device(kind=DeviceKind.CPU, name="a processor", memory_bytes=1 << 30)
+    assert "      decode  own\n" in cli_views.listing({"update": update}, [], {}, device)
+    monkeypatch.setattr(update, "lack", "pip install own")
+    found = by_name(doctor.examine({"update": update}))["update"]
+    assert (found.ok, found.found, found.fix) == (
+        False,
+        "no variant can run",
+        "own: pip install own",
+    )
+    listed = cli_views.listing({"update": update}, [], {}, device)
+    assert "      decode  unavailable: pip install own\n" in listed
 
 
 def test_what_is_there_needs_no_advice(monkeypatch: pytest.MonkeyPatch):
