@@ -60,9 +60,10 @@ def build(found: Sequence[Series], output: Path) -> Path:
         parts.append(f"<h2>{html.escape(machine)}</h2>")
         parts += [_figure(one) for one in kept]
     page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>History</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
-        f"<h1>History</h1>{''.join(parts) or '<p>Nothing is stored yet.</p>'}</html>\n"
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>History</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_STYLE}</style></head><body><main><h1>History</h1>"
+        f"{''.join(parts) or '<p>Nothing is stored yet.</p>'}</main></body></html>\n"
     )
     output.write_text(page, encoding="utf-8")
     return output

@@ -6,11 +6,12 @@ import shutil
 import pytest
 
 from mambench import reports
+from mambench.harness import history as harness_history
 from mambench.harness import reproduce
 from mambench.harness.analysis import loading
 from mambench.harness.plan import Plan
 from mambench.harness.spec import Device, DeviceKind, Settings
-from mambench.reports import machines, rows, units
+from mambench.reports import history, machines, rows, units
 from mambench.reports.style import DARK_PAGE, LIGHT_PAGE
 
 pytestmark = pytest.mark.browser
@@ -385,6 +386,19 @@ def test_the_index_of_runs_looks_like_a_report(open_page, full_run, tmp_path, sc
     )
     assert tab.title() == f"Mambench runs: {tmp_path.name}"
     assert tab.errors == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_violation_in_the_pages_without_script(open_page, full_run, tmp_path, scheme):
+    axe = pytest.importorskip("axe_core_python.sync_playwright").Axe()
+    shutil.copytree(full_run, tmp_path / "run")
+    index = reports.index_page(tmp_path)
+    harness_history.add(tmp_path / "store", full_run)
+    series = harness_history.series(harness_history.read(tmp_path / "store"), "time_s")
+    drawn = history.build(list(series)[:3], tmp_path / "history.html")
+    for page in (index, drawn):
+        tab = open_page(page, ready=False, color_scheme=scheme, bypass_csp=True)
+        assert [v["id"] for v in axe.run(tab)["violations"]] == []
 
 
 def test_print_is_on_white_and_shows_every_chart(open_page, full_page):
