@@ -3,8 +3,10 @@
 Every configuration is compiled and checked in a process of its own (against float64 autograd and the portable backward);
 what was right is then timed here, one at a time: graph replay, median, warm L2. Results: $OUT/gpu_s6_backward.json and a table.
 """
-import json, os, runpy, subprocess, sys, time
+import json, os, subprocess, sys, time
 from pathlib import Path
+
+from parts import S6_NAMES as NAMES, load_package, relative, s6_prepared, s6_reference as reference
 
 ROOT, T0 = Path.cwd(), time.time()
 OUT = Path(os.environ.get("OUT", "/tmp/out"))
@@ -13,10 +15,7 @@ LIMIT_ALL = float(os.environ.get("LIMIT_ALL", 185))
 
 
 def load():
-    runpy.run_path("mambench/_start.py")["load_package"](Path("mambench").resolve())
-    import mambench
-    if str(ROOT) not in mambench.__path__:
-        mambench.__path__.append(str(ROOT))
+    load_package()
     from mambench.kernels.s6 import hopper_backward
     return hopper_backward
 
@@ -72,37 +71,6 @@ def tensors(shape, dtype, ngroups=1, z=False, D=True, bias=True, softplus=True):
     return t, r(batch, d_inner, seqlen).to(dtype), r(batch, d_inner, d_state)
 
 
-def prepared(t, softplus, every):
-    from mambench.kernels.s6 import hopper_scan, triton_scan
-    kept = hopper_scan.scan_forward(**t, delta_softplus=softplus, checkpoint_every=every)[2]
-    return triton_scan._Inputs(*(t[k] for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")), softplus), kept
-
-
-def reference(t, dout, dlast, softplus):
-    import torch, torch.nn.functional as F
-    d = {k: None if v is None else v.double().requires_grad_() for k, v in t.items()}
-    dt = d["delta"] if d["delta_bias"] is None else d["delta"] + d["delta_bias"][:, None]
-    dt = F.softplus(dt, threshold=1e9) if softplus else dt
-    B, C = (d[k].repeat_interleave(dt.shape[1] // d["B"].shape[1], 1) for k in "BC")
-    h = torch.zeros(*dt.shape[:2], B.shape[2], device="cuda", dtype=torch.float64)
-    x, ys = dt * d["u"], []
-    for i in range(dt.shape[2]):
-        h = torch.exp(dt[:, :, i, None] * d["A"]) * h + x[:, :, i, None] * B[..., i]
-        ys.append((h * C[..., i]).sum(-1))
-    y = torch.stack(ys, -1)
-    y = y if d["D"] is None else y + d["u"] * d["D"][:, None]
-    y = y if d["z"] is None else y * F.silu(d["z"])
-    torch.autograd.backward([y, h] if dlast is not None else [y], [dout.double()] + ([dlast.double()] if dlast is not None else []))
-    return {k: None if v is None else v.grad for k, v in d.items()}
-
-
-NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-
-
-def relative(got, want):
-    return float("%.2g" % ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item())
-
-
 def say(row):
     print("ROW " + json.dumps(row), flush=True)
 
@@ -125,10 +93,10 @@ def check(name):
             dlast = dlast if last else None
             began = time.time()
             if config is None:
-                inputs, kept = prepared(t, bool(softplus), triton_config.chunk_size(d_state))
+                inputs, kept = s6_prepared(t, triton_config.chunk_size(d_state), bool(softplus))
                 run = lambda: triton_scan.scan_backward(inputs, kept, dout, dlast)
             else:
-                inputs, kept = prepared(t, bool(softplus), config.chunk)
+                inputs, kept = s6_prepared(t, config.chunk, bool(softplus))
                 run = lambda: H.scan_backward(inputs, kept, dout, dlast, config=config, segments=segments)
             got = run()
             torch.cuda.synchronize()
@@ -148,7 +116,7 @@ def check(name):
         try:
             t, dout, _ = tensors((1, 2048, 512, shape[3]), torch.bfloat16)
             if config is not None:
-                inputs, kept = prepared(t, True, config.chunk)
+                inputs, kept = s6_prepared(t, config.chunk, True)
                 H.scan_backward(inputs, kept, dout, None, config=config, segments=2)
         except Exception as exc:
             say(dict(config=name, case="warm", ok=False, error=f"{type(exc).__name__}: {exc}"[:500]))
@@ -215,7 +183,7 @@ def main():
             try:
                 t, dout, _ = tensors(shape, torch.bfloat16)
                 every = triton_config.chunk_size(shape[3]) if name == "portable" else make(H, name).chunk
-                inputs, kept = prepared(t, True, every)
+                inputs, kept = s6_prepared(t, every, True)
                 config = None if name == "portable" else make(H, name)
                 call = (lambda: triton_scan.scan_backward(inputs, kept, dout, None)) if config is None else (lambda: H.scan_backward(inputs, kept, dout, None, config=config))
                 times[key] = timed(call)
@@ -232,7 +200,7 @@ def main():
         for shape in [(1, 2048, 2048, 16), (1, 2048, 8192, 16), (8, 2048, 2048, 16)]:
             t, dout, _ = tensors(shape, torch.bfloat16)
             config = make(H, best)
-            inputs, kept = prepared(t, True, config.chunk)
+            inputs, kept = s6_prepared(t, config.chunk, True)
             for segments in (1, 2, 4, 8, 11, 16, 32):
                 if time.time() - T0 > LIMIT_ALL:
                     break
