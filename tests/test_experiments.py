@@ -11,9 +11,9 @@ SCRIPTS = sorted(FOLDER.glob("*.py"))
 
 def defined(tree: ast.Module) -> set[str]:
     """Return what a module defines at its top level."""
-    targets = (t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets)
-    named = (n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef))
-    return {t.id for t in targets if isinstance(t, ast.Name)} | set(named)
+    targets = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
+    values = {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+    return values | {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
 
 
 def lacking(source: str) -> set[str]:
