@@ -35,6 +35,7 @@ from mambench.kernels.s6.triton_scan import (
     _Inputs as Inputs,  # pyright: ignore[reportPrivateUsage]
 )
 
+ADJOINT_WARPS = 2
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -164,7 +165,7 @@ def adjoint_specialisation(constants: dict[str, int | bool], *, move: int) -> di
         "EVEN",
     )
     kept = {name: value for name, value in constants.items() if name not in other}
-    return kept | {"STATE_BLOCKS": 1, "MOVE": move}
+    return kept | {"STATE_BLOCKS": 1, "MOVE": move, "WARPS": ADJOINT_WARPS}
 
 
 def scan_backward(
@@ -263,7 +264,11 @@ class _Run:
         dBC = torch.empty(shape, dtype=ddelta.dtype, device=ddelta.device)
         division, inputs = self.division, self.inputs
         several = division.segments > 1
-        if not several and dlast is not None:
+        if several:  # a segment gets what its last part gets
+            of_batch, of_part, of_channel = passed.strides
+            strides = (of_batch, division.parts * of_part, of_channel)
+            passed = _Strided(passed.memory[(division.parts - 1) * of_part :], strides)
+        elif dlast is not None:
             passed = _Strided(dlast, (d_inner * d_state, 0, d_state))
         unit = self._unit(ddelta)
         in_place = division.in_place
@@ -301,7 +306,7 @@ class _Run:
         )  # fmt: skip
 
     def _passed(self) -> _Strided:
-        """Return where what is passed back to each segment goes."""
+        """Return where what is passed back to each part of a segment goes."""
         _, seqlen, d_inner, d_state, _ = self.sizes
         division = self.division
         if not division.in_place:
@@ -310,7 +315,7 @@ class _Run:
         pitch, chunk = (
             n * self.du.element_size() // 4 for n in (seqlen, self.config.chunk)
         )  # behind the 16 states that a chunk may begin with
-        strides = (d_inner * pitch, division.segment_chunks * chunk, pitch)
+        strides = (d_inner * pitch, division.segment_chunks // division.parts * chunk, pitch)
         return _Strided(_words(self.du)[STATES:], strides)
 
     def _prepare(
@@ -335,11 +340,11 @@ class _Run:
             states.memory.as_strided(found.shape, (*states.strides, 1)).copy_(found)
         counters = self.scratch["counters"].view(torch.int32)
         size = batch * d_inner * d_state if segments > 1 else 0
-        block = 256
+        parts, block = self.division.total_parts, 256
         pass_back_kernel[(max(1, triton.cdiv(size, block)),)](
             *(self.inputs.A, self.scratch["total"], dlast, passed.memory, counters),
-            *(size, segments, d_inner, *passed.strides, counters.numel()),
-            *(d_state, dlast is not None, block, min(16, triton.next_power_of_2(segments))),
+            *(size, parts, d_inner, *passed.strides, counters.numel()),
+            *(d_state, dlast is not None, block, min(16, triton.next_power_of_2(parts))),
             num_warps=4,
         )
         return states
@@ -349,19 +354,20 @@ class _Run:
         batch, seqlen, d_inner, _, ngroups = self.sizes
         tokens, division, config = self.tokens, self.division, self.config
         unit = self._unit()
-        items = batch * (division.segments if moved is not None else division.segments - 1)
-        programs = items * ngroups * division.blocks
+        parts, idle = division.total_parts, division.parts  # those of the first segment
+        blocks = triton.cdiv(d_inner // ngroups, 8 * config.channels * ADJOINT_WARPS)
+        programs = batch * (parts if moved is not None else parts - idle) * ngroups * blocks
         to, strides = (None, (0, 0, 0)) if moved is None else moved
         move = 0 if to is None else _unit_of(to, strides)
         constants = adjoint_specialisation(self._constants(unit, has_r=True), move=move)
         segment_adjoint_kernel[(programs,)](
             *(tokens.delta, self.inputs.A, tokens.C, tokens.z, self.inputs.bias, tokens.dout),
             *(passed.memory, self.scratch["total"], None if moved is None else kept, to),
-            *(seqlen // unit, d_inner, ngroups, division.blocks, division.segment_chunks),
-            *(division.segments, *passed.strides, triton.cdiv(seqlen, config.chunk)),
+            *(seqlen // unit, d_inner, ngroups, blocks, division.segment_chunks // idle, parts),
+            *(idle, *passed.strides, triton.cdiv(seqlen, config.chunk)),
             *(n // max(1, move) for n in strides),
             **constants,
-            num_warps=config.warps,
+            num_warps=ADJOINT_WARPS,
         )
 
 

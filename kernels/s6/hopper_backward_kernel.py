@@ -21,6 +21,9 @@ A warp's lanes are 4 of states times 8 of channels; a thread holds 4 states of C
 that sums over states and over channels both begin in registers. Over lanes they are taken by
 exchanges that halve what a lane holds, so that a lane ends with the sum of one channel or state.
 dB and dC are summed over the block's channels in a fixed order and written as fp32 partial sums.
+
+All of a chunk's loads are under way at once, and so are those of the partial sums that a block adds
+up, while states are replayed: what is done once a chunk waits more than it computes.
 """
 
 from triton.experimental import gluon
@@ -198,65 +201,81 @@ def count_in(counter_ptr):
     )
 
 
-@gluon.jit
-def count_in_twice(counter_ptr, other_ptr):
-    """`count_in` for two counters at once."""
-    gl.thread_barrier()
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred p; .reg .b32 t;
-        mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
-        @p fence.acq_rel.gpu;
-        @p red.relaxed.gpu.global.add.u32 [$1], 1;
-        @p red.relaxed.gpu.global.add.u32 [$2], 1;
-        mov.u32 $0, t;
-        }""",
-        "=r,l,l",
-        [counter_ptr.to(gl.int64), other_ptr.to(gl.int64)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 @gluon.constexpr_function
 def tile_layout(share, warps):
-    """(source, share, 32) tiles of 2048 elements: a warp has 32 columns, a thread its sources."""
+    """(source, share, 32) tiles: a warp has 32 columns, different ones of the share first."""
     along = min(share, warps)
-    return gl.BlockedLayout(
-        [64 // share * along // warps, 1, 1], [1, 1, 32], [warps // along, along, 1], [2, 1, 0]
-    )
+    return gl.BlockedLayout([1, 1, 1], [1, 1, 32], [warps // along, along, 1], [2, 1, 0])
+
+
+@gluon.jit
+def load_sums(
+    part_ptr, block_stride, step_stride, block, blocks, begin, live,
+    CHUNK: gl.constexpr, SHARE: gl.constexpr, EVEN: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Load some blocks' partial sums of dB and dC, from `begin` on, of this block's SHARE steps.
+
+    part_ptr: of the first block's first step in the chunk; live: whether there are any. EVEN:
+    blocks divide, so that all that are asked for are there.
+    """
+    TILE: gl.constexpr = tile_layout(SHARE, WARPS)
+    APART: gl.constexpr = WARPS // min(SHARE, WARPS)  # sources at once
+    source = gl.arange(0, APART, layout=gl.SliceLayout(1, gl.SliceLayout(2, TILE)))
+    source = gl.expand_dims(gl.expand_dims(source, 1), 2)
+    step = gl.arange(0, SHARE, layout=gl.SliceLayout(0, gl.SliceLayout(2, TILE)))
+    step = gl.expand_dims(gl.expand_dims(block * SHARE + step, 0), 2)
+    place = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, TILE)))
+    place = gl.expand_dims(gl.expand_dims(place, 0), 1)
+    at = part_ptr + begin * block_stride + (source * block_stride + step * step_stride + place)
+    sums = ()
+    for i in gl.static_range(64 // SHARE // APART):
+        place_at = at + i * APART * block_stride
+        mask = live & (step < CHUNK)
+        if not EVEN:
+            mask = mask & (begin + i * APART + source < blocks)
+        part = gl.load(place_at, mask=mask, other=0.0, cache_modifier=".cg")
+        sums = sums + (part,)  # noqa: RUF005
+    return sums
+
+
+@gluon.jit
+def add_up(sums):
+    """Add up loaded partial sums, those of a thread first."""
+    total = sums[0]
+    for i in gl.static_range(1, len(sums)):
+        total += sums[i]
+    return gl.sum(total, 0)
 
 
 @gluon.jit
 def add_up_steps(
-    part_ptr, block_stride, step_stride, block, blocks,
+    sums, part_ptr, block_stride, step_stride, block, blocks,
     dBC_ptr, row, batch_groups, seqlen, start,
     D_STATE: gl.constexpr, CHUNK: gl.constexpr, SHARE: gl.constexpr, EVEN: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
     """Add up the blocks' partial sums of dB and dC, in a fixed order, of this block's SHARE steps.
 
-    part_ptr: of the first block's first step in the chunk; start: the chunk's first step. EVEN:
-    blocks and steps divide, so that no load needs a mask.
+    sums: the first of them, from `load_sums`; start: the chunk's first step.
     """
     SOURCES: gl.constexpr = 64 // SHARE
     TILE: gl.constexpr = tile_layout(SHARE, WARPS)
-    source = gl.arange(0, SOURCES, layout=gl.SliceLayout(1, gl.SliceLayout(2, TILE)))
-    source = gl.expand_dims(gl.expand_dims(anew(source), 1), 2)
-    step = gl.arange(0, SHARE, layout=gl.SliceLayout(0, gl.SliceLayout(2, TILE)))
-    step = gl.expand_dims(gl.expand_dims(block * SHARE + step, 0), 2)
-    place = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, TILE)))
-    place = gl.expand_dims(gl.expand_dims(place, 0), 1)
-    at = part_ptr + (source * block_stride + step * step_stride + place)
-    total = gl.full([SHARE, 32], 0.0, gl.float32, layout=gl.SliceLayout(0, TILE))
-    for begin in range(0, blocks, SOURCES):
-        if EVEN:
-            tile = gl.load(at + begin * block_stride, cache_modifier=".cg")
-        else:
-            mask = (begin + source < blocks) & (step < CHUNK)
-            tile = gl.load(at + begin * block_stride, mask=mask, other=0.0, cache_modifier=".cg")
-        total += gl.sum(tile, 0)
+    total = add_up(sums)
+    for begin in range(SOURCES, blocks, SOURCES):
+        more = load_sums(
+            part_ptr,
+            block_stride,
+            step_stride,
+            block,
+            blocks,
+            begin,
+            True,
+            CHUNK,
+            SHARE,
+            EVEN,
+            WARPS,
+        )
+        total += add_up(more)
     t = gl.arange(0, SHARE, layout=gl.SliceLayout(1, gl.SliceLayout(0, TILE)))
     t = (block * SHARE + t)[:, None]
     place = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(0, TILE)))[None, :]
@@ -264,6 +283,12 @@ def add_up_steps(
     out = ((place // 16 * batch_groups + row) * D_STATE + state) * seqlen + start + t
     mask = (t < CHUNK) & (start + t < seqlen) & (state < D_STATE)
     gl.store(dBC_ptr + out, total.to(dBC_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
+def quotient(number, divisor):
+    """number // divisor of numbers from 0 to a million."""
+    return ((number.to(gl.float32) + 0.5) * (1.0 / divisor)).to(gl.int32)
 
 
 @gluon.jit
@@ -298,9 +323,10 @@ def add_up_records(
         for begin in range(0, rows, SOURCES):
             which = begin + source
             if BY_ITEM:
-                item = which + (items - 1 - which) // rows * rows
-                at = (item // segments).to(gl.int64) * record_row
-                at += (item % segments * segment_chunks).to(gl.int64) * record_chunk
+                item = which + quotient(items - 1 - which, rows) * rows
+                batch = quotient(item, segments)
+                at = batch.to(gl.int64) * record_row
+                at += ((item - batch * segments) * segment_chunks).to(gl.int64) * record_chunk
             else:
                 at = which.to(gl.int64) * record_row
             at = at + channel * record_channel + first_column + column
@@ -317,6 +343,20 @@ def add_up_records(
 
 
 @gluon.jit
+def replay(
+    h, A2, dt_rows, xy_rows, B_smem, tile,
+    TILE: gl.constexpr, CHAN: gl.constexpr, STATE: gl.constexpr,
+):  # fmt: skip
+    """Return the state after a tile, of that before it."""
+    for s in gl.static_range(TILE):
+        step = tile * TILE + s
+        decay = gl.exp2(over_states(dt_rows.index(step).load(CHAN)) * A2)
+        x = over_states(xy_rows.index(2 * step).load(CHAN))
+        h = decay * h + x * over_channels(B_smem.index(step).load(STATE))
+    return h
+
+
+@gluon.jit
 def load_rows(ptr, step, seqlen, live, PIECES: gl.constexpr, STEPS: gl.constexpr):
     """Load the pieces of a chunk of rows, all under way at once; ptr and step of the first."""
     rows = ()
@@ -324,6 +364,21 @@ def load_rows(ptr, step, seqlen, live, PIECES: gl.constexpr, STEPS: gl.constexpr
         mask = (step + piece * STEPS < seqlen) & live
         rows = rows + (gl.load(ptr + piece * STEPS, mask=mask, other=0.0),)  # noqa: RUF005
     return rows
+
+
+@gluon.jit
+def load_tokens(
+    u_ptr, delta_ptr, dout_ptr, z_ptr, offset, step, seqlen, live,
+    HAS_Z: gl.constexpr, PIECES: gl.constexpr, STEPS: gl.constexpr,
+):  # fmt: skip
+    """Load a chunk of u, delta, dout and, if there is one, z, all under way at once."""
+    us = load_rows(u_ptr + offset, step, seqlen, live, PIECES, STEPS)
+    dts = load_rows(delta_ptr + offset, step, seqlen, live, PIECES, STEPS)
+    dys = load_rows(dout_ptr + offset, step, seqlen, live, PIECES, STEPS)
+    zs = dys
+    if HAS_Z:
+        zs = load_rows(z_ptr + offset, step, seqlen, live, PIECES, STEPS)
+    return us, dts, dys, zs
 
 
 @gluon.jit
@@ -341,7 +396,7 @@ def write_rows(
 @gluon.jit(
     do_not_specialize=[
         "seqlen_units", "d_inner", "ngroups", "blocks_per_group", "segment_chunks", "segments",
-        "r_batch", "r_segment", "r_channel", "n_chunks",
+        "idle", "r_batch", "r_segment", "r_channel", "n_chunks",
         "moved_batch", "moved_chunk", "moved_channel",
     ]
 )  # fmt: skip
@@ -352,7 +407,7 @@ def segment_adjoint_kernel(
     kept_ptr,  # (B, chunks, D, D_STATE) fp32
     moved_ptr,  # the same by strides
     seqlen_units, d_inner, ngroups, blocks_per_group, segment_chunks, segments,
-    r_batch, r_segment, r_channel, n_chunks, moved_batch, moved_chunk, moved_channel,
+    idle, r_batch, r_segment, r_channel, n_chunks, moved_batch, moved_chunk, moved_channel,
     D_STATE: gl.constexpr, STATE_BLOCKS: gl.constexpr,
     HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr, MOVE: gl.constexpr,
     CHUNK: gl.constexpr, UNIT: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
@@ -402,8 +457,8 @@ def segment_adjoint_kernel(
         segment = pid % segments
         batch = (pid // segments).to(gl.int64)
     else:
-        segment = 1 + pid % (segments - 1)
-        batch = (pid // (segments - 1)).to(gl.int64)
+        segment = idle + pid % (segments - idle)
+        batch = (pid // (segments - idle)).to(gl.int64)
     group_channels = d_inner // ngroups
     first_channel = block * BLOCK
     places = gl.arange(0, PLACES, layout=gl.SliceLayout(1, WIDE_CHAN))
@@ -441,7 +496,7 @@ def segment_adjoint_kernel(
     begin = segment * segment_chunks * CHUNK
     end = gl.minimum(begin + segment_chunks * CHUNK, seqlen)
     count = (end - begin + CHUNK - 1) // CHUNK
-    alive = io_live & (segment > 0)
+    alive = io_live & (segment >= idle)
     moved = over_states(channel * (moved_channel.to(gl.int64) * MOVE)) + over_channels(state)
     start = begin + (count - 1) * CHUNK
     dts = load_rows(delta_ptr + start + io_offset, start + io_step, seqlen, alive, PIECES, STEPS)
@@ -456,7 +511,7 @@ def segment_adjoint_kernel(
         if MOVE:
             row_at = (batch * n_chunks + chunk) * d_inner * D_STATE
             h = gl.load(kept_ptr + row_at + at_state, mask=live, other=0.0)
-        if segment > 0:
+        if segment >= idle:
             for piece in gl.static_range(PIECES):
                 dt = to_fp32(dts[piece])
                 dy = to_fp32(dys[piece])
@@ -491,9 +546,9 @@ def segment_adjoint_kernel(
             gl.store(moved_ptr + place + moved, h, mask=live)
     place = batch * r_batch + segment.to(gl.int64) * r_segment
     place = place + over_states(channel) * r_channel.to(gl.int64) + over_channels(state)
-    gl.store(r_ptr + place, gl.convert_layout(r, WIDE), mask=live & (segment > 0))
+    gl.store(r_ptr + place, gl.convert_layout(r, WIDE), mask=live & (segment >= idle))
     per_channel = segment_row * d_inner + group * group_channels + io_in_group
-    keep = (io_in_group < group_channels) & (k == 0) & (segment > 0)
+    keep = (io_in_group < group_channels) & (k == 0) & (segment >= idle)
     gl.store(total_ptr + per_channel, gl.sum(total, 0), mask=keep)
 
 
@@ -550,14 +605,14 @@ def scan_backward_kernel(
     )
     WIDE_CHAN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, WIDE))
     WIDE_STATE: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, WIDE))
-    # rows of u, delta and so on: (run of steps, step, channel), a thread's steps being contiguous
+    # rows of u, delta and so on: (run of steps, step, channel), a thread's steps being contiguous;
+    # two lanes along time, so that a warp's access touches 16 rows: with one the 32 bound it
     RUN: gl.constexpr = 16
-    RUNS: gl.constexpr = 4 // CHANNELS  # a piece gives every thread one run
-    PIECES: gl.constexpr = CHUNK // (RUN * RUNS)
-    RUN_WARPS: gl.constexpr = RUNS if RUNS < WARPS else WARPS
-    IO: gl.constexpr = gl.BlockedLayout(
-        [1, RUN, 1], [1, 1, 32], [RUN_WARPS, 1, WARPS // RUN_WARPS], [1, 2, 0]
-    )
+    RUNS: gl.constexpr = 4 // CHANNELS  # a piece gives every thread 16 steps
+    STEPS: gl.constexpr = RUN * RUNS
+    PIECES: gl.constexpr = CHUNK // STEPS
+    IO: gl.constexpr = gl.BlockedLayout([1, 8, 1], [1, 2, 16], [1, 1, WARPS], [1, 2, 0])
+    HELD: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 16, 2], [1, WARPS, 1], [2, 1, 0])
     STEP_IO: gl.constexpr = gl.SliceLayout(2, IO)
     CHAN_IO: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, IO))
     ROWS: gl.constexpr = gl.BlockedLayout([8, 1], [2, 16], [WARPS, 1], [0, 1])
@@ -628,9 +683,13 @@ def scan_backward_kernel(
     sums = xy_rows._reinterpret(gl.float32, [TILES, TILE, 2 * BLOCK], PLAIN)
     sums_io = sums._reinterpret(gl.float32, [PIECES, RUNS, RUN, 2 * BLOCK], PLAIN3)
     if HAS_Z:
-        y_smem = gl.allocate_shared_memory(gl.float32, [TILES, TILE, BLOCK], PLAIN)
-        y_io = y_smem._reinterpret(gl.float32, [PIECES, RUNS, RUN, BLOCK], PLAIN3)
+        # sums over states of y, from the end of the notes: those of later tiles are used up
+        PARTS: gl.constexpr = 16 // TILE
+        y_smem = opening._reinterpret(gl.float32, [PARTS * TILES, TILE, BLOCK], PLAIN)
+        y_io = opening._reinterpret(gl.float32, [PARTS * PIECES, RUNS, RUN, BLOCK], PLAIN3)
 
+    if IN_PLACE:  # of the last chunk but one, until all have read the sums that are in its place
+        held_smem = gl.allocate_shared_memory(element, [PIECES, RUNS, BLOCK, RUN], PLAIN3)
     zero = gl.full([LANES, STATES, PLACES, CHANNELS], 0.0, gl.float32, layout=FULL)
     dA = zero
     r = zero
@@ -645,6 +704,8 @@ def scan_backward_kernel(
     old_start = pid * 0
     batch = words * 0
     start = pid * 0
+    held_row = words * 0
+    held_start = pid * 0
     for item in range(team, items, rows):
         batch = (item // segments).to(gl.int64)
         segment = item % segments
@@ -658,28 +719,61 @@ def scan_backward_kernel(
             r = load_states(r_ptr + r_at, live, FULL)
         first_chunk = segment * segment_chunks
         count = gl.minimum(segment_chunks, n_chunks - first_chunk)
+        # the items that come next
         next_item = item + rows
+        next_first = next_item % segments * segment_chunks
+        next_last = next_first + gl.minimum(segment_chunks, n_chunks - next_first) - 1
+        next_batch = (next_item // segments).to(gl.int64)
         if IN_PLACE:
-            next_first = next_item % segments * segment_chunks
-            next_chunk = next_first + gl.minimum(segment_chunks, n_chunks - next_first) - 1
-            next_row = (next_item // segments).to(gl.int64) * d_inner
+            then_item = next_item + rows
+            then_first = then_item % segments * segment_chunks
+            then_last = then_first + gl.minimum(segment_chunks, n_chunks - then_first) - 1
+            then_batch = (then_item // segments).to(gl.int64)
+            if next_last > next_first:
+                then_item = next_item
+                then_last = next_last - 1
+                then_batch = next_batch
         for back in range(0, count):
             chunk = first_chunk + count - 1 - back
             start = chunk * CHUNK
-            final = (back == count - 1) & (next_item >= items)
-            if IN_PLACE:  # the partial sums' place: ddelta of the chunk that comes next
-                turn = (back == count - 1) & (next_item < items)
-                part_chunk = gl.where(final, chunk, gl.where(turn, next_chunk, chunk - 1))
-                part_at = gl.where(turn, next_row, batch * d_inner) + group * group_channels
+            left = count - 1 - back
+            final = (left == 0) & (next_item >= items)
+            if IN_PLACE:  # the partial sums' place: ddelta of the next chunk but one
+                beyond = ((left == 1) & (next_item >= items)) | ((left == 0) & (then_item >= items))
+                has_held = beyond & (not final) & (iteration > 0)
+                own = final | has_held
+                part_batch = batch
+                part_chunk = chunk
+                if not own:
+                    if (left >= 2) | ((left == 1) & beyond):  # of two chunks the first
+                        part_chunk = gl.maximum(chunk - 2, first_chunk)
+                    elif (left == 1) | beyond:
+                        part_chunk = next_last
+                        part_batch = next_batch
+                    else:
+                        part_chunk = then_last
+                        part_batch = then_batch
+                part_at = part_batch * d_inner + group * group_channels
                 part_at = part_at * words + part_chunk.to(gl.int64) * WORDS
-            for piece in range(PIECES):
-                now = start + piece * (RUN * RUNS)
-                io_mask = (now + io_step < seqlen) & io_live
-                u = to_fp32(gl.load(u_ptr + now + io_offset, mask=io_mask, other=0.0))
-                dt = to_fp32(gl.load(delta_ptr + now + io_offset, mask=io_mask, other=0.0))
-                dy = to_fp32(gl.load(dout_ptr + now + io_offset, mask=io_mask, other=0.0))
+            us, dts, dys, zs = load_tokens(
+                u_ptr, delta_ptr, dout_ptr, z_ptr, start + io_offset, start + io_step, seqlen,
+                io_live, HAS_Z, PIECES, STEPS,
+            )  # fmt: skip
+            row_mask = (start + row_step < seqlen) & (row < D_STATE)[None, :]
+            at_row = row_offset + start
+            B_row = gl.load(B_ptr + at_row, mask=row_mask, other=0.0)
+            C_row = gl.load(C_ptr + at_row, mask=row_mask, other=0.0)
+            kept_row = first_channel + anew(places)[:, None] * CHANNELS + inner[None, :]
+            kept_row = (group * group_channels + kept_row) * (kept_channel.to(gl.int64) * KEPT_UNIT)
+            kept_row += (batch * kept_batch + chunk.to(gl.int64) * kept_chunk) * KEPT_UNIT
+            kept = over_states(kept_row) + over_channels(state)
+            h = gl.load(kept_ptr + kept, mask=live, other=0.0)
+            for piece in gl.static_range(PIECES):
+                io_mask = (start + piece * STEPS + io_step < seqlen) & io_live
+                dt = to_fp32(dts[piece])
+                dy = to_fp32(dys[piece])
                 if HAS_Z:
-                    z = to_fp32(gl.load(z_ptr + now + io_offset, mask=io_mask, other=0.0))
+                    z = to_fp32(zs[piece])
                     dy *= z * sigmoid(z)
                 if HAS_BIAS:
                     dt += bias
@@ -687,27 +781,23 @@ def scan_backward_kernel(
                     dt = softplus(dt)
                 dt = gl.where(io_mask, dt, 0.0)  # steps past the end keep the state
                 dt_io.index(piece).store(dt)
-                xy_io.index(piece).slice(0, BLOCK, 2).store(dt * u)
+                xy_io.index(piece).slice(0, BLOCK, 2).store(dt * to_fp32(us[piece]))
                 xy_io.index(piece).slice(BLOCK, BLOCK, 2).store(dy)
+            B_flat.store(to_fp32(B_row))
+            C_flat.store(to_fp32(C_row))
+            h = gl.convert_layout(h, FULL)
 
-            row_mask = (start + row_step < seqlen) & (row < D_STATE)[None, :]
-            at_row = row_offset + start
-            B_flat.store(to_fp32(gl.load(B_ptr + at_row, mask=row_mask, other=0.0)))
-            C_flat.store(to_fp32(gl.load(C_ptr + at_row, mask=row_mask, other=0.0)))
-            kept_row = first_channel + anew(places)[:, None] * CHANNELS + inner[None, :]
-            kept_row = (group * group_channels + kept_row) * (kept_channel.to(gl.int64) * KEPT_UNIT)
-            kept_row += (batch * kept_batch + chunk.to(gl.int64) * kept_chunk) * KEPT_UNIT
-            kept = over_states(kept_row) + over_channels(state)
-            h = load_states(kept_ptr + kept, live, FULL)
+            # the sums of the chunk before, at first none: under way during what follows
+            acquire(written_ptr, iteration * blocks_per_group)
+            sums_before = load_sums(
+                part_ptr + old_at, block_stride, step_stride, anew(block), blocks_per_group, 0,
+                iteration > 0, CHUNK, STEP_SHARE, EVEN, WARPS,
+            )  # fmt: skip
 
             # the state before each tile
             for tile in range(TILES - 1):
                 opening.index(tile).store(h)
-                for s in gl.static_range(TILE):
-                    step = tile * TILE + s
-                    decay = gl.exp2(over_states(dt_rows.index(step).load(CHAN)) * A2)
-                    x = over_states(xy_rows.index(2 * step).load(CHAN))
-                    h = decay * h + x * over_channels(B_smem.index(step).load(STATE))
+                h = replay(h, A2, dt_rows, xy_rows, B_smem, tile, TILE, CHAN, STATE)
             opening.index(TILES - 1).store(h)
 
             if not IN_PLACE:
@@ -715,16 +805,15 @@ def scan_backward_kernel(
                 part_at = (slot * ngroups + group).to(gl.int64) * blocks_per_group
                 part_at = part_at * (CHUNK * 32)
             if iteration > 0:
-                acquire(written_ptr, iteration * blocks_per_group)
                 add_up_steps(
-                    part_ptr + old_at, block_stride, step_stride, anew(block), blocks_per_group,
-                    dBC_ptr, old_row, batches * ngroups, seqlen, old_start,
+                    sums_before, part_ptr + old_at, block_stride, step_stride, anew(block),
+                    blocks_per_group, dBC_ptr, old_row, batches * ngroups, seqlen, old_start,
                     D_STATE, CHUNK, STEP_SHARE, EVEN, WARPS,
                 )  # fmt: skip
-                if IN_PLACE:
-                    count_in(read_ptr)
-                    if final:  # whose partial sums take the place of those just added up
-                        acquire(read_ptr, iteration * blocks_per_group)
+                if IN_PLACE:  # noqa: SIM102 (known when compiling)
+                    if final & (iteration == 1):  # of two chunks: their sums have one place
+                        count_in(read_ptr)
+                        acquire(read_ptr, blocks_per_group)
 
             for tile_back in range(TILES):
                 tile = TILES - 1 - tile_back
@@ -797,27 +886,31 @@ def scan_backward_kernel(
                     else:
                         of_y = gl.permute(of_y, [2, 1, 0])
                     of_y = gl.reshape(of_y, [TILE, BLOCK])
-                    y_smem.index(tile).store(of_y)
+                    y_smem.index((PARTS - 1) * TILES + tile).store(of_y)
                 part = gl.sum(part_smem.load(PARTIAL), 1)
                 at = block * block_stride + (tile * TILE + part_step) * step_stride
                 gl.store(part_ptr + part_at + at + part_place, part)
-            if not final:  # then with the sums that go by column
-                count_in(written_ptr)
+            # the inputs again
+            us, dts, dys, zs = load_tokens(
+                u_ptr, delta_ptr, dout_ptr, z_ptr, start + io_offset, start + io_step, seqlen,
+                io_live, HAS_Z, PIECES, STEPS,
+            )  # fmt: skip
+            count_in(written_ptr)
             iteration += 1
             old_at = part_at
             old_row = shared_row
             old_start = start
 
-            # du, ddelta and dz, from the inputs again
-            for piece in range(PIECES):
-                now = start + piece * (RUN * RUNS)
+            # du, ddelta and dz
+            for piece in gl.static_range(PIECES):
+                now = start + piece * STEPS
                 io_mask = (now + io_step < seqlen) & io_live
-                u = to_fp32(gl.load(u_ptr + now + io_offset, mask=io_mask, other=0.0))
-                dy = to_fp32(gl.load(dout_ptr + now + io_offset, mask=io_mask, other=0.0))
+                u = to_fp32(us[piece])
+                dy = to_fp32(dys[piece])
                 if HAS_Z:
-                    z = to_fp32(gl.load(z_ptr + now + io_offset, mask=io_mask, other=0.0))
+                    z = to_fp32(zs[piece])
                     gate = sigmoid(z)
-                    y = y_io.index(piece).load(IO)
+                    y = y_io.index((PARTS - 1) * PIECES + piece).load(IO)
                     if HAS_D:
                         y += skip * u
                     dz = dy * y * (gate * (1.0 + z * (1.0 - gate)))
@@ -827,7 +920,7 @@ def scan_backward_kernel(
                 dlog = sums_io.index(piece).slice(BLOCK, BLOCK, 2).load(IO)
                 ddelta = dlog * 0.6931471805599453 + u * dx
                 if SOFTPLUS:
-                    raw = to_fp32(gl.load(delta_ptr + now + io_offset, mask=io_mask, other=0.0))
+                    raw = to_fp32(dts[piece])
                     if HAS_BIAS:
                         raw += bias
                     ddelta *= sigmoid(raw)
@@ -837,20 +930,22 @@ def scan_backward_kernel(
                     dD += gl.sum(dy * u, 1)
                 if HAS_BIAS:
                     dbias += gl.sum(gl.where(io_mask, ddelta, 0.0), 1)
-                if IN_PLACE:  # until their memory is free; a thread reads its own
-                    sums_io.index(piece).slice(BLOCK, BLOCK, 2).store(ddelta)
-                    dt_io.index(piece).store(du)
+                direct = io_mask
+                if IN_PLACE:
+                    if final:  # until their memory is free; a thread reads its own
+                        sums_io.index(piece).slice(BLOCK, BLOCK, 2).store(ddelta)
+                        dt_io.index(piece).store(du)
+                    if has_held:
+                        held_smem.index(piece).store(gl.permute(ddelta.to(element), [0, 2, 1]))
                     gl.store(du_ptr + now + io_offset, du.to(element), mask=io_mask & (not final))
+                    direct = io_mask & (not own)
                 else:
                     gl.store(du_ptr + now + io_offset, du.to(element), mask=io_mask)
-                    gl.store(ddelta_ptr + now + io_offset, ddelta.to(element), mask=io_mask)
+                gl.store(ddelta_ptr + now + io_offset, ddelta.to(element), mask=direct)
             if IN_PLACE:  # noqa: SIM102 (known when compiling)
-                if not final:
-                    acquire(read_ptr, (iteration - 1) * blocks_per_group)
-                    write_rows(
-                        ddelta_ptr + start + io_offset, sums_io, BLOCK, start + io_step, seqlen,
-                        io_live, PIECES, RUN * RUNS, BLOCK, IO,
-                    )  # fmt: skip
+                if has_held:
+                    held_row = batch
+                    held_start = start
 
     # what a row has summed up goes through memory that is free, to the sum of all rows
     if IN_PLACE:
@@ -871,12 +966,18 @@ def scan_backward_kernel(
     at = own_record + (group * group_channels + io_in_group) * record_channel + D_STATE
     gl.store(record_ptr + at, gl.sum(dD, 0), mask=io_in_group < group_channels)
     gl.store(record_ptr + at + 1, gl.sum(dbias, 0), mask=io_in_group < group_channels)
-    count_in_twice(written_ptr, column_ptr)
+    count_in(column_ptr)
     acquire(written_ptr, iteration * blocks_per_group)
-    add_up_steps(
-        part_ptr + old_at, block_stride, step_stride, block, blocks_per_group, dBC_ptr, old_row,
-        batches * ngroups, seqlen, old_start, D_STATE, CHUNK, STEP_SHARE, EVEN, WARPS,
+    sums_before = load_sums(
+        part_ptr + old_at, block_stride, step_stride, block, blocks_per_group, 0, True,
+        CHUNK, STEP_SHARE, EVEN, WARPS,
     )  # fmt: skip
+    add_up_steps(
+        sums_before, part_ptr + old_at, block_stride, step_stride, block, blocks_per_group, dBC_ptr,
+        old_row, batches * ngroups, seqlen, old_start, D_STATE, CHUNK, STEP_SHARE, EVEN, WARPS,
+    )  # fmt: skip
+    if IN_PLACE:
+        count_in(read_ptr)
     acquire(column_ptr, rows)
     add_up_records(
         record_ptr, record_row, record_chunk, record_channel, team, rows, items, segments,
@@ -884,13 +985,18 @@ def scan_backward_kernel(
         HAS_D, HAS_BIAS, D_STATE, BLOCK, IN_PLACE, CHANNEL_SHARE, WARPS,
     )  # fmt: skip
     if IN_PLACE:
-        count_in_twice(read_ptr, column_ptr + 32)
-        acquire(read_ptr, iteration * blocks_per_group)
-        acquire(column_ptr + 32, rows)
+        count_in(column_ptr + 32)
+        if iteration > 2:  # all have read the sums in the place of the last chunk but one
+            held_at = over_states((held_row * d_inner + io_channel) * seqlen) + io_step + held_start
+            for piece in gl.static_range(PIECES):
+                mask = (held_start + piece * STEPS + io_step < seqlen) & io_live
+                held = gl.permute(held_smem.index(piece).load(HELD), [0, 2, 1])
+                gl.store(ddelta_ptr + held_at + piece * STEPS, held, mask=mask)
         io_at = over_states((batch * d_inner + io_channel) * seqlen) + io_step + start
         io_now = start + io_step
+        acquire(read_ptr, gl.where(iteration == 2, 2, 1) * blocks_per_group)
         write_rows(
-            ddelta_ptr + io_at, sums_io, BLOCK, io_now, seqlen, io_live, PIECES, RUN * RUNS, BLOCK,
-            IO,
-        )  # fmt: skip
-        write_rows(du_ptr + io_at, dt_io, 0, io_now, seqlen, io_live, PIECES, RUN * RUNS, BLOCK, IO)
+            ddelta_ptr + io_at, sums_io, BLOCK, io_now, seqlen, io_live, PIECES, STEPS, BLOCK, IO
+        )
+        acquire(column_ptr + 32, rows)
+        write_rows(du_ptr + io_at, dt_io, 0, io_now, seqlen, io_live, PIECES, STEPS, BLOCK, IO)

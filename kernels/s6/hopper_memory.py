@@ -6,10 +6,10 @@ that. What comes on top goes into their memory, before they are written:
 - The states that the forward kept take the place of the first steps of their chunk in du, where
   the kernel reads them before it writes du. So the memory that the forward kept is free again
   before anything else is allocated.
-- What a segment gets passed back lies behind the states of its first chunk.
+- What a part of a segment gets passed back lies behind the states of its first chunk.
 - The blocks' partial sums of dB and dC of a chunk, 32 sums a step, are exactly as long as ddelta
-  of as many channels as a chunk has steps. They lie in ddelta of the chunk that is next to be
-  gone through, and are added up before that is written.
+  of as many channels as a chunk has steps. They lie in ddelta of the next chunk but one, and are
+  added up before that is written; those of the last two in their own, which is written late.
 - A row's sums of dA, dD and dbias take the place of its last chunk of du.
 
 Where rows do not divide into these places, all but the kept states is scratch memory: two sets of
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 STATES = 16  # of a warp
+_PARTS, _LEAST = (4, 2), 4  # of a segment, the most wanted first, and a part's least chunks
 _ADJOINT = 1 / 3  # what making a chunk's adjoint takes of the time of its backward
 COUNTERS = 64  # int32 of a set of counters: two, on cache lines of their own
 
@@ -29,7 +30,8 @@ class Division:
     """How blocks go through a backward's items, each a segment of time of a batch element.
 
     Of `segments` a batch element, of `segment_chunks` each; `rows` of blocks at once, of `blocks`
-    in a group. in_place: sums and states lie in du and ddelta, not in scratch memory.
+    in a group. in_place: sums and states lie in du and ddelta, not in scratch memory. What a
+    segment passes back is made in `parts`, by blocks of their own.
     """
 
     segments: int
@@ -37,6 +39,12 @@ class Division:
     blocks: int
     rows: int
     in_place: bool
+    parts: int = 1
+
+    @property
+    def total_parts(self) -> int:
+        """Parts of all segments of a batch element."""
+        return self.segments * self.parts
 
 
 def divide(
@@ -67,10 +75,17 @@ def divide(
     whole = seqlen % chunk == 0 or (rows == batch * segments and last > 1)
     fits = d_state <= STATES and channels % block == 0 and block >= chunk
     wide = chunk * itemsize >= 128 and seqlen * itemsize % 4 == 0
+    in_place = whole and fits and wide
+    even = in_place and segments > 1 and segments * each * chunk == seqlen
     return Division(
-        segments=segments, segment_chunks=each, blocks=blocks, rows=rows,
-        in_place=whole and fits and wide,
+        segments=segments, segment_chunks=each, blocks=blocks, rows=rows, in_place=in_place,
+        parts=_parts(each) if even else 1,
     )  # fmt: skip
+
+
+def _parts(chunks: int) -> int:
+    """Return the parts of a segment; more end sooner where they are long enough."""
+    return next((n for n in _PARTS if chunks % n == 0 and chunks // n >= _LEAST), 1)
 
 
 @lru_cache(maxsize=256)
@@ -112,13 +127,13 @@ def scratch_elements(
 ) -> dict[str, int]:
     """Return the 4-byte elements of each buffer that the kernels share, by name.
 
-    counters; total, the sums of dt by segment; and, if not in place: r, what is passed back to each
+    counters; total, the sums of dt by part; and, if not in place: r, what is passed back to each
     segment; parts, partial sums of dB and dC; records, rows' sums of dA, dD and dbias.
     """
     items, columns = batch * division.segments, ngroups * division.blocks
     scratch = {
         "counters": COUNTERS * (division.rows * ngroups + columns),
-        "total": batch * division.segments * d_inner if division.segments > 1 else 0,
+        "total": batch * division.total_parts * d_inner if division.segments > 1 else 0,
     }
     if division.in_place:
         return scratch | {"r": 0, "parts": 0, "records": 0}

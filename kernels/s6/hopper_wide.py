@@ -183,7 +183,7 @@ class WideRun:
         segment_adjoint_kernel[(programs,)](
             *(tokens.delta, inputs.A, tokens.C, tokens.z, inputs.bias, tokens.dout),
             *(r, total, None, None, seqlen // unit, d_inner, ngroups, blocks),
-            *(plan.segment_spans * self.config.chunk // ADJOINT_CHUNK, plan.segments),
+            *(plan.segment_spans * self.config.chunk // ADJOINT_CHUNK, plan.segments, 1),
             *(*strides, triton.cdiv(seqlen, ADJOINT_CHUNK), 0, 0, 0),
             D_STATE=d_state, STATE_BLOCKS=state_blocks, HAS_Z=tokens.z is not None,
             HAS_BIAS=inputs.bias is not None, SOFTPLUS=inputs.softplus, MOVE=0,

@@ -61,6 +61,8 @@ IN_PLACE = {
         replace(FP32, batch=3, seqlen=128, has_last=True), NARROW, 2
     ),
     "gated, groups": (replace(FP32, batch=2, ngroups=2, gated=True, segments=1), NARROW, 2),
+    "segments of one chunk, in two rounds": (replace(FP32, batch=2, seqlen=64), NARROW, 2),
+    "parts of segments": (replace(FP32, seqlen=512), NARROW, 2),
     "bf16, no room for the last state": (
         Problem(d_inner=64, seqlen=138, segments=1), replace(NARROW, tile=8, warps=4, chunk=64), 1
     ),
@@ -90,32 +92,43 @@ FAULTS = {
     ),
     "steps in the wrong order": ("gl.join(parts[0], parts[2])", "gl.join(parts[2], parts[0])"),
     "sums added up before they are there": (
-        "acquire(written_ptr, iteration * blocks_per_group)\n                add",
-        "add",
+        "            acquire(written_ptr, iteration * blocks_per_group)\n            sums",
+        "            sums",
     ),
-    "sums of a block forgotten": ("(begin + source < blocks)", "(begin + source < blocks - 1)"),
+    "sums of a block forgotten": ("APART + source < blocks)", "APART + source < blocks - 1)"),
+}  # fmt: skip
+# where sums lie in the gradients: of so many steps, in so many segments
+FAULTS_IN_PLACE = {
     "sums over others that are not read": (
-        "                        acquire(read_ptr, iteration * blocks_per_group)",
-        "                        pass",
+        "                        acquire(read_ptr, blocks_per_group)",
+        "                        pass", 64, 1,
     ),
-    "a gradient over sums that are not read": (
-        "acquire(read_ptr, (iteration - 1) * blocks_per_group)", "pass"
+    "sums in the next chunk": (
+        "gl.maximum(chunk - 2, first_chunk)", "gl.maximum(chunk - 1, first_chunk)", 160, 1,
     ),
-    "a gradient over another row's sums": ("acquire(column_ptr + 32, rows)", "pass"),
+    "the last gradient but one over sums that are not read": (
+        "own = final | has_held", "own = final", 96, 1
+    ),
+    "the last gradient but one forgotten": ("if iteration > 2:", "if iteration > 3:", 96, 1),
+    "the last gradient over sums that are not read": (
+        "acquire(read_ptr, gl.where(iteration == 2, 2, 1) * blocks_per_group)", "pass", 96, 1,
+    ),
+    "a gradient over another row's sums": ("acquire(column_ptr + 32, rows)", "pass", 128, 2),
 }  # fmt: skip
 
 
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", [*FAULTS, *FAULTS_IN_PLACE])
 def test_faults_are_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = cases.faulty(hopper_backward_kernel, tmp_path, name, *FAULTS[name])
+    old, new, *where = FAULTS.get(name) or FAULTS_IN_PLACE[name]
+    wrong = cases.faulty(hopper_backward_kernel, tmp_path, name, old, new)
     monkeypatch.setattr(
         hopper_backward, "scan_backward_kernel", Emulated(wrong.scan_backward_kernel)
     )
     p = Problem(d_inner=64, seqlen=40)
-    if "over" in name:
+    if where:
         monkeypatch.setattr(hopper_backward, "multiprocessors", lambda device: 2)
-        p = replace(FP32, segments=2 if "row" in name else 1, seqlen=128 if "row" in name else 96)
+        p = replace(FP32, seqlen=where[0], segments=where[1])
     with pytest.raises(AssertionError):
         run(p, NARROW)
 

@@ -62,6 +62,14 @@ def test_sums_are_in_place_only_where_they_have_room() -> None:
     assert not made(block=32).in_place, "fewer rows than a chunk has steps"
 
 
+def test_parts_of_a_segment_are_not_too_short() -> None:
+    assert made().parts == 4
+    assert made(seqlen=4096).parts == 2
+    assert made(seqlen=2048).parts == 1
+    assert made(batch=8).parts == 1, "one segment, which passes nothing back"
+    assert made(seqlen=8190).parts == 1, "a part whose first chunk is cut short"
+
+
 def test_scratch_is_as_long_for_every_length() -> None:
     """In place only counters and sums of dt; otherwise two sets of a chunk's partial sums."""
     sizes = {"batch": 1, "d_inner": 2048, "d_state": 16, "ngroups": 1, "chunk": 64}
