@@ -1,9 +1,10 @@
 """The SSD forward on Hopper as one walk per block, behind the launch that prepares it. In Gluon.
 
 A block serves one segment of time of two consumers' heads (see `hopper_kernel`, whose transposed
-products these are). It walks its segment twice: for the segment's own end state, then, from what
-enters the segment, for the outputs. Between the walks the blocks of the same heads hand their
-states on (`hopper_look_back`). The last segment's own end state is nobody's and is not made.
+products these are). It walks its segment twice: backwards for the segment's own end state, then,
+from what enters the segment, forwards for the outputs. Between the walks the blocks of the same
+heads hand their states on (`hopper_look_back`). The last segment's own end state is nobody's and is
+not made.
 
 Chunks over which the decay is mild take half the instructions of others: it is split into a factor
 of i and one of j, so that no weights are made. Of a chunk that decays by 2^-64 or more the second
@@ -28,7 +29,6 @@ from mambench.kernels.ssd.hopper_kernel import (
     row_of,
     scaled_state,
     state_tile,
-    wait_for_launch_before,
 )
 from mambench.kernels.ssd.hopper_look_back import (
     anew,
@@ -36,8 +36,8 @@ from mambench.kernels.ssd.hopper_look_back import (
     flat_layout,
     look_back,
     publish,
-    reset,
 )
+from mambench.kernels.ssd.hopper_walk_producer import place, producer
 
 _Q = gl.constexpr(CHUNK)
 _P = gl.constexpr(CHANNELS)
@@ -49,26 +49,40 @@ _RUNTIME_SIZES = [
 
 
 @gluon.jit
+def _own_operand(
+    which: gl.constexpr, tiles, item, after, STAGES: gl.constexpr, LEFT: gl.constexpr
+):  # fmt: skip
+    """Return x^T weighted by its decay up to the segment's end, and the chunk's log2 decay."""
+    xs, _zs, _Bs, _Cs, _scores, cums, _weights, _outs, full, _empty = tiles
+    along: gl.constexpr = gl.SliceLayout(0, LEFT)
+    stage = item % STAGES
+    mbarrier.wait(full.index(stage), (item // STAGES) & 1)
+    total = row_of(cums, stage * 4 + which * 2).slice(_Q - 1, 1).load(along)
+    cumj = row_of(cums, stage * 4 + which * 2 + 1).load(along)
+    x = xs.index(stage * 2 + which).permute((1, 0)).load(LEFT)
+    return (x.to(gl.float32) * gl.exp2(after + total - cumj)[None, :]).to(x.dtype), total
+
+
+@gluon.jit
 def _own_state(which: gl.constexpr, tiles, own, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
-    """Walk a segment for its own end state and log2 decay."""
-    xs, _zs, Bs, _Cs, _scores, cums, _weights, _outs, full, empty = tiles
+    """Walk a segment backwards for its own end state and log2 decay.
+
+    While a chunk's product is under way, the operand of the one before it is made.
+    """
+    _xs, _zs, Bs, _Cs, _scores, _cums, _weights, _outs, _full, empty = tiles
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
-    scalar: gl.constexpr = gl.SliceLayout(1, STATE)
     state = gl.full([_P, BLOCK_N], 0.0, gl.float32, layout=STATE)
-    log_decay = gl.full([1], 0.0, gl.float32, layout=scalar)
-    for c in range(0, own):
-        stage = c % STAGES
-        mbarrier.wait(full.index(stage), (c // STAGES) & 1)
-        cum = row_of(cums, stage * 4 + which * 2)
-        cumj = row_of(cums, stage * 4 + which * 2 + 1)
-        x = xs.index(stage * 2 + which).permute((1, 0)).load(LEFT)
-        log_decay += cum.slice(_Q - 1, 1).load(scalar)
-        state, scaled = scaled_state(state, x, cum, cumj, LEFT, STATE)
-        state = warpgroup_mma(scaled, Bs.index(stage), state, is_async=True)
+    after = gl.full([1], 0.0, gl.float32, layout=gl.SliceLayout(0, LEFT))
+    scaled, total = _own_operand(which, tiles, 0, after, STAGES, LEFT)
+    for item in range(0, own):
+        state = warpgroup_mma(scaled, Bs.index(item % STAGES), state, is_async=True)
+        after += total
+        following = gl.minimum(item + 1, own - 1)
+        scaled, total = _own_operand(which, tiles, following, after, STAGES, LEFT)
         state = warpgroup_mma_wait(0, deps=(state,))
-        mbarrier.arrive(empty.index(stage), count=1)
-    return state, log_decay
+        mbarrier.arrive(empty.index(item % STAGES), count=1)
+    return state, gl.convert_layout(after, gl.SliceLayout(1, STATE))
 
 
 @gluon.jit
@@ -200,10 +214,10 @@ def _consumer(
         skip = gl.load(D_ptr + h + 0 * p).to(gl.float32)[:, None]
     elif D_DIMS == 2:
         skip = gl.load(D_ptr + h * P + p, mask=p < P, other=0.0).to(gl.float32)[:, None]
-    for item in range(own, own + count):
-        stage = item % STAGES
-        mbarrier.wait(full.index(stage), (item // STAGES) & 1)
-        row = [b, h, (first + item - own) * _Q, channel]
+    for c in range(0, count):
+        stage, fill = place(c, own, STAGES)
+        mbarrier.wait(full.index(stage), fill & 1)
+        row = [b, h, (first + c) * _Q, channel]
         if MILD:
             last = row_of(cums, stage * 4 + which * 2).slice(_Q - 1, 1)
             total = gl.sum(last.load(gl.SliceLayout(1, STATE)), axis=0)
@@ -235,57 +249,6 @@ def _consumer_0(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexp
 @gluon.jit
 def _consumer_1(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
     _consumer(1, tiles, sources, work, SIZES, FEATURES)
-
-
-@gluon.jit
-def _producer(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
-    xs, zs, Bs, Cs, scores_ring, cums, _weights, _outs, full, empty = tiles
-    _out_desc, x_desc, z_desc, B_desc, C_desc, scores_desc, cum_desc, cumj_desc, nchunks = sources
-    flags, npairs = work[0][4], work[0][6]
-    b, pair, segment, nsegments, first, own, count, sizes = work[1]
-    nheads, pairs_per_group, heads_per_group = sizes
-    P: gl.constexpr = SIZES[0]
-    STAGES: gl.constexpr = SIZES[3]
-    HAS_Z: gl.constexpr = FEATURES[1]
-    PDL: gl.constexpr = FEATURES[2]
-    itemsize: gl.constexpr = Bs.dtype.primitive_bitwidth // 8
-    row_bytes: gl.constexpr = (2 * _P + Bs.shape[2]) * itemsize + 4 * 4
-    z_bytes: gl.constexpr = 2 * _P * itemsize if HAS_Z else 0
-    scores_bytes: gl.constexpr = _Q * scores_ring.dtype.primitive_bitwidth // 8
-    more_bytes: gl.constexpr = Bs.shape[2] * itemsize + z_bytes + scores_bytes
-    group = pair // pairs_per_group
-    scores_row = (b * (nheads // heads_per_group) + group) * nchunks * _Q
-    wait_for_launch_before(PDL)
-    for item in range(0, own + count):
-        stage = item % STAGES
-        mbarrier.wait(empty.index(stage), ((item // STAGES) & 1) ^ 1)
-        bar = full.index(stage)
-        if item < own:
-            mbarrier.expect(bar, row_bytes * _Q)
-            t = (first + item) * _Q
-        else:
-            mbarrier.expect(bar, (row_bytes + more_bytes) * _Q)
-            t = (first + item - own) * _Q
-            scores = scores_ring.index(stage)
-            tma.async_copy_global_to_shared(C_desc, [b, group, t, 0], bar, Cs.index(stage))
-            tma.async_copy_global_to_shared(scores_desc, [scores_row + t, 0], bar, scores)
-        tma.async_copy_global_to_shared(B_desc, [b, group, t, 0], bar, Bs.index(stage))
-        for which in gl.static_range(2):
-            h, channel = consumers_head(pair, which, pairs_per_group, heads_per_group, P)
-            x = xs.index(stage * 2 + which)
-            tma.async_copy_global_to_shared(x_desc, [b, h, t, channel], bar, x)
-            if HAS_Z:  # noqa: SIM102 of compile time, the other is not
-                if item >= own:
-                    z = zs.index(stage * 2 + which)
-                    tma.async_copy_global_to_shared(z_desc, [b, h, t, channel], bar, z)
-            slot = stage * 4 + which * 2
-            row = [b * nheads + h, t]
-            tma.async_copy_global_to_shared(cum_desc, row, bar, cums.index(slot))
-            tma.async_copy_global_to_shared(cumj_desc, row, bar, cums.index(slot + 1))
-    if segment == nsegments - 1:
-        for which in gl.static_range(2):
-            before = ((b.to(gl.int64) * npairs + pair) * 2 + which) * (nsegments - 1)
-            reset(flags + before, nsegments - 1)
 
 
 @gluon.jit(do_not_specialize=_RUNTIME_SIZES)
@@ -324,6 +287,7 @@ def walk_kernel(
     weights = gl.allocate_shared_memory(dtype, [2, _Q, _Q], x_desc.layout)
     outs = gl.allocate_shared_memory(dtype, [2, _Q, _P], x_desc.layout)
     full, empty = ring_barriers(STAGES)
+    fence_async_shared()  # TMA sees the barriers, which it arrives at soon
     tiles = (xs, zs, Bs, Cs, scores_ring, cums, weights, outs, full, empty)
     sources = (
         out_desc, x_desc, z_desc, B_desc, C_desc, scores_desc, cum_desc, cumj_desc, nchunks,
@@ -337,7 +301,7 @@ def walk_kernel(
         [
             (_consumer_0, (tiles, sources, work, SIZES, FEATURES)),
             (_consumer_1, (tiles, sources, work, SIZES, FEATURES)),
-            (_producer, (tiles, sources, work, SIZES, FEATURES)),
+            (producer, (tiles, sources, work, SIZES, FEATURES)),
         ],
         [4, 1],
         [REGISTERS, 24],

@@ -71,12 +71,14 @@ def planted(op, changes, case):
         hopper_kernel,
         hopper_look_back,
         hopper_walk_kernel,
+        hopper_walk_producer,
     )
 
     modules = (hopper_kernel,)
-    if case.get("fused") or case.get("look_back"):
-        kernels = hopper_fused_kernel if case.get("fused") else hopper_walk_kernel
-        modules = (hopper_look_back, kernels)
+    if case.get("fused"):
+        modules = (hopper_look_back, hopper_fused_kernel)
+    elif case.get("look_back"):
+        modules = (hopper_look_back, hopper_walk_producer, hopper_walk_kernel)
     right = [Path(module.__file__).read_text() for module in modules]
     wrong = list(right)
     for old, new in changes:

@@ -25,6 +25,9 @@ CASES = {
         **SHAPE, "seqlen": 330, "headdim": 128, "nheads": 1, "d_state": 32, "D": 0, "gated": False,
         "bias": False, "start": False, "segments": 4,
     },
+    "segments shorter than the ring": {
+        **SHAPE, "seqlen": 520, "d_state": 32, "nheads": 2, "gated": False, "segments": 8,
+    },
     "padded, by four launches": {
         **SHAPE, "seqlen": 200, "headdim": 40, "d_state": 24, "nheads": 1, "gated": False,
         "segments": 2,
@@ -43,7 +46,7 @@ MILD = {
     },
 }  # fmt: skip
 PUBLISHED = "        publish(flags + segment)\n"
-RELEASED = "        mbarrier.arrive(empty.index(stage), count=1)\n"
+RELEASED = "        mbarrier.arrive(empty.index(item % STAGES), count=1)\n"
 FAULTS = {
     "a flag set before the state is stored": [
         ("        gl.store(slots + (", PUBLISHED + "        gl.store(slots + ("),
@@ -54,6 +57,10 @@ FAULTS = {
     "a stage of the first walk that is never released": [
         (RELEASED + "    return state", "    return state"),
     ],
+    "the first walk forwards": [("own - 1 - item", "item")],
+    "a chunk weighted as if none came after it": [("        after += total\n", "")],
+    "a chunk taken for one that is still in the ring": [("if c < early:", "if c <= early:")],
+    "a chunk looked for where another one is": [("- c % STAGES", "+ c % STAGES")],
     "an output tile reused too early": [
         ("        fence_async_shared()\n        tma.store_wait(0)\n",
          "        fence_async_shared()\n"),
@@ -197,6 +204,7 @@ GPU_CASES = (
     {"seqlen": 2048, "d_state": 128, "nheads": 8, "segments": 8, "dtype": "bfloat16"},
     {"seqlen": 777, "d_state": 128, "batch": 3, "nheads": 5, "segments": 4, "dtype": "bfloat16"},
     {"seqlen": 3000, "d_state": 128, "segments": 32, "dtype": "bfloat16", "gated": False},
+    {"seqlen": 1200, "d_state": 128, "nheads": 8, "segments": 8, "dtype": "bfloat16"},
     {"seqlen": 1500, "d_state": 64, "segments": 3, "dtype": "bfloat16", "jolt": 100},
 )
 
