@@ -57,7 +57,7 @@ def s6_hopper_backward() -> Computed:
         s6("kernels.s6.hopper_op", 16, batch=batch, channels=channels, seqlen=seqlen)
         for batch, channels, seqlen in (
             (2, 256, 512),  # two blocks of 64 channels in each group, a segment for each chunk
-            (2, 2048, 512),  # segments of two parts
+            (2, 2048, 512),  # segments of two chunks
             (9, 2048, 128),  # more batch elements than rows of blocks
             (2, 256, 330),  # a last chunk that is cut short
             (2, 150, 330),  # a last block that is cut short, too

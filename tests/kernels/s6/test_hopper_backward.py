@@ -195,6 +195,7 @@ def test_what_it_refuses() -> None:
     [
         Problem(d_inner=128, seqlen=512, segments=4),
         Problem(d_inner=2048, seqlen=192, segments=3),
+        Problem(d_inner=2048, seqlen=1024, segments=2),  # of two parts each
         Problem(batch=9, d_inner=2048, seqlen=96, segments=1),
         Problem(batch=3, d_inner=192, seqlen=320, dtype=torch.float32, segments=3),
         Problem(batch=2, d_inner=72, seqlen=518, segments=2, gated=True, ngroups=2),
