@@ -109,7 +109,7 @@ def _ssd_triton(draw: Draw, **sizes: Any) -> None:
 def _ssd_hopper(draw: Draw, *, train: bool, **sizes: Any) -> None:
     from mambench.kernels.ssd.hopper_op import ssd
 
-    ssd(**_ssd(draw, train=train, **sizes))  # its backward is the portable one
+    ssd(**_ssd(draw, train=train, **sizes))  # its backward is that of the portable module
 
 
 def _associative_s6(draw: Draw) -> None:

@@ -1,4 +1,14 @@
-"""The launches of the SSD backward's kernels over chunks, on Hopper, where there is no gate."""
+"""The launches of the SSD backward in Gluon, on Hopper, where there is no gate.
+
+    states_kernel           what enters every chunk
+    grad_c_fetched_kernel   what these states contribute to grad_C, and v
+    exits_kernel, prefix    what leaves each segment, backwards     (several segments only)
+    states_kernel           what leaves every chunk, in their place, and <G, S>
+    grad_kernel             grad_x, grad_B, grad_C, and what grad_dt is summed from
+
+in the place of launches of `triton_ssd_backward` and `triton_whole`, and with their results. Each
+starts while the one before ends (PDL), and waits for its results before it reads or writes any.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,21 +20,21 @@ from torch import Tensor
 from mambench.kernels.prepared import Recording
 from mambench.kernels.ssd.hopper_config import CHANNELS, CHUNK, pairs
 from mambench.kernels.ssd.hopper_exits_kernel import exits_kernel
-from mambench.kernels.ssd.hopper_grad_c_kernel import grad_c_kernel
+from mambench.kernels.ssd.hopper_grad_c_kernel import grad_c_fetched_kernel
 from mambench.kernels.ssd.hopper_grad_kernel import grad_kernel
 from mambench.kernels.ssd.hopper_launch import blocks_of, readable, rows_of, tiles_of
 from mambench.kernels.ssd.hopper_states_kernel import states_kernel
 from mambench.kernels.ssd.triton_config import heads_per_program
 from mambench.kernels.ssd.triton_launch import Launch, Operands, multiprocessors, run_prefix
 
-_REGISTERS = 184, 120  # per thread of a group that takes heads, and of the one that adds up
-_STAGES = 4
-_REGISTERS_C = 168
-_STAGES_C = 6
-_REGISTERS_EXITS = 200
-_STAGES_EXITS = 6
-_REGISTERS_STATES = 232
-_STAGES_STATES = 3
+# Stages of the rings, and registers per thread of the groups of warps that work on them.
+_STATES = {"STAGES": 3, "REGISTERS": 232}
+_EXITS = {"STAGES": 6, "REGISTERS": 200}
+_GRAD_C = {"STAGES": 3}
+_GRAD = {"STAGES": 4, "REGISTERS": 160, "GATHER_REGISTERS": 168}
+_GRAD_C_RESIDENT = 2  # blocks on a multiprocessor
+_GRAD_C_MOST_REGISTERS = 128
+_LAUNCH = {"PDL": True, "launch_pdl": True, "num_warps": 4}
 
 
 def fits(launch: Launch, operands: Operands, dout: Tensor, seq: Tensor | None) -> bool:
@@ -37,17 +47,19 @@ def fits(launch: Launch, operands: Operands, dout: Tensor, seq: Tensor | None) -
 
 @dataclass(frozen=True, kw_only=True)
 class Division:
-    """Blocks of heads of a group, of which each multiprocessor runs one at a time."""
+    """Blocks of heads of a group."""
 
     block_heads: int
     blocks: int
 
     @classmethod
-    def of(cls, launch: Launch, device: Any, *, most: int | None = None) -> "Division":
-        """Divide the heads into at most so many blocks."""
+    def of(
+        cls, launch: Launch, device: Any, *, resident: int = 1, most: int | None = None
+    ) -> "Division":
+        """Divide the heads, where so many blocks are resident on a multiprocessor, at most so."""
         programs = launch.batch * launch.nchunks * launch.ngroups
         heads = launch.heads_per_group
-        block_heads = heads_per_program(heads, programs, multiprocessors(device))
+        block_heads = heads_per_program(heads, programs, resident * multiprocessors(device))
         if most is not None:
             block_heads = max(block_heads, -(-heads // most))
         return cls(block_heads=block_heads, blocks=-(-heads // block_heads))
@@ -75,8 +87,8 @@ def run_states(
         rows_of(times.cum, CHUNK, 1), rows_of(times.cumj, CHUNK, 1), entries, end, passed,
         launch.nchunks, launch.segment_chunks, launch.nsegments, launch.nheads, per_group,
         launch.heads_per_group,
-        PDL=False, P=launch.headdim, N=launch.d_state, BLOCK_N=block_n, STAGES=_STAGES_STATES,
-        REGISTERS=_REGISTERS_STATES, REVERSE=passed is not None, num_warps=4,
+        P=launch.headdim, N=launch.d_state, BLOCK_N=block_n, REVERSE=passed is not None,
+        **_STATES, **_LAUNCH,
     )  # fmt: skip
 
 
@@ -99,8 +111,7 @@ def run_exits(
         tiles_of(dout, CHANNELS), tiles_of(operands.C, block_n), rows_of(times.cum, CHUNK, 1),
         exits, decay, launch.nchunks, launch.segment_chunks, launch.nsegments, launch.nheads,
         per_group, launch.heads_per_group,
-        PDL=False, P=launch.headdim, N=launch.d_state, BLOCK_N=block_n, STAGES=_STAGES_EXITS,
-        REGISTERS=_REGISTERS_EXITS, num_warps=4,
+        P=launch.headdim, N=launch.d_state, BLOCK_N=block_n, **_EXITS, **_LAUNCH,
     )  # fmt: skip
     run_prefix(Recording(None), launch, exits, decay, dfinal, reverse=True)
     return exits
@@ -114,16 +125,15 @@ def run_grad_c(
     Fills times.v. states (B, H, chunks, P, N) are those that enter the chunks.
     """
     C = operands.C
-    division = Division.of(launch, C.device)
+    division = Division.of(launch, C.device, resident=_GRAD_C_RESIDENT)
     block_n = max(16, triton.next_power_of_2(launch.d_state))
     partial_C = torch.empty((division.blocks, *C.shape), dtype=torch.float32, device=C.device)
-    grad_c_kernel[(launch.nchunks, launch.ngroups * division.blocks, launch.batch)](
+    grad_c_fetched_kernel[(launch.nchunks, launch.ngroups * division.blocks, launch.batch)](
         tiles_of(dout, CHANNELS), blocks_of(states, CHANNELS, block_n), tiles_of(C, block_n),
         rows_of(times.cum, CHUNK, 1), times.v, partial_C,
         launch.seqlen, launch.nchunks, launch.nheads, launch.heads_per_group,
         division.block_heads, launch.ngroups,
-        PDL=False, N=launch.d_state, BLOCK_N=block_n, STAGES=_STAGES_C, REGISTERS=_REGISTERS_C,
-        num_warps=4,
+        N=launch.d_state, BLOCK_N=block_n, maxnreg=_GRAD_C_MOST_REGISTERS, **_GRAD_C, **_LAUNCH,
     )  # fmt: skip
     return partial_C
 
@@ -162,7 +172,6 @@ def run_grad(
         D, times.v, read_kept, diag, partial_D, partial_C, grad_B, grad_C,
         launch.seqlen, launch.nchunks, launch.nheads, launch.heads_per_group,
         division.block_heads, launch.ngroups, partial_C.shape[0],
-        PDL=False, P=launch.headdim, N=launch.d_state, BLOCK_N=block_n,
-        STAGES=_STAGES, REGISTERS=_REGISTERS[0], SUM_REGISTERS=_REGISTERS[1],
-        D_DIMS=0 if D is None else D.dim(), num_warps=4,
+        P=launch.headdim, N=launch.d_state, BLOCK_N=block_n, D_DIMS=0 if D is None else D.dim(),
+        **_GRAD, **_LAUNCH,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """What `triton_ssd_backward.grad_c_kernel` computes without a gate, on Hopper in Gluon.
 
 A block takes one chunk (Q = 64 tokens) and a block of heads of one group, as `hopper_grad_kernel`
-does: a producer warp fetches each head's tiles into a ring, two groups of four warps take every
-other head each:
+does, two blocks on a multiprocessor: one hides the begin and the end of the other. A producer
+warp fetches each head's tiles into a ring, a group of four warps takes them:
 
     y    (Q i, P)  = C S^T exp2(cum_i)         v_i = grad_y_i . y_i
     dC   (Q i, N)  = sum over heads: (grad_y_i exp2(cum_i)) S
@@ -26,9 +26,9 @@ _RUNTIME_SIZES = ["seqlen", "nchunks", "nheads", "heads_per_group", "block_heads
 
 
 @gluon.jit
-def _heads(which: gl.constexpr, tiles, work, SIZES: gl.constexpr):
-    """Every other head: v, and the sum of what their states contribute to grad_C."""
-    grads, states, rows, C, sums, full, empty, ready, done = tiles
+def _heads(tiles, sources, work, SIZES: gl.constexpr, PDL: gl.constexpr):
+    """Every head: v, and the sum of what their states contribute to grad_C."""
+    grads, states, rows, C, full, empty, ready = tiles
     v_ptr, grad_C_ptr = work[0]
     b, chunk, group, block, first_head, count, sizes = work[1]
     seqlen, nchunks, nheads, ngroups, batch = sizes
@@ -44,7 +44,7 @@ def _heads(which: gl.constexpr, tiles, work, SIZES: gl.constexpr):
     zero = gl.full([_Q, _P], 0.0, gl.float32, layout=TILE)
     grad_C = gl.full([_Q, BLOCK_N], 0.0, gl.float32, layout=WIDE)
     mbarrier.wait(ready.index(0), 0)
-    for k in range(which, count, 2):
+    for k in range(0, count):
         stage = k % STAGES
         mbarrier.wait(full.index(stage), (k // STAGES) & 1)
         state = states.index(stage)
@@ -62,34 +62,18 @@ def _heads(which: gl.constexpr, tiles, work, SIZES: gl.constexpr):
         gl.store(v_ptr + (head * nchunks + chunk) * _Q + i, v)
         grad_C = warpgroup_mma_wait(0, deps=(grad_C,))
         mbarrier.arrive(empty.index(stage), count=1)
-    if which == 1:
-        sums.store(grad_C)
-        mbarrier.arrive(done.index(0), count=1)
-    else:
-        mbarrier.wait(done.index(0), 0)
-        grad_C += sums.load(WIDE)
-        q = gl.arange(0, _Q, layout=gl.SliceLayout(1, WIDE))
-        n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, WIDE))
-        mask = (chunk * _Q + q < seqlen)[:, None] & (n < N)[None, :]
-        t0 = chunk.to(gl.int64) * _Q
-        row = ((block * batch + b).to(gl.int64) * seqlen + t0) * ngroups + group
-        out = grad_C_ptr + row * N + (q[:, None] * (ngroups * N) + n[None, :])
-        gl.store(out, grad_C, mask=mask)
-
-
-@gluon.jit
-def _heads_0(tiles, sources, work, SIZES: gl.constexpr, PDL: gl.constexpr):
-    _heads(0, tiles, work, SIZES)
-
-
-@gluon.jit
-def _heads_1(tiles, sources, work, SIZES: gl.constexpr, PDL: gl.constexpr):
-    _heads(1, tiles, work, SIZES)
+    q = gl.arange(0, _Q, layout=gl.SliceLayout(1, WIDE))
+    n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, WIDE))
+    mask = (chunk * _Q + q < seqlen)[:, None] & (n < N)[None, :]
+    t0 = chunk.to(gl.int64) * _Q
+    row = ((block * batch + b).to(gl.int64) * seqlen + t0) * ngroups + group
+    out = grad_C_ptr + row * N + (q[:, None] * (ngroups * N) + n[None, :])
+    gl.store(out, grad_C, mask=mask)
 
 
 @gluon.jit
 def _producer(tiles, sources, work, SIZES: gl.constexpr, PDL: gl.constexpr):
-    grads, states, rows, C, _sums, full, empty, ready, _done = tiles
+    grads, states, rows, C, full, empty, ready = tiles
     grad_desc, state_desc, C_desc, cum_desc = sources
     b, chunk, group, _block, first_head, count, sizes = work[1]
     _seqlen, nchunks, nheads, _ngroups, _batch = sizes
@@ -115,11 +99,10 @@ def _producer(tiles, sources, work, SIZES: gl.constexpr, PDL: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=_RUNTIME_SIZES)
-def grad_c_kernel(
+def grad_c_fetched_kernel(
     grad_desc, state_desc, C_desc, cum_desc, v_ptr, grad_C_ptr,
     seqlen, nchunks, nheads, heads_per_group, block_heads, ngroups,
     PDL: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """v per head, and grad_C's part as (blocks, B, L, G, N) fp32. Grid (chunks, G * blocks, B).
 
@@ -137,18 +120,14 @@ def grad_c_kernel(
     states = gl.allocate_shared_memory(dtype, [STAGES, _P, BLOCK_N], C_desc.layout)
     rows = gl.allocate_shared_memory(gl.float32, [STAGES, 1, _Q], cum_desc.layout)
     C = gl.allocate_shared_memory(dtype, [1, _Q, BLOCK_N], C_desc.layout)
-    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    sums = gl.allocate_shared_memory(gl.float32, [1, _Q, BLOCK_N], PLAIN)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for k in gl.static_range(STAGES):
         mbarrier.init(full.index(k), count=1)
         mbarrier.init(empty.index(k), count=1)
     ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    done = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(ready.index(0), count=1)
-    mbarrier.init(done.index(0), count=1)
-    tiles = (grads, states, rows, C.index(0), sums.index(0), full, empty, ready, done)
+    tiles = (grads, states, rows, C.index(0), full, empty, ready)
     sizes = (seqlen, nchunks, nheads, ngroups, gl.num_programs(2))
     where = (gl.program_id(2), chunk, group, block, first_head, count, sizes)
     work = ((v_ptr, grad_C_ptr), where)
@@ -156,10 +135,9 @@ def grad_c_kernel(
     SIZES: gl.constexpr = (N, BLOCK_N, STAGES)
     gl.warp_specialize(
         [
-            (_heads_0, (tiles, sources, work, SIZES, PDL)),
-            (_heads_1, (tiles, sources, work, SIZES, PDL)),
+            (_heads, (tiles, sources, work, SIZES, PDL)),
             (_producer, (tiles, sources, work, SIZES, PDL)),
         ],
-        [4, 1],
-        [REGISTERS, 24],
+        [1],
+        [24],
     )

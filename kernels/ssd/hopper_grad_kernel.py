@@ -1,10 +1,10 @@
 """What `triton_whole.whole_kernel` computes, on Hopper in Gluon: each tile is fetched once.
 
 A block takes one chunk (Q = 64 tokens) and a block of heads of one group. One producer warp fetches
-each head's tiles by TMA into a ring of stages; two groups of four warps take every other head each,
-for what stays in the chunk and grad_x; a third one adds up grad_B over all heads from the same
-tiles. [j, i] tiles have the token that is read (j) in rows, and the one that is written (i) in
-columns; u = dt x, w_ij = exp2(cum_i - cum_j) for i >= j:
+each head's tiles by TMA into a ring of stages. Two groups of four warps take every other head each
+and make its weights; from these and the same tiles a third group makes grad_x of every head, and
+adds up grad_B. [j, i] tiles have the token that is read (j) in rows, and the one that is written
+(i) in columns; u = dt x, w_ij = exp2(cum_i - cum_j) for i >= j:
 
     M    (Q j, Q i)  = (x grad_y^T) w            summed with dt_j over the heads: sums
     dx   (Q j, P)    = (B G^T) exp2(total - cum_j) dt_j + D grad_y + (B C^T w dt_j) grad_y
@@ -49,18 +49,16 @@ def _row(rows, stage, which: gl.constexpr):
 
 
 @gluon.jit
-def _heads(which: gl.constexpr, tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
-    """Every other head: grad_x, what every token's grad_a sums, and the products' sum."""
-    xs, grads, states, rows, B, C, outs, sums, full, empty, ready, done = tiles
-    D_ptr, v_ptr, read_kept_ptr, diag_ptr, partial_D_ptr = work[0]
+def _weigh(which: gl.constexpr, tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
+    """Every other head: its weights within the chunk, and the products' sum."""
+    xs, grads, _states, rows, B, C, _outs, all_weights, sums, full, empty, flags = tiles
+    ready, done, made, taken = flags
+    _D_ptr, v_ptr, read_kept_ptr, _diag_ptr, _partial_D_ptr = work[0]
     b, chunk, _group, _block, first_head, count, sizes = work[1]
     _seqlen, nchunks, nheads, _ngroups, _before, _batch = sizes
-    P: gl.constexpr = SIZES[0]
     STAGES: gl.constexpr = SIZES[3]
-    D_DIMS: gl.constexpr = FEATURES[0]
     dtype: gl.constexpr = B.dtype
     TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _Q, 16])
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, TILE, 2)
     J: gl.constexpr = gl.SliceLayout(1, TILE)
     I: gl.constexpr = gl.SliceLayout(0, TILE)
     j = gl.arange(0, _Q, layout=J)
@@ -68,103 +66,124 @@ def _heads(which: gl.constexpr, tiles, sources, work, SIZES: gl.constexpr, FEATU
     total_sums = gl.full([_Q, _Q], 0.0, gl.float32, layout=TILE)
     zero = gl.full([_Q, _Q], 0.0, gl.float32, layout=TILE)
     mbarrier.wait(ready.index(0), 0)
+    scores = warpgroup_mma(B, C.permute((1, 0)), zero, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=(scores,))
+    scores_tile = sums.index(which)  # until the sums themselves are made
+    scores_tile.store(gl.where(j[:, None] <= i[None, :], scores, 0.0))
     for k in range(which, count, 2):
         stage = k % STAGES
-        h = first_head + k
         mbarrier.wait(full.index(stage), (k // STAGES) & 1)
-        x_tile, grad_tile, state_tile = xs.index(stage), grads.index(stage), states.index(stage)
         product = warpgroup_mma(
-            x_tile, grad_tile.permute((1, 0)), zero, use_acc=False, is_async=True
+            xs.index(stage), grads.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
         )
-        scores = warpgroup_mma(B, C.permute((1, 0)), zero, use_acc=False, is_async=True)
-        grad_x = warpgroup_mma(B, state_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
         cum = _row(rows, stage, 0)
-        cum_j = cum.load(J)
         dt_j = _row(rows, stage, 1).load(J)
-        gap = cum.load(I)[None, :] - cum_j[:, None]
-        decay = gl.exp2(gl.where(j[:, None] <= i[None, :], gap, float("-inf")))
-        product = warpgroup_mma_wait(2, deps=(product,))
-        product = product * decay
-        total_sums += product * dt_j[:, None]
-        decay = decay * dt_j[:, None]
-        scores = warpgroup_mma_wait(1, deps=(scores,))
+        # For i < j the scores are zero; the gap must only not overflow.
+        decay = gl.exp2(gl.minimum(cum.load(I)[None, :] - cum.load(J)[:, None], 0.0))
+        scores = scores_tile.load(TILE) * decay
+        product = warpgroup_mma_wait(0, deps=(product,))
+        weights = (scores * dt_j[:, None]).to(dtype)
+        mbarrier.wait(taken.index(which), ((k // 2) & 1) ^ 1)
+        all_weights.index(which).store(weights)
+        fence_async_shared()
+        mbarrier.arrive(made.index(which), count=1)
+        total_sums += product * (decay * dt_j[:, None])
         product = product * scores
-        weights = gl.convert_layout((scores * decay).to(dtype), LEFT)
-        head = b.to(gl.int64) * nheads + h
+        head = b.to(gl.int64) * nheads + first_head + k
         token = (head * nchunks + chunk) * _Q
-        read = gl.sum(product, axis=1)
+        gl.store(read_kept_ptr + 2 * token + 2 * j, gl.sum(product, axis=1))
         written = gl.sum(product * dt_j[:, None], axis=0)
         gl.store(v_ptr + token + i, _row(rows, stage, 2).load(I) + written)
-        gl.store(read_kept_ptr + 2 * token + 2 * j, read)
-        to_end = gl.exp2(cum.slice(_Q - 1, 1).load(J) - cum_j)
-        grad_x = warpgroup_mma_wait(0, deps=(grad_x,))
-        grad_x = grad_x * to_end[:, None]
-        x = x_tile.load(TILE).to(gl.float32)
-        kept = gl.sum(grad_x * x, axis=1)
-        gl.store(read_kept_ptr + 2 * token + 2 * j + 1, kept)
-        grad_x = grad_x * dt_j[:, None]
-        if D_DIMS == 1:
-            grad_y = grad_tile.load(TILE).to(gl.float32)
-            gl.store(diag_ptr + token + j, gl.sum(grad_y * x, axis=1))
-            skip = gl.load(D_ptr + h + 0 * i).to(gl.float32)
-            grad_x += grad_y * skip[None, :]
-        elif D_DIMS == 2:
-            grad_y = grad_tile.load(TILE).to(gl.float32)
-            skip = gl.load(D_ptr + h * P + i, mask=i < P, other=0.0).to(gl.float32)
-            grad_x += grad_y * skip[None, :]
-            row = ((b.to(gl.int64) * nchunks + chunk) * nheads + h) * P
-            gl.store(partial_D_ptr + row + i, gl.sum(grad_y * x, axis=0), mask=i < P)
-        grad_x = warpgroup_mma(weights, grad_tile, grad_x, is_async=True)
-        tma.store_wait(0)
-        grad_x = warpgroup_mma_wait(0, deps=(grad_x,))
-        gl.thread_barrier()  # all four warps' products are done, and the tile below was read
+        gl.thread_barrier()
         mbarrier.arrive(empty.index(stage), count=1)
-        out_tile = outs.index(which)
-        out_tile.store(grad_x.to(dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(sources[0], [b, h, chunk * _Q, 0], out_tile)
-    sums.index(which).store(total_sums)
+    causal = j[:, None] <= i[None, :]
+    scores_tile.store(gl.where(causal, total_sums, 0.0))
     mbarrier.arrive(done.index(0), count=1)
-    tma.store_wait(0)
 
 
 @gluon.jit
-def _heads_0(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
-    _heads(0, tiles, sources, work, SIZES, FEATURES)
+def _weigh_0(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
+    _weigh(0, tiles, sources, work, SIZES, FEATURES)
 
 
 @gluon.jit
-def _heads_1(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
-    _heads(1, tiles, sources, work, SIZES, FEATURES)
+def _weigh_1(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
+    _weigh(1, tiles, sources, work, SIZES, FEATURES)
 
 
 @gluon.jit
-def _sums(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
-    """Add up grad_B over the heads, then what all heads' products make of it and of grad_C."""
-    xs, _grads, states, rows, B, C, _outs, sums, full, empty, ready, done = tiles
+def _gather(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
+    """Every head: grad_x, and what passes through the state; grad_B and grad_C over all heads."""
+    xs, grads, states, rows, B, C, outs, all_weights, sums, full, empty, flags = tiles
+    ready, done, made, taken = flags
+    D_ptr, _v_ptr, read_kept_ptr, diag_ptr, partial_D_ptr = work[0]
     partial_C_ptr, grad_B_ptr, grad_C_ptr = work[2]
-    b, chunk, group, block, _first_head, count, sizes = work[1]
-    seqlen, _nchunks, _nheads, ngroups, before, batch = sizes
+    b, chunk, group, block, first_head, count, sizes = work[1]
+    seqlen, nchunks, nheads, ngroups, before, batch = sizes
+    P: gl.constexpr = SIZES[0]
     N: gl.constexpr = SIZES[1]
     BLOCK_N: gl.constexpr = SIZES[2]
     STAGES: gl.constexpr = SIZES[3]
+    D_DIMS: gl.constexpr = FEATURES[0]
     dtype: gl.constexpr = B.dtype
+    TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _P, 16])
     WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, WIDE, 2)
+    J: gl.constexpr = gl.SliceLayout(1, TILE)
     along: gl.constexpr = gl.SliceLayout(1, LEFT)
+    j = gl.arange(0, _Q, layout=J)
+    p = gl.arange(0, _P, layout=gl.SliceLayout(0, TILE))
+    zero = gl.full([_Q, _P], 0.0, gl.float32, layout=TILE)
     grad_B = gl.full([_Q, BLOCK_N], 0.0, gl.float32, layout=WIDE)
+    mbarrier.wait(ready.index(0), 0)
     for k in range(0, count):
         stage = k % STAGES
+        h = first_head + k
+        if D_DIMS == 1:
+            skip = gl.load(D_ptr + h + 0 * p).to(gl.float32)
+        elif D_DIMS == 2:
+            skip = gl.load(D_ptr + h * P + p, mask=p < P, other=0.0).to(gl.float32)
         mbarrier.wait(full.index(stage), (k // STAGES) & 1)
-        cum = _row(rows, stage, 0)
-        weight = gl.exp2(cum.slice(_Q - 1, 1).load(along) - cum.load(along))
-        weight = weight * _row(rows, stage, 1).load(along)
-        x = xs.index(stage).load(LEFT)
-        scaled = (x.to(gl.float32) * weight[:, None]).to(dtype)
-        grad_B = warpgroup_mma(scaled, states.index(stage), grad_B, is_async=True)
-        grad_B = warpgroup_mma_wait(0, deps=(grad_B,))
+        x_tile, grad_tile, state_tile = xs.index(stage), grads.index(stage), states.index(stage)
+        if D_DIMS == 2:  # before the products need the registers
+            terms = grad_tile.load(TILE).to(gl.float32) * x_tile.load(TILE).to(gl.float32)
+            row = ((b.to(gl.int64) * nchunks + chunk) * nheads + h) * P
+            gl.store(partial_D_ptr + row + p, gl.sum(terms, axis=0), mask=p < P)
+        grad_x = warpgroup_mma(B, state_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+        cum, dt = _row(rows, stage, 0), _row(rows, stage, 1)
+        weight = gl.exp2(cum.slice(_Q - 1, 1).load(along) - cum.load(along)) * dt.load(along)
+        scaled = (x_tile.load(LEFT).to(gl.float32) * weight[:, None]).to(dtype)
+        grad_B = warpgroup_mma(scaled, state_tile, grad_B, is_async=True)
+        to_end = gl.exp2(cum.slice(_Q - 1, 1).load(J) - cum.load(J))
+        dt_j = dt.load(J)
+        x = x_tile.load(TILE).to(gl.float32)
+        if D_DIMS > 0:
+            grad_y = grad_tile.load(TILE).to(gl.float32)
+        grad_x = warpgroup_mma_wait(1, deps=(grad_x,))
+        grad_x = grad_x * to_end[:, None]
+        kept = gl.sum(grad_x * x, axis=1)
+        grad_x = grad_x * dt_j[:, None]
+        if D_DIMS == 1:
+            diag = gl.sum(grad_y * x, axis=1)
+            grad_x += grad_y * skip[None, :]
+        elif D_DIMS == 2:
+            grad_x += grad_y * skip[None, :]
+        mbarrier.wait(made.index(k % 2), (k // 2) & 1)
+        grad_x = warpgroup_mma(all_weights.index(k % 2), grad_tile, grad_x, is_async=True)
+        tma.store_wait(0)
+        grad_x, grad_B = warpgroup_mma_wait(0, deps=(grad_x, grad_B))
+        gl.thread_barrier()  # all four warps' products are done, and the tile below was read
         mbarrier.arrive(empty.index(stage), count=1)
-    mbarrier.wait(ready.index(0), 0)
+        mbarrier.arrive(taken.index(k % 2), count=1)
+        outs.store(grad_x.to(dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(sources[0], [b, h, chunk * _Q, 0], outs)
+        head = b.to(gl.int64) * nheads + h
+        token = (head * nchunks + chunk) * _Q
+        gl.store(read_kept_ptr + 2 * token + 2 * j + 1, kept)
+        if D_DIMS == 1:
+            gl.store(diag_ptr + token + j, diag)
+    tma.store_wait(0)
     mbarrier.wait(done.index(0), 0)
     q = gl.arange(0, _Q, layout=gl.SliceLayout(1, WIDE))
     n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, WIDE))
@@ -193,7 +212,8 @@ def _sums(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
 
 @gluon.jit
 def _producer(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
-    xs, grads, states, rows, B, C, _outs, _all_sums, full, empty, ready, _done = tiles
+    xs, grads, states, rows, B, C, _outs, _weights, _sums, full, empty, flags = tiles
+    ready = flags[0]
     _out_desc, x_desc, grad_desc, state_desc, B_desc, C_desc, cum_desc, dt_desc, v_desc = sources
     b, chunk, group, _block, first_head, count, sizes = work[1]
     _seqlen, nchunks, nheads, _ngroups, _before, _batch = sizes
@@ -230,7 +250,7 @@ def grad_kernel(
     D_ptr, v_ptr, read_kept_ptr, diag_ptr, partial_D_ptr, partial_C_ptr, grad_B_ptr, grad_C_ptr,
     seqlen, nchunks, nheads, heads_per_group, block_heads, ngroups, blocks_before,
     PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr,
     D_DIMS: gl.constexpr,
 ):  # fmt: skip
     """All gradients but that of dt, if there is no gate. Grid (chunks, G * blocks of heads, B).
@@ -254,16 +274,23 @@ def grad_kernel(
     rows = gl.allocate_shared_memory(gl.float32, [STAGES * _ROWS, 1, _Q], cum_desc.layout)
     B = gl.allocate_shared_memory(dtype, [1, _Q, BLOCK_N], B_desc.layout)
     C = gl.allocate_shared_memory(dtype, [1, _Q, BLOCK_N], B_desc.layout)
-    outs = gl.allocate_shared_memory(dtype, [2, _Q, _P], x_desc.layout)
-    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    sums = gl.allocate_shared_memory(gl.float32, [2, _Q, _Q], PLAIN)
+    outs = gl.allocate_shared_memory(dtype, [1, _Q, _P], x_desc.layout)
+    weights = gl.allocate_shared_memory(dtype, [2, _Q, _Q], x_desc.layout)
+    SPREAD: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])  # over the banks
+    sums = gl.allocate_shared_memory(gl.float32, [2, _Q, _Q], SPREAD)
     full, empty = ring_barriers(STAGES)
     ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(ready.index(0), count=1)
     mbarrier.init(done.index(0), count=2)
+    made = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for which in gl.static_range(2):
+        mbarrier.init(made.index(which), count=1)
+        mbarrier.init(taken.index(which), count=1)
     tiles = (
-        xs, grads, states, rows, B.index(0), C.index(0), outs, sums, full, empty, ready, done,
+        xs, grads, states, rows, B.index(0), C.index(0), outs.index(0), weights, sums, full, empty,
+        (ready, done, made, taken),
     )  # fmt: skip
     sources = (
         grad_x_desc, x_desc, grad_desc, state_desc, B_desc, C_desc, cum_desc, dt_desc, v_desc,
@@ -276,11 +303,11 @@ def grad_kernel(
     FEATURES: gl.constexpr = (D_DIMS, PDL)
     gl.warp_specialize(
         [
-            (_heads_0, (tiles, sources, work, SIZES, FEATURES)),
-            (_heads_1, (tiles, sources, work, SIZES, FEATURES)),
-            (_sums, (tiles, sources, work, SIZES, FEATURES)),
+            (_weigh_0, (tiles, sources, work, SIZES, FEATURES)),
+            (_weigh_1, (tiles, sources, work, SIZES, FEATURES)),
+            (_gather, (tiles, sources, work, SIZES, FEATURES)),
             (_producer, (tiles, sources, work, SIZES, FEATURES)),
         ],
         [4, 4, 1],
-        [REGISTERS, SUM_REGISTERS, 24],
+        [REGISTERS, GATHER_REGISTERS, 24],
     )

@@ -1,4 +1,4 @@
-"""State-space duality on Hopper as a public operation: forward in Gluon, backward in Triton."""
+"""State-space duality on Hopper as a public operation: in Gluon, a gated backward in Triton."""
 
 import math
 from typing import Any

@@ -49,8 +49,9 @@ def _row(rows, slot):
 
 @gluon.jit
 def _consumer(
-    which: gl.constexpr, tiles, sources, work, SIZES: gl.constexpr, REVERSE: gl.constexpr
-):
+    which: gl.constexpr, tiles, sources, work, SIZES: gl.constexpr, REVERSE: gl.constexpr,
+    PDL: gl.constexpr,
+):  # fmt: skip
     vs, ms, states, rows, full, empty = tiles
     entry, end, passed = work[0]
     b, pair, segment, nsegments, first, count, nchunks, sizes = work[1]
@@ -68,6 +69,7 @@ def _consumer(
     head = b.to(gl.int64) * nheads + h
     state = gl.full([_P, BLOCK_N], 0.0, gl.float32, layout=STATE)
     if entry is not None:
+        wait_for_launch_before(PDL)
         offsets, mask = state_tile(head * nsegments + segment, channel, P, N, BLOCK_N, STATE)
         state = gl.load(entry + offsets, mask=mask, other=0.0).to(gl.float32)
     for c in range(0, count):
@@ -113,14 +115,14 @@ def _consumer(
 def _consumer_0(
     tiles, sources, work, SIZES: gl.constexpr, REVERSE: gl.constexpr, PDL: gl.constexpr
 ):
-    _consumer(0, tiles, sources, work, SIZES, REVERSE)
+    _consumer(0, tiles, sources, work, SIZES, REVERSE, PDL)
 
 
 @gluon.jit
 def _consumer_1(
     tiles, sources, work, SIZES: gl.constexpr, REVERSE: gl.constexpr, PDL: gl.constexpr
 ):
-    _consumer(1, tiles, sources, work, SIZES, REVERSE)
+    _consumer(1, tiles, sources, work, SIZES, REVERSE, PDL)
 
 
 @gluon.jit

@@ -38,10 +38,7 @@ class Tiling:
     grad_b_stages: int = 1
     grad_programs_per_sm: int = 2
     whole_heads: bool = False  # without a gate, whole_kernel takes a head's tiles at once
-    fetched_heads: bool = False  # ... or where TMA can read them, hopper_grad_kernel
-    fetched_states: bool = False  # ... and hopper_grad_c_kernel
-    fetched_exits: bool = False  # ... and hopper_exits_kernel
-    fetched_walks: bool = False  # ... and hopper_states_kernel
+    fetched: bool = False  # ... or, where TMA can read them, Gluon kernels do (hopper_grad)
     whole_stages: int = 2
     whole_sum_stages: int = 3
 
@@ -91,10 +88,7 @@ def tiling(itemsize: int, headdim: int, d_state: int, *, wgmma: bool) -> Tiling:
         state_stages=3 if deep else 2,
         grad_c_stages=3 if deep else 1,
         whole_heads=deep and full_p <= 64,
-        fetched_heads=deep and full_p <= 64,
-        fetched_states=deep and full_p <= 64,
-        fetched_exits=deep and full_p <= 64,
-        fetched_walks=False,
+        fetched=deep and full_p <= 64,
     )
 
 

@@ -25,7 +25,8 @@ so no sum runs longer than a chunk and nothing large cancels. Launches:
     sum_kernel              grad_B and grad_C over blocks of heads          (several blocks only)
 
 Without a gate, where one tile has room for all channels of a head, two other kernels take the place
-of the last two (`triton_whole`).
+of the last two (`triton_whole`); and on Hopper, where TMA can read the tensors, others yet that of
+all that move the most (`hopper_grad`).
 
 The gradient kernels take one chunk and a block of heads of one group: B and C are read once for the
 block (their product is computed again for every head: cheaper than the registers to keep it), and
@@ -54,7 +55,7 @@ from mambench.kernels.ssd.triton_launch import (
     unit_last,
 )
 from mambench.kernels.ssd.triton_sums import column_sums
-from mambench.kernels.ssd.triton_whole import run_whole
+from mambench.kernels.ssd.triton_whole import fetching, run_whole
 
 _SUM_BLOCK = 1024
 _SIZES = ["seqlen", "nchunks", "heads_per_group", "block_heads"]
@@ -443,19 +444,18 @@ def _run_walks(
     states = torch.empty(
         (*per_head, launch.headdim, launch.d_state), dtype=x.dtype, device=x.device
     )
-    fetched = None
-    if launch.tiling.fetched_walks:
-        from mambench.kernels.ssd import hopper_grad
-
-        if hopper_grad.fits(launch, operands, dout, seq):
-            fetched = hopper_grad
+    fetched = fetching(launch, operands, dout, seq)
+    shape = _Gradients.of(launch, operands, seq)
     if fetched is not None:
         fetched.run_states(launch, x, B, times, entries, states)
+        partial_C = fetched.run_grad_c(launch, operands, dout, times, states)
+        exits = fetched.run_exits(launch, operands, dout, times, dfinal)
     else:
         run_states(launch, x, None, B, cum, cumj, entries, states, seq=seq)
-    shape = _Gradients.of(launch, operands, seq)
-    partial_C = _run_grad_c(launch, operands, shape, dout, times, seq, states, gradients)
-    exits = _run_exits(launch, operands, dout, dfinal, seq, times)
+        partial_C = _run_grad_c(launch, operands, shape, dout, times, seq, states, gradients)
+        exits = segment_entries(
+            Recording(None), launch, dout, z, C, cum, cumj, dfinal, seq=seq, reverse=True
+        )
     end = None
     if operands.initial_states is not None:
         end = torch.empty_like(operands.initial_states, dtype=torch.float32)
@@ -508,26 +508,6 @@ class _Gradients:
         )  # fmt: skip
 
 
-def _run_exits(
-    launch: Launch,
-    operands: Operands,
-    dout: Tensor,
-    dfinal: Tensor | None,
-    seq: Tensor | None,
-    times: _Times,
-) -> Tensor | None:
-    """Return the gradient of what leaves each segment, as `segment_entries` does."""
-    if launch.tiling.fetched_exits:
-        from mambench.kernels.ssd import hopper_grad
-
-        if hopper_grad.fits(launch, operands, dout, seq):
-            return hopper_grad.run_exits(launch, operands, dout, times, dfinal)
-    return segment_entries(
-        Recording(None), launch, dout, operands.z, operands.C, times.cum, times.cumj, dfinal,
-        seq=seq, reverse=True,
-    )  # fmt: skip
-
-
 def _run_grad_c(
     launch: Launch,
     operands: Operands,
@@ -540,11 +520,6 @@ def _run_grad_c(
 ) -> Tensor:
     """Launch the kernel that needs the states; returns grad_C's part, by block of heads."""
     x, z, B, C, tiles = operands.x, operands.z, operands.B, operands.C, launch.tiling
-    if tiles.fetched_states:
-        from mambench.kernels.ssd import hopper_grad
-
-        if hopper_grad.fits(launch, operands, dout, seq):
-            return hopper_grad.run_grad_c(launch, operands, dout, times, states)
     partial_C = torch.empty((shape.blocks, *C.shape), dtype=torch.float32, device=x.device)
     if z is not None:
         gradients["z"] = torch.empty(z.shape, dtype=z.dtype, device=x.device)

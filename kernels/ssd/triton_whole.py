@@ -245,6 +245,15 @@ def finish_kernel(
         tl.store(target + e, total.to(grad_B_ptr.dtype.element_ty), mask=mask)
 
 
+def fetching(launch: Launch, operands: Operands, dout: Tensor, seq: Tensor | None) -> Any:
+    """Return the module of Gluon launches where they can serve a call, or None."""
+    if not launch.tiling.fetched:
+        return None
+    from mambench.kernels.ssd import hopper_grad
+
+    return hopper_grad if hopper_grad.fits(launch, operands, dout, seq) else None
+
+
 def run_whole(
     launch: Launch,
     operands: Operands,
@@ -259,13 +268,10 @@ def run_whole(
     """Launch both kernels, as `triton_ssd_backward` launches its own (`_run_grad_b`)."""
     x, B, C, D = operands.x, operands.B, operands.C, operands.D
     skip, blocks, before = shape.options["D_DIMS"], shape.blocks, partial_C.shape[0]
-    division = None
-    if launch.tiling.fetched_heads:
-        from mambench.kernels.ssd import hopper_grad
-
-        if hopper_grad.fits(launch, operands, dout, seq):
-            division = hopper_grad.Division.of(launch, x.device, most=before)
-            blocks = division.blocks
+    fetched, division = fetching(launch, operands, dout, seq), None
+    if fetched is not None:
+        division = fetched.Division.of(launch, x.device, most=before)
+        blocks = division.blocks
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     partial_B = torch.empty((blocks, *B.shape), **fp32) if blocks > 1 else None
     per_chunk = launch.batch * launch.nchunks
@@ -284,10 +290,8 @@ def run_whole(
         gradients["C"] if partial_B is None else partial_C,
         read_kept, diag, partial_D,
     )  # fmt: skip
-    if division is not None:
-        hopper_grad.run_grad(
-            launch, operands, division, dout, times, grad_states, partial_C, written
-        )
+    if fetched is not None:
+        fetched.run_grad(launch, operands, division, dout, times, grad_states, partial_C, written)
     else:
         _run_whole_kernel(
             launch, operands, shape, dout, times, seq, grad_states, partial_C, written

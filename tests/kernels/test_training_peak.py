@@ -84,7 +84,7 @@ def unlaunched(monkeypatch):
         (triton_ssd_backward, ("grad_c_kernel", "grad_b_kernel", "sum_kernel")),
         (triton_whole, ("whole_kernel", "finish_kernel")),
         (triton_sums, ("column_sums_kernel",)),
-        (hopper_grad, ("exits_kernel", "grad_c_kernel", "grad_kernel", "states_kernel")),
+        (hopper_grad, ("exits_kernel", "grad_c_fetched_kernel", "grad_kernel", "states_kernel")),
         (triton_parts, ("state_kernel", "dt_kernel", "prefix_kernel")),
     ):
         for name in names:

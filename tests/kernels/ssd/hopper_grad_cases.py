@@ -2,11 +2,9 @@
 
 `hopper_grad_cases.py '[{"case": {...}}, ...]'` prints the errors of every case's gradients as JSON,
 with how often each Gluon kernel was launched. A case may say for how many multiprocessors heads are
-divided, apart for the portable kernels ("portable_multiprocessors"), what of the "tiling" is not as
-pinned for Hopper, and that x is one "element" off where TMA can read.
+divided, and that x is one element "off" where TMA can read.
 """
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -18,7 +16,7 @@ import hopper_cases  # sets TRITON_INTERPRET
 import torch
 
 machine, ssd_cases = hopper_cases.machine, hopper_cases.cases
-KERNELS = ("exits_kernel", "grad_c_kernel", "grad_kernel", "states_kernel")
+KERNELS = ("exits_kernel", "grad_c_fetched_kernel", "grad_kernel", "states_kernel")
 
 
 def load():
@@ -52,12 +50,11 @@ def errors(launches, case):
 
     case = {"dtype": "float16", "gated": False} | case
     processors = case.pop("multiprocessors", 1)
-    portable = case.pop("portable_multiprocessors", processors)
-    changes, off = {"fetched_walks": True} | case.pop("tiling", {}), case.pop("off", False)
+    off = case.pop("off", False)
     pinned = triton_launch.tiling
 
     def tiling(*sizes, wgmma):
-        return dataclasses.replace(pinned(*sizes, wgmma=True), **changes)
+        return pinned(*sizes, wgmma=True)
 
     def op(x, **rest):
         return ssd(shifted(x) if off else x, **rest)
@@ -66,7 +63,7 @@ def errors(launches, case):
     with (
         mock.patch.object(triton_launch, "tiling", tiling),
         mock.patch.object(launches, "multiprocessors", return_value=processors),
-        mock.patch.object(triton_ssd_backward, "multiprocessors", return_value=portable),
+        mock.patch.object(triton_ssd_backward, "multiprocessors", return_value=processors),
     ):
         found = ssd_cases.errors(op, case, segments=case.pop("segments", 2))
     after = [getattr(launches, name).launches for name in KERNELS]
