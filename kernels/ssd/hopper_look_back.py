@@ -137,3 +137,12 @@ def anew(value):
     return gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def unknown(value):
+    """Return a value that is the same in the whole warp, so that the compiler does not know it."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [value], dtype=gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip

@@ -36,6 +36,7 @@ from mambench.kernels.ssd.hopper_look_back import (
     flat_layout,
     look_back,
     publish,
+    unknown,
 )
 from mambench.kernels.ssd.hopper_walk_producer import place, producer
 
@@ -226,8 +227,10 @@ def _consumer(
                     which, tiles, out_desc, row, state, skip, stage, SIZES, FEATURES, True
                 )  # fmt: skip
             else:
+                # Or ptxas takes addresses of the steep path's tiles from the mild path's registers.
+                steep = unknown(stage)
                 state = _chunk(
-                    which, tiles, out_desc, row, state, skip, stage, SIZES, FEATURES, False
+                    which, tiles, out_desc, row, state, skip, steep, SIZES, FEATURES, False
                 )  # fmt: skip
         else:
             state = _chunk(

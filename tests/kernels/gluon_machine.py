@@ -107,7 +107,7 @@ def inline_assembly(text, constraints, arguments, **_):
     """Stand for loads that flags are waited for with: an earlier block's, or of this block."""
     if text.startswith("griddepcontrol"):  # launches follow one another
         return None
-    if text.startswith("mov.b32"):
+    if text.startswith(("mov.b32", "shfl.sync.idx.b32")):
         return arguments[0]
     values = load(*arguments, other=0)
     if text.startswith("ld.acquire.gpu.global.b32"):

@@ -43,6 +43,11 @@ def resources():
     return beside("ssd_resources")
 
 
+@pytest.fixture(scope="session")
+def uniform_registers():
+    return beside("uniform_registers")
+
+
 @pytest.fixture
 def poisoned():
     """Fill uninitialised memory with NaN, so that what is never written shows."""

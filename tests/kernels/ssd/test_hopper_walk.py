@@ -158,7 +158,7 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_it_compiles_for_sm_90_without_spills_or_serial_products(name, tmp_path):
+def test_it_compiles_for_sm_90_without_spills_or_serial_products(name, tmp_path, uniform_registers):
     kernel = compiled(**COMPILED[name])
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     cubin, ptx = tmp_path / "kernel.cubin", tmp_path / "kernel.ptx"
@@ -173,6 +173,34 @@ def test_it_compiles_for_sm_90_without_spills_or_serial_products(name, tmp_path)
     assert "LOCAL:0" in used
     assert "serialized" not in said  # products in flight that the compiler waits for at once
     assert kernel.metadata.shared <= 232448
+    command = [tools / "cuobjdump", "-sass", cubin]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert uniform_registers.mixed_descriptors(sass) == []
+
+
+# The steep side of a branch, as ptxas has compiled it: UR6 and UR7 are set on the other side only.
+BRANCHES = """
+/*0000*/ BRX R2 ;
+/*0010*/ UMOV UR6, UR9 ;
+/*0020*/ UIADD3.X UR7, UR5, URZ, URZ, UP0, !UPT ;
+/*0030*/ @!P0 BRA 0x0080 ;
+/*0040*/ UIADD3.64 UR6, UR8, 0x80, URZ ;
+/*0050*/ HGMMA.64x128x16.F32.BF16 R24, R156, gdesc[UR4].tnspB, R24 ;
+/*0060*/ @P1 BRA 0x0030 ;
+/*0070*/ BRA 0x0000 ;
+/*0080*/ NOP ;
+/*0090*/ HGMMA.64x128x16.F32.BF16 R24, R124, gdesc[UR4].tnspB, R24 ;
+/*00a0*/ BRA 0x0030 ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("steep", "mixed"), [("NOP", True), ("UIADD3.64 UR6, UR8, 0x0, URZ", False)]
+)
+def test_a_descriptor_of_the_other_path_is_found(steep, mixed, uniform_registers):
+    found = uniform_registers.mixed_descriptors(BRANCHES.replace("NOP", steep))
+    assert any("R124" in text for text in found) == mixed
+    assert not any("R156" in text for text in found)
 
 
 def planned(*shape, headdim=64, d_state=128):

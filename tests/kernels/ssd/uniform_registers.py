@@ -1,0 +1,81 @@
+"""Find uniform registers that a product's descriptor has from more than one place of machine code.
+
+ptxas of Triton 3.6 can let a product on one side of a branch take its tile's descriptor from
+registers that only the other side sets. Each register of a descriptor is set once on all ways to
+its product; where several definitions reach it, or none, it is somebody else's value.
+"""
+
+import re
+from collections import Counter
+
+_LINE = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);")
+_PAIRS = (".64", ".WIDE")
+
+
+def mixed_descriptors(sass):
+    """Return the products whose descriptors' registers have no definition or several."""
+    code = [(int(m[1], 16), m[2].strip()) for m in map(_LINE.search, sass.splitlines()) if m]
+    follow = _followers(code)
+    reaching = _reaching([_defined(text) for _, text in code], follow)
+    found = []
+    for i, (_, text) in enumerate(code):
+        used = re.search(r"HGMMA\S* R\d+, R\d+, gdesc\[UR(\d+)\]", text)
+        if used and i in reaching:
+            pair = (f"UR{int(used[1]) + k}" for k in (2, 3))  # of the right operand
+            found += [text for r in pair if len(reaching[i].get(r, ())) != 1]
+    return found
+
+
+def _defined(text):
+    """Return the uniform registers that an instruction sets, and whether it always does."""
+    always = not text.startswith("@")
+    name, *rest = text.split(None, 2 if always else 3)[0 if always else 1 :]
+    arguments = [a.strip() for a in " ".join(rest).split(",")]
+    if arguments and re.fullmatch(r"U?P\w+", arguments[0]):
+        arguments = arguments[1:]
+    if name.startswith(("ST", "UTMA", "SYNCS", "RED", "BRA", "HGMMA")) or not arguments:
+        return (), always
+    first = re.fullmatch(r"UR(\d+)", arguments[0])
+    if not first:
+        return (), always
+    count = 2 if any(part in name for part in _PAIRS) else 1
+    return tuple(f"UR{int(first[1]) + k}" for k in range(count)), always
+
+
+def _followers(code):
+    """Return which instructions may come after each; partitions begin at the indirect branch."""
+    index = {address: i for i, (address, _) in enumerate(code)}
+    jumps = Counter(text for _, text in code if text.startswith("BRA 0x"))
+    again = jumps.most_common(1)[0][0]  # to the wait for the next partition's start
+    follow = []
+    for i, (_, text) in enumerate(code):
+        target = re.search(r"BRA 0x([0-9a-f]+)", text)
+        after = [] if text.startswith(("BRA", "EXIT", "BRX")) else [i + 1]
+        if target and int(target[1], 16) in index:
+            after.append(index[int(target[1], 16)])
+        if text.startswith("BRX"):
+            after = [i + 1, *(j + 1 for j, (_, other) in enumerate(code) if other == again)]
+        follow.append([j for j in after if j < len(code)])
+    return follow
+
+
+def _reaching(defined, follow):
+    """Return the definitions of uniform registers that reach each instruction."""
+    reaching, waiting = {0: {}}, [0]
+    while waiting:
+        i = waiting.pop()
+        registers, always = defined[i]
+        out = dict(reaching[i])
+        for r in registers:
+            out[r] = frozenset([i]) if always else out.get(r, frozenset()) | {i}
+        for j in follow[i]:
+            known = reaching.setdefault(j, None)
+            merged = (
+                out
+                if known is None
+                else known | {r: known.get(r, frozenset()) | v for r, v in out.items()}
+            )
+            if merged != known:
+                reaching[j] = dict(merged)
+                waiting.append(j)
+    return reaching
