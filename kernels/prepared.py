@@ -74,7 +74,7 @@ class Calls:
         """Return the tensors as `ready` gives them, for a backward, and the results."""
         key, addresses = _kind(tensors, options)
         prepared = self._known.get(key)
-        if prepared is None or _hooked():
+        if prepared is None or some_hook():
             return self._first(key, tensors, options)
         return tensors, prepared(tensors, addresses)
 
@@ -89,7 +89,7 @@ class Calls:
         if any(a is not b for a, b in zip(ready, tensors, strict=True)):
             key, addresses = _kind(ready, options)
             prepared = self._known.get(key)
-            if prepared is not None and not _hooked():
+            if prepared is not None and not some_hook():
                 return ready, prepared(ready, addresses)
         recording = Recording(ready)
         assert ready[0] is not None
@@ -144,7 +144,7 @@ class _Described:
 
 
 @dataclass
-class _Step:
+class Step:
     """One launch: a compiled kernel, its grid, and its arguments with places for pointers."""
 
     compiled: Any
@@ -156,7 +156,7 @@ class Recording:
     """Allocates and launches, and remembers it. Of no inputs (None), it remembers nothing."""
 
     def __init__(self, tensors: Tensors | None) -> None:
-        self._steps: list[_Step] | None = None if tensors is None else []
+        self._steps: list[Step] | None = None if tensors is None else []
         self._inputs: Tensors = tensors or ()
         self._places: dict[int, _Place] = {}
         self._outputs: list[Tensor] = []
@@ -233,18 +233,21 @@ class Recording:
             constants: its other arguments, by name.
             options: of the compilation.
         """
-        compiled = kernel[grid](*arguments, **constants, **options)
         if self._steps is None:
+            from mambench.kernels.relaunched import relaunched  # which needs this module
+
+            relaunched(kernel)[grid](*arguments, **constants, **options)
             return
+        compiled = kernel[grid](*arguments, **constants, **options)
         if compiled is None:  # in Triton's interpreter
             self.refuse()
             return
         others = (constants[name] for name in kernel.arg_names[len(arguments) :])
-        flat = self._flat((*arguments, *others), _tensor_maps(compiled))
+        flat = self._flat((*arguments, *others), tensor_maps(compiled))
         if flat is None:
             self.refuse()
         else:
-            self._steps.append(_Step(compiled, (*grid, 1, 1)[:3], flat))
+            self._steps.append(Step(compiled, (*grid, 1, 1)[:3], flat))
 
     def _flat(self, arguments: tuple[Any, ...], maps: list[Any]) -> list[Any] | None:
         """Return a launch's arguments as the C launcher takes them; None: one has no origin."""
@@ -272,7 +275,7 @@ class Recording:
         steps = self._steps
         if steps is None:
             return None
-        launchers = [found for step in steps if (found := _launcher(step)) is not None]
+        launchers = [found for step in steps if (found := launcher(step)) is not None]
         if len(launchers) < len(steps):
             return None
         first = next(t for t in self._inputs if t is not None)
@@ -432,24 +435,24 @@ _STREAM = object()  # stands for the current stream among a launch's arguments
 _DENSE = torch.contiguous_format
 
 
-def _hooked() -> bool:
+def some_hook() -> bool:
     """Whether a profiler wants to see launches, which only Triton's own way shows it."""
     runtime = knobs.runtime
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
-def _tensor_maps(compiled: Any) -> list[Any]:
+def tensor_maps(compiled: Any) -> list[Any]:
     """Return how each descriptor among a kernel's arguments is encoded; None: on the device."""
     return getattr(compiled.metadata, "tensordesc_meta", None) or []
 
 
-def _launcher(step: _Step) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
+def launcher(step: Step) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
     """Return what launches a step, and what it takes before the kernel's arguments.
 
     Triton's C launcher where its arguments are known, which saves most; elsewhere Triton's way to
     launch a compiled kernel, which takes no descriptors in pieces.
     """
-    compiled, run, maps = step.compiled, step.compiled.run, _tensor_maps(step.compiled)
+    compiled, run, maps = step.compiled, step.compiled.run, tensor_maps(step.compiled)
     own = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
     call = getattr(run, "launch", None)
     if maps and call is not None:  # Triton keeps it in a closure then

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mambench.kernels.relaunched import relaunched
 from mambench.kernels.s6.hopper_backward_kernel import (
     scan_backward_kernel,
     segment_adjoint_kernel,
@@ -274,7 +275,7 @@ class _Run:
         in_place = division.in_place
         strides = (*states.strides, *passed.strides)
         kept_unit = min(_unit_of(states.memory, strides), _unit_of(passed.memory, strides))
-        scan_backward_kernel[(division.rows * ngroups * division.blocks,)](
+        relaunched(scan_backward_kernel)[(division.rows * ngroups * division.blocks,)](
             *(tokens.u, tokens.delta, inputs.A, tokens.B, tokens.C, inputs.D, tokens.z),
             *(inputs.bias, tokens.dout, states.memory, passed.memory, self.du, ddelta, dz),
             _words(ddelta) if in_place else scratch["parts"],
@@ -341,7 +342,7 @@ class _Run:
         counters = self.scratch["counters"].view(torch.int32)
         size = batch * d_inner * d_state if segments > 1 else 0
         parts, block = self.division.total_parts, 256
-        pass_back_kernel[(max(1, triton.cdiv(size, block)),)](
+        relaunched(pass_back_kernel)[(max(1, triton.cdiv(size, block)),)](
             *(self.inputs.A, self.scratch["total"], dlast, passed.memory, counters),
             *(size, parts, d_inner, *passed.strides, counters.numel()),
             *(d_state, dlast is not None, block, min(16, triton.next_power_of_2(parts))),
@@ -360,7 +361,7 @@ class _Run:
         to, strides = (None, (0, 0, 0)) if moved is None else moved
         move = 0 if to is None else _unit_of(to, strides)
         constants = adjoint_specialisation(self._constants(unit, has_r=True), move=move)
-        segment_adjoint_kernel[(programs,)](
+        relaunched(segment_adjoint_kernel)[(programs,)](
             *(tokens.delta, self.inputs.A, tokens.C, tokens.z, self.inputs.bias, tokens.dout),
             *(passed.memory, self.scratch["total"], None if moved is None else kept, to),
             *(seqlen // unit, d_inner, ngroups, blocks, division.segment_chunks // idle, parts),

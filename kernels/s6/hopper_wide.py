@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mambench.kernels.relaunched import relaunched
 from mambench.kernels.s6.hopper_backward_kernel import segment_adjoint_kernel
 from mambench.kernels.s6.hopper_memory import STATES
 from mambench.kernels.s6.hopper_scan import row_unit
@@ -115,7 +116,7 @@ class WideRun:
         batch, seqlen, d_inner, d_state, ngroups = self.sizes.values()
         tokens, inputs, plan, config = self.tokens, self.inputs, self.plan, self.config
         unit = self._unit(du, ddelta)
-        scan_backward_wide_kernel[(plan.rows * ngroups * plan.blocks,)](
+        relaunched(scan_backward_wide_kernel)[(plan.rows * ngroups * plan.blocks,)](
             *(tokens.u, tokens.delta, inputs.A, tokens.B, tokens.C, inputs.D, tokens.z),
             *(inputs.bias, tokens.dout, states, scratch["heads"] if plan.heads else None, r),
             *(du, ddelta, dz, scratch["parts"], scratch["sums"] if plan.launches > 1 else None),
@@ -154,7 +155,7 @@ class WideRun:
         words = _words(du)
         if seqlen > span:
             programs = found.shape[0] * found.shape[1] * triton.cdiv(d_inner * d_state, _MOVE)
-            move_states_kernel[(programs,)](
+            relaunched(move_states_kernel)[(programs,)](
                 *(found, words, heads if plan.heads else None, seqlen, d_inner, found.shape[1]),
                 *(plan.segment_spans, plan.segments, d_state, span, int(plan.before), plan.heads),
                 *(du.element_size(), _MOVE),
@@ -180,7 +181,7 @@ class WideRun:
         blocks = triton.cdiv(d_inner // ngroups, ADJOINT_BLOCK)
         state_blocks = triton.cdiv(d_state, STATES)
         programs = batch * (plan.segments - 1) * ngroups * blocks * state_blocks
-        segment_adjoint_kernel[(programs,)](
+        relaunched(segment_adjoint_kernel)[(programs,)](
             *(tokens.delta, inputs.A, tokens.C, tokens.z, inputs.bias, tokens.dout),
             *(r, total, None, None, seqlen // unit, d_inner, ngroups, blocks),
             *(plan.segment_spans * self.config.chunk // ADJOINT_CHUNK, plan.segments, 1),
@@ -199,7 +200,7 @@ class WideRun:
         batch, _, d_inner, d_state, _ = self.sizes.values()
         segments, block = self.plan.segments, 256
         size = batch * d_inner * d_state if segments > 1 else 0
-        pass_back_kernel[(max(1, triton.cdiv(size, block)),)](
+        relaunched(pass_back_kernel)[(max(1, triton.cdiv(size, block)),)](
             *(self.inputs.A, total, dlast, r if segments > 1 else total, counters),
             *(size, segments, d_inner, *strides, counters.numel()),
             *(d_state, dlast is not None, block, min(16, triton.next_power_of_2(segments))),

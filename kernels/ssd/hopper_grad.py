@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from mambench.kernels.prepared import Recording
+from mambench.kernels.relaunched import relaunched
 from mambench.kernels.ssd.hopper_config import CHANNELS, CHUNK, pairs
 from mambench.kernels.ssd.hopper_exits_kernel import exits_kernel
 from mambench.kernels.ssd.hopper_grad_c_kernel import grad_c_fetched_kernel
@@ -82,7 +83,7 @@ def run_states(
     """
     per_group = pairs(launch.heads_per_group, launch.headdim)
     block_n = max(16, triton.next_power_of_2(launch.d_state))
-    states_kernel[(launch.nsegments, per_group * launch.ngroups, launch.batch)](
+    relaunched(states_kernel)[(launch.nsegments, per_group * launch.ngroups, launch.batch)](
         tiles_of(v, CHANNELS), tiles_of(m, block_n), blocks_of(states, CHANNELS, block_n),
         rows_of(times.cum, CHUNK, 1), rows_of(times.cumj, CHUNK, 1), entries, end, passed,
         launch.nchunks, launch.segment_chunks, launch.nsegments, launch.nheads, per_group,
@@ -107,7 +108,7 @@ def run_exits(
     decay = torch.empty(outer, **fp32)
     per_group = pairs(launch.heads_per_group, launch.headdim)
     block_n = max(16, triton.next_power_of_2(launch.d_state))
-    exits_kernel[(launch.nsegments - 1, per_group * launch.ngroups, launch.batch)](
+    relaunched(exits_kernel)[(launch.nsegments - 1, per_group * launch.ngroups, launch.batch)](
         tiles_of(dout, CHANNELS), tiles_of(operands.C, block_n), rows_of(times.cum, CHUNK, 1),
         exits, decay, launch.nchunks, launch.segment_chunks, launch.nsegments, launch.nheads,
         per_group, launch.heads_per_group,
@@ -128,7 +129,8 @@ def run_grad_c(
     division = Division.of(launch, C.device, resident=_GRAD_C_RESIDENT)
     block_n = max(16, triton.next_power_of_2(launch.d_state))
     partial_C = torch.empty((division.blocks, *C.shape), dtype=torch.float32, device=C.device)
-    grad_c_fetched_kernel[(launch.nchunks, launch.ngroups * division.blocks, launch.batch)](
+    grid = (launch.nchunks, launch.ngroups * division.blocks, launch.batch)
+    relaunched(grad_c_fetched_kernel)[grid](
         tiles_of(dout, CHANNELS), blocks_of(states, CHANNELS, block_n), tiles_of(C, block_n),
         rows_of(times.cum, CHUNK, 1), times.v, partial_C,
         launch.seqlen, launch.nchunks, launch.nheads, launch.heads_per_group,
@@ -165,7 +167,7 @@ def run_grad(
     x, B, C, D = operands.x, operands.B, operands.C, operands.D
     grad_x, grad_B, grad_C, read_kept, diag, partial_D = written
     block_n = max(16, triton.next_power_of_2(launch.d_state))
-    grad_kernel[(launch.nchunks, launch.ngroups * division.blocks, launch.batch)](
+    relaunched(grad_kernel)[(launch.nchunks, launch.ngroups * division.blocks, launch.batch)](
         tiles_of(grad_x, CHANNELS), tiles_of(x, CHANNELS), tiles_of(dout, CHANNELS),
         blocks_of(grad_states, CHANNELS, block_n), tiles_of(B, block_n), tiles_of(C, block_n),
         rows_of(times.cum, CHUNK, 1), rows_of(times.dt, CHUNK, 1), rows_of(times.v, CHUNK, 1),

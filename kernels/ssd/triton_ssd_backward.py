@@ -43,6 +43,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambench.kernels.prepared import Recording, on_device
+from mambench.kernels.relaunched import relaunched
 from mambench.kernels.ssd import triton_parts as parts
 from mambench.kernels.ssd.triton_config import heads_per_program
 from mambench.kernels.ssd.triton_launch import (
@@ -372,7 +373,7 @@ def run_states(
     """
     tiles = launch.tiling
     grid = (launch.nsegments * launch.blocks_p, launch.nheads, launch.batch)
-    parts.state_kernel[grid](
+    relaunched(parts.state_kernel)[grid](
         v, z, m, cum, cumj, seq, entries, states, end, None, passed, *launch.sizes,
         *strides3(v), *strides3(z), *strides3(m),
         P=launch.headdim, N=launch.d_state, Q=launch.chunk,
@@ -524,7 +525,7 @@ def _run_grad_c(
     if z is not None:
         gradients["z"] = torch.empty(z.shape, dtype=z.dtype, device=x.device)
     block_p = tiles.grad_block_p if z is not None else tiles.grad_c_block_p
-    grad_c_kernel[shape.grid](
+    relaunched(grad_c_kernel)[shape.grid](
         x, z, B, C, operands.D, dout, times.cum, times.cumj, seq, states, partial_C, times.v,
         gradients.get("z"), *shape.sizes, *shape.strides, *strides3(dout), **shape.options,
         BLOCK_P=block_p, P_BLOCKS=-(-launch.headdim // block_p),
@@ -562,7 +563,7 @@ def _run_grad_b(
     gradients["B"] = torch.empty(B.shape, dtype=B.dtype, device=x.device)
     gradients["C"] = torch.empty(C.shape, dtype=C.dtype, device=x.device)
     grad_states, passed = states
-    grad_b_kernel[shape.grid](
+    relaunched(grad_b_kernel)[shape.grid](
         x, z, B, C, D, operands.A, operands.dt, operands.dt_bias,
         dout, times.cum, times.dt, seq, times.v, passed, grad_states, partial_C,
         gradients["x"], gradients["dt"],
@@ -576,7 +577,7 @@ def _run_grad_b(
     )  # fmt: skip
     if partial_B is not None:
         size = B.numel()
-        sum_kernel[(-(-size // _SUM_BLOCK), 2)](
+        relaunched(sum_kernel)[(-(-size // _SUM_BLOCK), 2)](
             partial_B, partial_C, gradients["B"], gradients["C"], blocks, size, BLOCK=_SUM_BLOCK
         )
     return partial_heads, partial_D

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambench.kernels.relaunched import relaunched
+
 _COLUMNS = 8  # 32 bytes of a row, the least that memory delivers
 _ROWS = 256
 
@@ -36,7 +38,7 @@ def column_sums(parts: Tensor, count: int) -> Tensor:
     shape: Any = (count, *parts.shape[2:])
     sums = torch.empty(shape, dtype=torch.float32, device=parts.device)
     size = sums.numel()
-    column_sums_kernel[(-(-size // _COLUMNS),)](
+    relaunched(column_sums_kernel)[(-(-size // _COLUMNS),)](
         parts, sums, parts.shape[0], parts[0].numel(), size,
         ROWS=_ROWS, COLUMNS=_COLUMNS, STAGES=2, num_warps=4,
     )  # fmt: skip

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambench.kernels.relaunched import relaunched
 from mambench.kernels.ssd import triton_parts as parts
 from mambench.kernels.ssd.triton_launch import Launch, Operands, strides3
 
@@ -298,7 +299,7 @@ def run_whole(
         )
     tails = per_chunk * -(-launch.nheads // _BLOCK_H)
     sums = 0 if partial_B is None else 2 * -(-B.numel() // _SUM_BLOCK)
-    finish_kernel[(tails + sums,)](
+    relaunched(finish_kernel)[(tails + sums,)](
         operands.A, operands.dt, operands.dt_bias, times.cum, times.dt, seq, times.v, passed,
         read_kept, diag, partial_B, partial_C,
         gradients["dt"], gradients["B"], gradients["C"], partial_heads,
@@ -324,7 +325,7 @@ def _run_whole_kernel(
     written: tuple[Any, ...],
 ) -> None:
     x, B, C, tiles = operands.x, operands.B, operands.C, launch.tiling
-    whole_kernel[shape.grid](
+    relaunched(whole_kernel)[shape.grid](
         x, B, C, operands.D, dout, times.cum, times.dt, seq, times.v, grad_states, partial_C,
         *written, *shape.sizes, *strides3(x), *strides3(B), *strides3(C), *strides3(dout),
         **{name: value for name, value in shape.options.items() if name != "HAS_Z"},
