@@ -283,6 +283,15 @@ PARTS: dict[str, Callable[[], Computed]] = {
     "ssd hopper, one launch, all arrive": lambda: where_all_arrive(
         ssd_fused, "fused_kernel", 1, 128, 128
     ),
+    "ssd hopper, ungated, all arrive": lambda: where_all_arrive(
+        # Four stages full and empty; B and C there; scores summed, twice weights made and taken.
+        lambda: ssd_ungated("kernels.ssd.hopper_op.ssd"),
+        "grad_kernel",
+        *(1, 128) * 4,
+        1,
+        128,
+        *(128, 128) * 2,
+    ),
     "hand-over by mbarrier, all arrive, hopper": lambda: where_all_arrive(
         races().handed, "handed_kernel", 128
     ),
@@ -308,7 +317,7 @@ PLANTED: dict[str, tuple[str, Callable[[], Computed]]] = {
     "planted: barrier that nobody made, hopper": ("synccheck", lambda: races().never_made()),
 }  # fmt: skip
 # One thread arrives for its partition: racecheck runs the part of that name where all do.
-ONE_ARRIVES = frozenset({"ssd hopper, one launch"})
+ONE_ARRIVES = frozenset({"ssd hopper, one launch", "ssd hopper, ungated"})
 # Racecheck reports it all the same.
 IN_ORDER: dict[str, Callable[[], Computed]] = {
     "in order: a barrier of some, then of all": lambda: races().barriers(True),
