@@ -12,9 +12,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from mambench.kernels.integers import ceil_div, next_power_of_2
 from mambench.kernels.relaunched import relaunched
 from mambench.kernels.s6.hopper_backward_kernel import (
     scan_backward_kernel,
@@ -150,7 +150,7 @@ def specialisation(
 
 def _share(size: int, among: int) -> int:
     """Return how many each takes, as a power of two."""
-    return triton.next_power_of_2(triton.cdiv(size, among))
+    return next_power_of_2(ceil_div(size, among))
 
 
 def adjoint_specialisation(constants: dict[str, int | bool], *, move: int) -> dict[str, int | bool]:
@@ -282,7 +282,7 @@ class _Run:
             _words(self.du) if in_place else scratch["records"],
             scratch["counters"].view(torch.int32),
             *(dA, dD, dbias, dBC, batch, seqlen // unit, d_inner, ngroups, division.blocks),
-            *(triton.cdiv(seqlen, self.config.chunk), division.segment_chunks, division.segments),
+            *(ceil_div(seqlen, self.config.chunk), division.segment_chunks, division.segments),
             division.rows,
             *(n // kept_unit for n in strides),
             **self._constants(unit, has_r=several or dlast is not None, kept_unit=kept_unit),
@@ -342,10 +342,10 @@ class _Run:
         counters = self.scratch["counters"].view(torch.int32)
         size = batch * d_inner * d_state if segments > 1 else 0
         parts, block = self.division.total_parts, 256
-        relaunched(pass_back_kernel)[(max(1, triton.cdiv(size, block)),)](
+        relaunched(pass_back_kernel)[(max(1, ceil_div(size, block)),)](
             *(self.inputs.A, self.scratch["total"], dlast, passed.memory, counters),
             *(size, parts, d_inner, *passed.strides, counters.numel()),
-            *(d_state, dlast is not None, block, min(16, triton.next_power_of_2(parts))),
+            *(d_state, dlast is not None, block, min(16, next_power_of_2(parts))),
             num_warps=4,
         )
         return states
@@ -356,7 +356,7 @@ class _Run:
         tokens, division, config = self.tokens, self.division, self.config
         unit = self._unit()
         parts, idle = division.total_parts, division.parts  # those of the first segment
-        blocks = triton.cdiv(d_inner // ngroups, 8 * config.channels * ADJOINT_WARPS)
+        blocks = ceil_div(d_inner // ngroups, 8 * config.channels * ADJOINT_WARPS)
         programs = batch * (parts if moved is not None else parts - idle) * ngroups * blocks
         to, strides = (None, (0, 0, 0)) if moved is None else moved
         move = 0 if to is None else _unit_of(to, strides)
@@ -365,7 +365,7 @@ class _Run:
             *(tokens.delta, self.inputs.A, tokens.C, tokens.z, self.inputs.bias, tokens.dout),
             *(passed.memory, self.scratch["total"], None if moved is None else kept, to),
             *(seqlen // unit, d_inner, ngroups, blocks, division.segment_chunks // idle, parts),
-            *(idle, *passed.strides, triton.cdiv(seqlen, config.chunk)),
+            *(idle, *passed.strides, ceil_div(seqlen, config.chunk)),
             *(n // max(1, move) for n in strides),
             **constants,
             num_warps=ADJOINT_WARPS,

@@ -9,8 +9,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 
+from mambench.kernels.integers import ceil_div
 from mambench.kernels.prepared import Calls, Recording
 from mambench.kernels.s6.arguments import check_arguments
 from mambench.kernels.s6.hopper_kernel import scan_forward_kernel
@@ -182,11 +182,11 @@ def _run(recording: Recording, tensors: tuple[Any, ...], options: tuple[Any, ...
     last_state = recording.output((batch, d_inner, d_state), torch.float32, u.device)
     checkpoints, n_checkpoints = None, 0
     if every is not None:
-        n_checkpoints = triton.cdiv(seqlen, every)
+        n_checkpoints = ceil_div(seqlen, every)
         shape = (batch, n_checkpoints, d_inner, d_state)
         checkpoints = recording.output(shape, torch.float32, u.device)
     unit = row_unit(seqlen, (u, delta, B, C, out) if z is None else (u, delta, B, C, z, out))
-    blocks_per_group = triton.cdiv(d_inner // ngroups, config.block)
+    blocks_per_group = ceil_div(d_inner // ngroups, config.block)
     sizes = (seqlen // unit, d_inner, ngroups, *(() if serial else (d_state,)))
     constants = specialisation(
         d_inner=d_inner, ngroups=ngroups, d_state=d_state, dtype=u.dtype, unit=unit,
@@ -242,7 +242,7 @@ def specialisation(
         }
     return shared | {
         "MASK_STATES": d_state % STATES != 0,
-        "STATE_BLOCKS": triton.cdiv(d_state, STATES),
+        "STATE_BLOCKS": ceil_div(d_state, STATES),
         "WIDE": config.wide and dtype != torch.float32,
         "PIPELINE": config.pipeline,
         "UNROLL": config.unroll,

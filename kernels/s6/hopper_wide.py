@@ -7,9 +7,9 @@ time passes back lies in ddelta before it is written. `hopper_wide_memory` says 
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from mambench.kernels.integers import ceil_div, next_power_of_2
 from mambench.kernels.relaunched import relaunched
 from mambench.kernels.s6.hopper_backward_kernel import segment_adjoint_kernel
 from mambench.kernels.s6.hopper_memory import STATES
@@ -29,10 +29,10 @@ def specialisation(
 ) -> dict[str, int | bool]:  # fmt: skip
     """Return the kernel's compile-time arguments for a problem."""
     places = 2 * config.states * plan.exchange
-    share = max(4, triton.next_power_of_2(triton.cdiv(places, plan.blocks)))
+    share = max(4, next_power_of_2(ceil_div(places, plan.blocks)))
     across = min(config.warps, share // 4)
     at_once = 32 // min(32, share // 4 // across) * (config.warps // across)
-    at_once *= min(4, triton.next_power_of_2(triton.cdiv(plan.blocks, at_once)))
+    at_once *= min(4, next_power_of_2(ceil_div(plan.blocks, at_once)))
     return {
         "D_STATE": d_state,
         "HAS_D": has_D,
@@ -121,7 +121,7 @@ class WideRun:
             *(inputs.bias, tokens.dout, states, scratch["heads"] if plan.heads else None, r),
             *(du, ddelta, dz, scratch["parts"], scratch["sums"] if plan.launches > 1 else None),
             *(counters, dA, dD, dbias, dBC, batch, seqlen // unit, d_inner, ngroups, plan.blocks),
-            *(triton.cdiv(seqlen, config.chunk), plan.segment_spans, plan.segments, plan.rows),
+            *(ceil_div(seqlen, config.chunk), plan.segment_spans, plan.segments, plan.rows),
             *(*strides, launch * plan.blocks),
             **specialisation(
                 d_state=d_state, unit=unit, has_D=inputs.D is not None,
@@ -154,7 +154,7 @@ class WideRun:
             return found, False
         words = _words(du)
         if seqlen > span:
-            programs = found.shape[0] * found.shape[1] * triton.cdiv(d_inner * d_state, _MOVE)
+            programs = found.shape[0] * found.shape[1] * ceil_div(d_inner * d_state, _MOVE)
             relaunched(move_states_kernel)[(programs,)](
                 *(found, words, heads if plan.heads else None, seqlen, d_inner, found.shape[1]),
                 *(plan.segment_spans, plan.segments, d_state, span, int(plan.before), plan.heads),
@@ -178,14 +178,14 @@ class WideRun:
         batch, seqlen, d_inner, d_state, ngroups = self.sizes.values()
         tokens, plan, inputs = self.tokens, self.plan, self.inputs
         unit = self._unit()
-        blocks = triton.cdiv(d_inner // ngroups, ADJOINT_BLOCK)
-        state_blocks = triton.cdiv(d_state, STATES)
+        blocks = ceil_div(d_inner // ngroups, ADJOINT_BLOCK)
+        state_blocks = ceil_div(d_state, STATES)
         programs = batch * (plan.segments - 1) * ngroups * blocks * state_blocks
         relaunched(segment_adjoint_kernel)[(programs,)](
             *(tokens.delta, inputs.A, tokens.C, tokens.z, inputs.bias, tokens.dout),
             *(r, total, None, None, seqlen // unit, d_inner, ngroups, blocks),
             *(plan.segment_spans * self.config.chunk // ADJOINT_CHUNK, plan.segments, 1),
-            *(*strides, triton.cdiv(seqlen, ADJOINT_CHUNK), 0, 0, 0),
+            *(*strides, ceil_div(seqlen, ADJOINT_CHUNK), 0, 0, 0),
             D_STATE=d_state, STATE_BLOCKS=state_blocks, HAS_Z=tokens.z is not None,
             HAS_BIAS=inputs.bias is not None, SOFTPLUS=inputs.softplus, MOVE=0,
             CHUNK=ADJOINT_CHUNK, UNIT=unit, CHANNELS=ADJOINT_CHANNELS, WARPS=ADJOINT_WARPS,
@@ -200,10 +200,10 @@ class WideRun:
         batch, _, d_inner, d_state, _ = self.sizes.values()
         segments, block = self.plan.segments, 256
         size = batch * d_inner * d_state if segments > 1 else 0
-        relaunched(pass_back_kernel)[(max(1, triton.cdiv(size, block)),)](
+        relaunched(pass_back_kernel)[(max(1, ceil_div(size, block)),)](
             *(self.inputs.A, total, dlast, r if segments > 1 else total, counters),
             *(size, segments, d_inner, *strides, counters.numel()),
-            *(d_state, dlast is not None, block, min(16, triton.next_power_of_2(segments))),
+            *(d_state, dlast is not None, block, min(16, next_power_of_2(segments))),
             num_warps=4,
         )
 

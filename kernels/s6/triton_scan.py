@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mambench.kernels.integers import ceil_div
 from mambench.kernels.prepared import Calls, Recording
 from mambench.kernels.registered import (
     Operation,
@@ -309,7 +310,7 @@ def scan_backward(
             num_warps=cut.config.warps,
             num_stages=1,
         )
-        triton_backward.sum_partials[(triton.cdiv(dBC.numel(), _SUM_BLOCK),)](
+        triton_backward.sum_partials[(ceil_div(dBC.numel(), _SUM_BLOCK),)](
             partial_sums, dBC, cut.partials, dBC.numel(), BLOCK=_SUM_BLOCK, num_warps=8
         )
     gradients = (du, ddelta, dA.sum(0), dBC[0], dBC[1], _summed(dD), dz, _summed(dbias), dfirst)
@@ -327,7 +328,7 @@ def _adjoint_at_segment_ends(
     if cut.segments == 1:
         return None if dlast is None else dlast.float().contiguous()
     config = config or forward_cut(**inputs.sizes).config
-    blocks = inputs.sizes["ngroups"] * triton.cdiv(
+    blocks = inputs.sizes["ngroups"] * ceil_div(
         inputs.sizes["d_inner"] // inputs.sizes["ngroups"], config.block
     )
     plain = Recording(None)
@@ -379,7 +380,7 @@ def _combine_segments(
     block = 128
     recording.launch(
         triton_forward.segment_start,
-        (end.shape[0] * triton.cdiv(d_inner * d_state, block),),
+        (end.shape[0] * ceil_div(d_inner * d_state, block),),
         (inputs.A, end, total, start, d_inner, cut.segments),
         {
             "REVERSE": reverse,

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from mambench.kernels.integers import next_power_of_2
 from mambench.kernels.prepared import Recording
 from mambench.kernels.relaunched import relaunched
 from mambench.kernels.ssd.hopper_config import CHANNELS, CHUNK, pairs
@@ -82,7 +82,7 @@ def run_states(
     Along time v is x and m is B; with `passed` (B, H, chunks), against it, grad_y and C.
     """
     per_group = pairs(launch.heads_per_group, launch.headdim)
-    block_n = max(16, triton.next_power_of_2(launch.d_state))
+    block_n = max(16, next_power_of_2(launch.d_state))
     relaunched(states_kernel)[(launch.nsegments, per_group * launch.ngroups, launch.batch)](
         tiles_of(v, CHANNELS), tiles_of(m, block_n), blocks_of(states, CHANNELS, block_n),
         rows_of(times.cum, CHUNK, 1), rows_of(times.cumj, CHUNK, 1), entries, end, passed,
@@ -107,7 +107,7 @@ def run_exits(
     exits = torch.empty((*outer, launch.headdim, launch.d_state), **fp32)
     decay = torch.empty(outer, **fp32)
     per_group = pairs(launch.heads_per_group, launch.headdim)
-    block_n = max(16, triton.next_power_of_2(launch.d_state))
+    block_n = max(16, next_power_of_2(launch.d_state))
     relaunched(exits_kernel)[(launch.nsegments - 1, per_group * launch.ngroups, launch.batch)](
         tiles_of(dout, CHANNELS), tiles_of(operands.C, block_n), rows_of(times.cum, CHUNK, 1),
         exits, decay, launch.nchunks, launch.segment_chunks, launch.nsegments, launch.nheads,
@@ -127,7 +127,7 @@ def run_grad_c(
     """
     C = operands.C
     division = Division.of(launch, C.device, resident=_GRAD_C_RESIDENT)
-    block_n = max(16, triton.next_power_of_2(launch.d_state))
+    block_n = max(16, next_power_of_2(launch.d_state))
     partial_C = torch.empty((division.blocks, *C.shape), dtype=torch.float32, device=C.device)
     grid = (launch.nchunks, launch.ngroups * division.blocks, launch.batch)
     relaunched(grad_c_fetched_kernel)[grid](
@@ -166,7 +166,7 @@ def run_grad(
     """
     x, B, C, D = operands.x, operands.B, operands.C, operands.D
     grad_x, grad_B, grad_C, read_kept, diag, partial_D = written
-    block_n = max(16, triton.next_power_of_2(launch.d_state))
+    block_n = max(16, next_power_of_2(launch.d_state))
     relaunched(grad_kernel)[(launch.nchunks, launch.ngroups * division.blocks, launch.batch)](
         tiles_of(grad_x, CHANNELS), tiles_of(x, CHANNELS), tiles_of(dout, CHANNELS),
         blocks_of(grad_states, CHANNELS, block_n), tiles_of(B, block_n), tiles_of(C, block_n),

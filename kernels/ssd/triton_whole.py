@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambench.kernels.integers import next_power_of_2
 from mambench.kernels.relaunched import relaunched
 from mambench.kernels.ssd import triton_parts as parts
 from mambench.kernels.ssd.triton_launch import Launch, Operands, strides3
@@ -329,6 +330,6 @@ def _run_whole_kernel(
         x, B, C, operands.D, dout, times.cum, times.dt, seq, times.v, grad_states, partial_C,
         *written, *shape.sizes, *strides3(x), *strides3(B), *strides3(C), *strides3(dout),
         **{name: value for name, value in shape.options.items() if name != "HAS_Z"},
-        BLOCK_P=max(16, triton.next_power_of_2(launch.headdim)), STAGES=tiles.whole_stages,
+        BLOCK_P=max(16, next_power_of_2(launch.headdim)), STAGES=tiles.whole_stages,
         STAGES_B=tiles.whole_sum_stages, num_warps=tiles.grad_b_warps,
     )  # fmt: skip
