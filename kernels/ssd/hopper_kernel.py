@@ -28,7 +28,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from mambench.kernels.ssd.hopper_config import CHANNELS, CHUNK
 
-CONSUMERS = 2
 _Q = gl.constexpr(CHUNK)
 _P = gl.constexpr(CHANNELS)
 _LOG2_E = gl.constexpr(1.4426950408889634)
