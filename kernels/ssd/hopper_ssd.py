@@ -174,6 +174,7 @@ def _planned(
     portable = plan_launch(x, B, dt_softplus=dt_softplus, dt_limit=dt_limit, segments=1)
     return replace(
         portable,
+        tiling=replace(portable.tiling, fetched=portable.tiling.whole_heads),
         chunk=CHUNK,
         nchunks=nchunks,
         segment_chunks=per_segment,

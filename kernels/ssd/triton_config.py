@@ -38,7 +38,8 @@ class Tiling:
     grad_b_stages: int = 1
     grad_programs_per_sm: int = 2
     whole_heads: bool = False  # without a gate, whole_kernel takes a head's tiles at once
-    fetched: bool = False  # ... or, where TMA can read them, Gluon kernels do (hopper_grad)
+    # ... or, where TMA can read them, Gluon kernels do (hopper_grad); the Hopper operation sets it.
+    fetched: bool = False
     whole_stages: int = 2
     whole_sum_stages: int = 3
 
@@ -88,7 +89,6 @@ def tiling(itemsize: int, headdim: int, d_state: int, *, wgmma: bool) -> Tiling:
         state_stages=3 if deep else 2,
         grad_c_stages=3 if deep else 1,
         whole_heads=deep and full_p <= 64,
-        fetched=deep and full_p <= 64,
     )
 
 

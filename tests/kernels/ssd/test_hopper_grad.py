@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -228,27 +227,37 @@ GPU_CASES = (
 )
 
 
+def test_the_portable_operation_stays_portable_on_hopper(monkeypatch):
+    from mambench.kernels.ssd import hopper_ssd, triton_launch
+
+    monkeypatch.setattr(triton_launch, "has_wgmma", lambda device: True)
+    x, B = torch.empty(1, 512, 4, 64, dtype=torch.float16), torch.empty(1, 512, 1, 128)
+    portable = triton_launch.plan_launch(x, B, dt_softplus=True, dt_limit=(0.0, 1.0), segments=2)
+    assert portable.tiling.whole_heads
+    assert not portable.tiling.fetched
+    config = hopper_ssd.Config(segments=2)
+    hopper = hopper_ssd.plan_hopper(
+        x, B, dt_softplus=True, dt_limit=(0.0, 1.0), config=config, keep=True
+    )
+    assert hopper.tiling.fetched
+    hopper_ssd._planned.cache_clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_it_is_right_on_the_gpu_and_not_less_than_the_portable_kernels(cases, case, monkeypatch):
-    from mambench.kernels.ssd import hopper_ssd, triton_launch
-    from mambench.kernels.ssd.hopper_op import ssd
+    from mambench.kernels.ssd import hopper_op, triton_ssd
 
-    monkeypatch.setattr(hopper_ssd, "_planned", hopper_ssd._planned.__wrapped__)  # plans anew
     launched = []
     real = hopper_grad.run_grad
     monkeypatch.setattr(hopper_grad, "run_grad", lambda *a: launched.append(1) or real(*a))
     case = {"gated": False, "long_memory": True, "dtype": "bfloat16"} | case
     options = {"device": "cuda", "segments": case.pop("segments", 2)}
-    found = cases.errors(ssd, case, **options)
-    assert cases.errors(ssd, case, **options) == found  # the same bits
-    pinned = triton_launch.tiling
-    monkeypatch.setattr(
-        triton_launch, "tiling", lambda *sizes, **on: replace(pinned(*sizes, **on), fetched=False)
-    )
+    found = cases.errors(hopper_op.ssd, case, **options)
+    assert cases.errors(hopper_op.ssd, case, **options) == found  # the same bits
     assert len(launched) == 2
-    portable = cases.errors(ssd, case, **options)
+    portable = cases.errors(triton_ssd.ssd, case, **options)
     assert len(launched) == 2
     bound = cases.tolerance(case["dtype"]) / 4
     assert not {name: e for name, e in found.items() if not e < max(bound, 1.5 * portable[name])}
