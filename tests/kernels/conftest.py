@@ -36,10 +36,11 @@ def load_script() -> Callable[[Path], ModuleType]:
 @pytest.fixture(scope="session")
 def interpret() -> Callable[..., Any]:
     """Return a function that runs a script in Triton's interpreter: what it printed, of JSON."""
+    quick = str(Path(__file__).with_name("quick_interpreter.py"))
 
     def run(script: Path, *words: str) -> Any:
         done = subprocess.run(
-            [sys.executable, str(script), *words],
+            [sys.executable, quick, str(script), *words],
             env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
             capture_output=True, text=True, check=False, timeout=240,
         )  # fmt: skip

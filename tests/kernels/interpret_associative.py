@@ -1,8 +1,8 @@
 """Run the Triton associative scan in Triton's interpreter and print as JSON what is wrong.
 
 A process of its own, because Triton decides at decoration whether to interpret. Run as
-`TRITON_INTERPRET=1 python interpret_associative.py CASE ...`, a CASE being a key of CASES. The
-truth is the scan in plain torch in float64, which is tested against loops.
+`TRITON_INTERPRET=1 python quick_interpreter.py interpret_associative.py CASE ...`, a CASE being a
+key of CASES. The truth is the scan in plain torch in float64, which is tested against loops.
 """
 
 import importlib.util
@@ -138,9 +138,8 @@ if __name__ == "__main__":
     package = HERE.parents[2] / "mambench"
     runpy.run_path(str(package / "_start.py"))["load_package"](package)
     sys.path.insert(0, str(HERE.parent / "s6"))
-    from interpret_scan import poison, scan_by_steps
+    from interpret_scan import poison
 
-    interpreter.ScanOps.generic_scan = scan_by_steps
     torch.empty, torch.empty_like = poison(torch.empty), poison(torch.empty_like)
     torch.set_num_threads(1)
     print(json.dumps({name: judge((CASES | FAULTY)[name]) for name in sys.argv[1:]}))

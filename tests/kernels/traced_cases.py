@@ -220,7 +220,6 @@ def main():
     """Judge a Triton variant, which is slow in the interpreter: in fewer ways, on few values."""
     package = ROOT / "mambench"
     runpy.run_path(str(package / "_start.py"))["load_package"](package)
-    faster_interpreter()
     torch.set_num_threads(1)
     found = {}
     for name in sys.argv[1:]:
@@ -228,16 +227,6 @@ def main():
         call = draw(variant, seqlen=20, bare=what == "bare", varied=what == "varied")
         found[name] = judge(call, ("torch.compile",), ("test_faketensor",))
     print(json.dumps(found))
-
-
-def faster_interpreter():
-    """Let the interpreter scan and reduce as the tests of the selective scan have it."""
-    sys.path.insert(0, str(ROOT / "tests" / "kernels" / "s6"))
-    import interpret_scan
-    from triton.runtime import interpreter
-
-    interpreter.ScanOps.generic_scan = interpret_scan.scan_by_steps
-    interpreter.ReduceOps.generic_reduce = interpret_scan.reduce_by_steps
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Run the Triton selective scan in Triton's interpreter and print as JSON what is wrong.
 
 A process of its own, because Triton decides at decoration whether to interpret. Run as
-`TRITON_INTERPRET=1 python interpret_scan.py CASE ...`, a CASE being a key of CASES.
+`TRITON_INTERPRET=1 python ../quick_interpreter.py interpret_scan.py CASE ...`, a CASE being a key
+of CASES.
 """
 
 import contextlib
@@ -12,9 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import literal
-import numpy as np
 import torch
-from triton.runtime import interpreter
 
 HERE = Path(__file__).resolve()
 
@@ -35,40 +34,6 @@ CASES = {
     # a planted fault: all segments start from zero, as if the states before had been forgotten
     "forgotten": {"sizes": (1, 1, 66, 3, 1), "forgotten": True},
 }
-
-
-def scan_by_steps(self: interpreter.ScanOps, tensors: list) -> list:
-    """As the interpreter's own, which calls the function once for every element."""
-    data = [np.moveaxis(tensor.handle.data, self.axis, 0) for tensor in tensors]
-    results = [np.empty_like(array) for array in data]
-    before: list = []
-    for step in range(data[0].shape[0]):
-        here = [
-            self.to_tensor(np.ascontiguousarray(a[step]), t.dtype)
-            for a, t in zip(data, tensors, strict=True)
-        ]
-        if step:
-            here = list(self.combine_fn.fn(*before, *here))
-        before[:] = here
-        for result, value in zip(results, here, strict=True):
-            result[step] = value.handle.data
-    moved = [np.ascontiguousarray(np.moveaxis(result, 0, self.axis)) for result in results]
-    return [
-        self.to_tensor(array, tensor.dtype) for array, tensor in zip(moved, tensors, strict=True)
-    ]
-
-
-def reduce_by_steps(self: interpreter.ReduceOps, tensors: list) -> interpreter.TensorHandle:
-    """As the interpreter's own, for one operand."""
-    (tensor,) = tensors
-    data = np.moveaxis(tensor.handle.data, self.axis, 0)
-    total = self.to_tensor(np.ascontiguousarray(data[0]), tensor.dtype)
-    for step in range(1, data.shape[0]):
-        here = self.to_tensor(np.ascontiguousarray(data[step]), tensor.dtype)
-        total = self.combine_fn.fn(total, here)
-    array = total.handle.data
-    array = np.expand_dims(array, self.axis) if self.keep_dims else array
-    return self.to_tensor(array, tensor.dtype)
 
 
 def poison(original):
@@ -127,8 +92,6 @@ def forgetting() -> Iterator[None]:
 if __name__ == "__main__":
     package = HERE.parents[3] / "mambench"
     runpy.run_path(str(package / "_start.py"))["load_package"](package)
-    interpreter.ScanOps.generic_scan = scan_by_steps
-    interpreter.ReduceOps.generic_reduce = reduce_by_steps
     torch.empty, torch.empty_like = poison(torch.empty), poison(torch.empty_like)
     torch.set_num_threads(1)
     print(json.dumps({name: judge(CASES[name]) for name in sys.argv[1:]}))

@@ -1,10 +1,6 @@
 """The Triton selective scan without a GPU: in the interpreter, and as compiled for GPUs."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,16 +16,8 @@ CASES = ("segments", "columns", "float16", "bare", "no-softplus", "wide", "start
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, str]]:
-    done = subprocess.run(
-        [sys.executable, str(HERE / "interpret_scan.py"), *CASES, "forgotten"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def interpreted(interpret) -> dict[str, dict[str, str]]:
+    return interpret(HERE / "interpret_scan.py", *CASES, "forgotten")
 
 
 @pytest.mark.parametrize("case", CASES)

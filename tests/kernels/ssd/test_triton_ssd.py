@@ -1,8 +1,5 @@
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -69,16 +66,9 @@ INTERPRETED += [
 
 
 @pytest.fixture(scope="module")
-def interpreted_errors():
+def interpreted_errors(interpret):
     """Errors of all cases, from one process that interprets the kernels."""
-    script = Path(__file__).with_name("ssd_cases.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(INTERPRETED)],
-        env=environment, capture_output=True, text=True, check=False, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return interpret(Path(__file__).with_name("ssd_cases.py"), json.dumps(INTERPRETED))
 
 
 @pytest.mark.parametrize("index", range(len(INTERPRETED)), ids=lambda i: str(INTERPRETED[i]))

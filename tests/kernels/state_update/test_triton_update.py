@@ -8,47 +8,25 @@ from mambench.kernels.state_update.config import CONFIGS, Config, choose, padded
 
 pytest.importorskip("triton")
 
-HERE = Path(__file__).parent
 ARCHITECTURES = (80, 90, 100, 120)
 SSD = {"entries": 80, "headdim": 64, "d_state": 128, "itemsize": 2}
 S6 = {"entries": 4096, "headdim": None, "d_state": 16, "itemsize": 2}
 
 
-def test_random_shapes_in_the_interpreter(interpret):
-    found = interpret(HERE / "update_cases.py", "10")
+@pytest.fixture(scope="module")
+def interpreted(interpret):
+    return interpret(Path(__file__).with_name("update_cases.py"), "10")
+
+
+def test_random_shapes_in_the_interpreter(interpreted):
+    found = interpreted["found"]
     assert len(found) == 10
     assert not {shape: wrong for shape, wrong in found.items() if wrong}
 
 
-def test_the_interpreter_notices_a_wrong_kernel(interpret, tmp_path):
-    """A copy of the kernels with one fault, put in the place of the module by the script."""
-    from mambench.kernels.state_update import triton_kernels
-
-    right, wrong = "(dt * x)[:, None] * B[None, :]", "x[:, None] * B[None, :]"
-    source = Path(triton_kernels.__file__).read_text()
-    assert right in source
-    faulty = tmp_path / "faulty.py"
-    faulty.write_text(source.replace(right, wrong))
-    script = tmp_path / "update_cases.py"
-    text = (HERE / "update_cases.py").read_text()
-    text = text.replace("Path(__file__).resolve().parents[3]", repr_path(HERE.parents[2]))
-    place = "    operation = triton_update.selective_state_update\n"
-    assert place in text
-    text = text.replace(
-        place,
-        place + "    import importlib.util\n"
-        f"    spec = importlib.util.spec_from_file_location('faulty', {str(faulty)!r})\n"
-        "    faulty = importlib.util.module_from_spec(spec)\n"
-        "    spec.loader.exec_module(faulty)\n"
-        "    triton_update.ssd_update_kernel = faulty.ssd_update_kernel\n",
-    )
-    script.write_text(text)
-    found = interpret(script, "2")
+def test_the_interpreter_notices_a_wrong_kernel(interpreted):
+    found = interpreted["faulty"]
     assert any(name.startswith("state") for wrong in found.values() for name in wrong)
-
-
-def repr_path(path):
-    return f"Path({str(path)!r})"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

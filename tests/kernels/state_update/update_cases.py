@@ -1,13 +1,16 @@
 """Random shapes and tensors of the state update, and its judgement against float64.
 
 As a script, `python update_cases.py COUNT` runs the Triton operation on this many shapes (in the
-interpreter where TRITON_INTERPRET=1 is set) and prints as JSON what is wrong.
+interpreter where TRITON_INTERPRET=1 is set) and prints as JSON what is wrong, and what is with a
+planted fault.
 """
 
+import importlib.util
 import json
 import random
 import runpy
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -160,19 +163,45 @@ def describe(shape):
     return " ".join(f"{key}={value}" for key, value in shape.items())
 
 
+RIGHT, FAULT = "(dt * x)[:, None] * B[None, :]", "x[:, None] * B[None, :]"
+
+
+def faulty():
+    """Return a copy of the kernels' module with the fault."""
+    from mambench.kernels.state_update import triton_kernels
+
+    source = Path(triton_kernels.__file__).read_text()
+    if RIGHT not in source:
+        raise ValueError(f"not in the kernels' source: {RIGHT}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "faulty.py"
+        path.write_text(source.replace(RIGHT, FAULT))
+        spec = importlib.util.spec_from_file_location("faulty", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.ssd_update_kernel.rewrite()  # while its source is there
+    return module
+
+
 def main():
     """Run the Triton operation on random small shapes on the CPU."""
     package = Path(__file__).resolve().parents[3] / "mambench"
     runpy.run_path(str(package / "_start.py"))["load_package"](package)
     from mambench.kernels.state_update import triton_update
 
-    operation = triton_update.selective_state_update
-    draw = random.Random(0)
-    found = {}
-    for seed in range(int(sys.argv[1])):
-        shape = draw_shape(draw, small=True)
-        found[describe(shape)] = wrong(operation, shape, seed=seed, device="cpu")
-    print(json.dumps(found))
+    def judged(count):
+        draw = random.Random(0)
+        shapes = [draw_shape(draw, small=True) for _ in range(count)]
+        operation = triton_update.selective_state_update
+        return {
+            describe(shape): wrong(operation, shape, seed=seed, device="cpu")
+            for seed, shape in enumerate(shapes)
+        }
+
+    found = {"found": judged(int(sys.argv[1]))}
+    triton_update.ssd_update_kernel = faulty().ssd_update_kernel
+    triton_update._calls.clear()
+    print(json.dumps(found | {"faulty": judged(2)}))
 
 
 if __name__ == "__main__":
