@@ -1,4 +1,4 @@
-"""Calls of small kernels in Triton's interpreter, first as it is, then as `quick_interpreter` has it.
+"""Small kernels in Triton's interpreter, first as it is, then as `quick_interpreter` has it.
 
 Run as `TRITON_INTERPRET=1 python interpreter_cases.py` it prints as JSON whose results have other
 bits, and whose have where a fault is planted in the second: constants of fp32 that are one more.
