@@ -7,8 +7,9 @@ heads hand their states on (`hopper_look_back`). The last segment's own end stat
 not made.
 
 Chunks over which the decay is mild take half the instructions of others: it is split into a factor
-of i and one of j, so that no weights are made. Of a chunk that decays by 2^-64 or more the second
-factor has no place in bf16.
+of i and one of j, so that no weights are made. Both are counted from where half of the chunk's log
+decay is over, so that there is place in bf16 for what decays by up to 2^-128 (from the chunk's
+start: 2^-64). Chunks that decay by more are steep.
 """
 
 from triton.experimental import gluon
@@ -43,7 +44,7 @@ from mambench.kernels.ssd.hopper_walk_producer import place, producer
 _Q = gl.constexpr(CHUNK)
 _P = gl.constexpr(CHANNELS)
 _LOG2_E = gl.constexpr(1.4426950408889634)
-_LEAST_MILD = gl.constexpr(-64.0)  # log2 decay of a chunk: bf16 has the range of its inverse
+_LEAST_MILD = gl.constexpr(-128.0)  # log2 decay of a chunk: bf16 has the range of half of it
 _RUNTIME_SIZES = [
     "nchunks", "segment_chunks", "nsegments", "nheads", "pairs_per_group", "heads_per_group",
 ]  # fmt: skip
@@ -120,13 +121,16 @@ def _entering(which: gl.constexpr, tiles, work, head, channel, SIZES: gl.constex
 
 @gluon.jit
 def _chunk(
-    which: gl.constexpr, tiles, out_desc, row, state, skip, stage, SIZES: gl.constexpr,
-    FEATURES: gl.constexpr, MILD: gl.constexpr,
+    which: gl.constexpr, tiles, out_desc, row, state, skip, stage, middle,
+    SIZES: gl.constexpr, FEATURES: gl.constexpr, MILD: gl.constexpr,
 ):  # fmt: skip
     """Write a chunk's outputs and return the state that leaves it.
 
     Where the decay over the chunk is mild, it is split into factors of i and of j, which x takes:
     the scores themselves are the weights then, and what comes of them is scaled at the end.
+
+    middle: log2 decay from the chunk's start to where the factors are 1. The state is taken and
+    returned as it is there; of a steep chunk as it is at the start, and at the end.
     """
     xs, zs, Bs, Cs, scores_ring, cums, all_weights, outs, _full, _empty = tiles
     BLOCK_N: gl.constexpr = SIZES[2]
@@ -149,15 +153,15 @@ def _chunk(
     cum_i = cum.load(gl.SliceLayout(0, OUT))
     if MILD:
         x = x_tile.permute((1, 0)).load(LEFT)
-        weight = gl.exp2(-cumj.load(gl.SliceLayout(0, LEFT)))
+        weight = gl.exp2(middle - cumj.load(gl.SliceLayout(0, LEFT)))
         scaled = (x.to(gl.float32) * weight[None, :]).to(dtype)
         y = warpgroup_mma(scaled, scores_tile, y, is_async=True)
         state = warpgroup_mma(scaled, B, state, is_async=True)
-        since_start = gl.exp2(cum_i)
+        since_middle = gl.exp2(cum_i - middle)
         tma.store_wait(0)
         gl.thread_barrier()
         y = warpgroup_mma_wait(1, deps=(y,))
-        y = y * since_start[None, :]
+        y = y * since_middle[None, :]
     else:
         weights_tile = all_weights.index(which)
         gap = cum_i[None, :] - cumj.load(gl.SliceLayout(1, OUT))[:, None]
@@ -182,9 +186,6 @@ def _chunk(
     fence_async_shared()
     tma.async_copy_shared_to_global(out_desc, row, out_tile)
     state = warpgroup_mma_wait(0, deps=(state,))
-    if MILD:
-        total = cum.slice(_Q - 1, 1).load(gl.SliceLayout(1, STATE))
-        state = state * gl.exp2(total)[:, None]
     return state
 
 
@@ -215,6 +216,7 @@ def _consumer(
         skip = gl.load(D_ptr + h + 0 * p).to(gl.float32)[:, None]
     elif D_DIMS == 2:
         skip = gl.load(D_ptr + h * P + p, mask=p < P, other=0.0).to(gl.float32)[:, None]
+    ahead = 0.0  # log2 decay from where the state is to the next chunk's start
     for c in range(0, count):
         stage, fill = place(c, own, STAGES)
         mbarrier.wait(full.index(stage), fill & 1)
@@ -223,23 +225,30 @@ def _consumer(
             last = row_of(cums, stage * 4 + which * 2).slice(_Q - 1, 1)
             total = gl.sum(last.load(gl.SliceLayout(1, STATE)), axis=0)
             if total > _LEAST_MILD:
+                middle = total * 0.5
+                state = state * gl.exp2(ahead + middle)
+                ahead = total - middle
                 state = _chunk(
-                    which, tiles, out_desc, row, state, skip, stage, SIZES, FEATURES, True
+                    which, tiles, out_desc, row, state, skip, stage, middle, SIZES, FEATURES, True
                 )  # fmt: skip
             else:
                 # Or ptxas takes addresses of the steep path's tiles from the mild path's registers.
                 steep = unknown(stage)
+                state = state * gl.exp2(ahead)
+                ahead = 0.0
                 state = _chunk(
-                    which, tiles, out_desc, row, state, skip, steep, SIZES, FEATURES, False
+                    which, tiles, out_desc, row, state, skip, steep, 0.0, SIZES, FEATURES, False
                 )  # fmt: skip
         else:
             state = _chunk(
-                which, tiles, out_desc, row, state, skip, stage, SIZES, FEATURES, False
+                which, tiles, out_desc, row, state, skip, stage, 0.0, SIZES, FEATURES, False
             )  # fmt: skip
         mbarrier.arrive(empty.index(stage), count=1)
     tma.store_wait(0)
     if final is not None:  # noqa: SIM102 of compile time, the other is not
         if segment == nsegments - 1:
+            if MILD:
+                state = state * gl.exp2(ahead)
             offsets, mask = state_tile(head, anew(channel), P, N, BLOCK_N, STATE)
             gl.store(final + offsets, state, mask=mask)
 

@@ -418,7 +418,7 @@ def _language():
         "full": full,
         "load": load,
         "store": store,
-        "exp2": torch.exp2,
+        "exp2": lambda x: torch.exp2(torch.as_tensor(x)),
         "log2": torch.log2,
         "abs": torch.abs,
         "minimum": lambda a, b, **_: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),

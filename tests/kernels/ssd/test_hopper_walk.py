@@ -36,7 +36,7 @@ CASES = {
 # The interpreter's scores are fp16's, whose chunks all count as steep: some are mild here.
 MILD_IN_FP16 = [
     ("Bs.dtype == gl.bfloat16 and scores_ring.dtype == gl.bfloat16", "True"),
-    ("_LEAST_MILD = gl.constexpr(-64.0)", "_LEAST_MILD = gl.constexpr(-3.0)"),
+    ("_LEAST_MILD = gl.constexpr(-128.0)", "_LEAST_MILD = gl.constexpr(-6.0)"),
 ]
 MILD = {
     "mild chunks, gate": {**SHAPE, "seqlen": 500, "d_state": 32, "segments": 3},
@@ -65,9 +65,18 @@ FAULTS = {
         ("        fence_async_shared()\n        tma.store_wait(0)\n",
          "        fence_async_shared()\n"),
     ],
+    "a state that enters a chunk's middle as it entered the chunk": [
+        *MILD_IN_FP16, ("gl.exp2(ahead + middle)", "gl.exp2(ahead)"),
+    ],
+    "outputs scaled from the chunk's start on": [
+        *MILD_IN_FP16, ("gl.exp2(cum_i - middle)", "gl.exp2(cum_i)"),
+    ],
+    "a state that stays in the last chunk's middle": [
+        *MILD_IN_FP16, ("            if MILD:\n", "            if False:\n"),
+    ],
     "a state that does not decay over a mild chunk": [
         *MILD_IN_FP16,
-        ("        state = state * gl.exp2(total)[:, None]\n", "        state = state * 1.0\n"),
+        ("ahead = total - middle", "ahead = 0.0"),
     ],
 }  # fmt: skip
 FAULTY = {
