@@ -4,13 +4,15 @@ Checks what a kernel computes and how its partitions hand tiles to each other, n
 fences.
 Blocks run in the order of their index, each to its end. What one stores is seen by the others of
 its launch once it has set a flag with release after it; a wait for a flag that no earlier block
-sets raises. Partitions are threads. What the GPU does asynchronously happens as late as the kernel
-allows: products when they are waited for, and stores by TMA when their source may be reused, so
-that a tile overwritten too early gives a wrong result. Shared memory begins as NaN. A read or write
-outside a tensor raises, and so does a wait that never ends: when all partitions of a block wait.
+sets raises. Partitions take turns: each runs until it has to wait. What the GPU does
+asynchronously happens as late as the kernel allows: products when they are waited for, and stores
+by TMA when their source may be reused, so that a tile overwritten too early gives a wrong result.
+Shared memory begins as NaN. A read or write outside a tensor raises, and so does a wait that never
+ends: when all partitions of a block wait.
 
 `installed()` replaces `triton.experimental.gluon` while a kernel's module is imported; `Launcher`
-then stands for its kernels.
+then stands for its kernels. It is for a process of its own: the `to` of torch's tensors takes the
+language's types too.
 """
 
 import contextlib
@@ -37,15 +39,45 @@ INT32, INT64 = Dtype(torch.int32), Dtype(torch.int64)
 _OF_TORCH = {d.torch: d for d in (FLOAT32, BFLOAT16, FLOAT16, INT32, INT64)}
 
 
-class Tensor(torch.Tensor):
-    """A tensor whose `to` takes the language's types, and its arithmetic within one type."""
+_tensor_to = torch.Tensor.to
+
+
+def _to(self, dtype, *args, **kwargs):
+    return _tensor_to(self, dtype.torch if isinstance(dtype, Dtype) else dtype, *args, **kwargs)
+
+
+class Integer(int):
+    """A scalar of the language, which is quicker than a tensor of one element."""
 
     def to(self, dtype):
-        return torch.Tensor.to(self, dtype.torch if isinstance(dtype, Dtype) else dtype)
+        kept = dtype in (INT32, INT64)
+        return self if kept else torch.tensor(int(self), dtype=dtype.torch)
 
 
-def tensor(value):
-    return torch.as_tensor(value).as_subclass(Tensor)
+def _within_integers(name):
+    operation = getattr(int, name)
+
+    def made(self, other):
+        result = operation(self, other)
+        return result if result is NotImplemented else Integer(result)
+
+    return made
+
+
+for _operation in ("add", "sub", "mul", "floordiv", "mod"):
+    for _name in (f"__{_operation}__", f"__r{_operation}__"):
+        setattr(Integer, _name, _within_integers(_name))
+
+
+def extreme(of_integers, of_tensors):
+    """Return the language's minimum or maximum."""
+
+    def made(a, b, **_):
+        if isinstance(a, int) and isinstance(b, int):
+            return Integer(of_integers(a, b))
+        return of_tensors(torch.as_tensor(a), torch.as_tensor(b))
+
+    return made
 
 
 class Pointer:
@@ -78,13 +110,13 @@ def load(pointer, mask=None, other=None):
     flat, offsets, mask = pointer.at(mask)
     got = flat[torch.where(mask, offsets, 0)]
     missing = torch.tensor(float("nan") if other is None else other, dtype=got.dtype)
-    return tensor(torch.where(mask, got, missing))
+    return torch.where(mask, got, missing)
 
 
 def store(pointer, value, mask=None):
     flat, offsets, mask = pointer.at(mask)
     value = torch.broadcast_to(torch.as_tensor(value), offsets.shape).to(flat.dtype)
-    where, what = offsets[mask], value[mask].as_subclass(torch.Tensor)
+    where, what = offsets[mask], value[mask]
     _state.written.append(lambda: flat.index_copy_(0, where.view(-1), what.view(-1)))
 
 
@@ -122,14 +154,15 @@ def inline_assembly(text, constraints, arguments, **_):
 
 def changed_since(pointer, values):
     """Return what is loaded; if that was what the last such load found there, once it is not."""
-    found = (pointer.offset, values)
+    offset = torch.as_tensor(pointer.offset)
+    found = (offset, values)
     if _state.polled is not None and all(map(torch.equal, _state.polled, found)):
         idle = threading.Event()
         _state.launch.wait(
             lambda: not torch.equal(load(pointer, other=0), values), lambda: idle.wait(_SLICE_S)
         )
         values = load(pointer, other=0)
-    _state.polled = (pointer.offset, values)
+    _state.polled = (offset, values)
     return values
 
 
@@ -157,7 +190,7 @@ class Shared:
         return Shared(self.data.view(shape))
 
     def load(self, layout):
-        return tensor(self.data.clone())
+        return self.data.clone()
 
     def store(self, value):
         if value.dtype != self.data.dtype or list(value.shape) != self.shape:
@@ -270,7 +303,7 @@ def warpgroup_mma(a, b, acc, use_acc=True, is_async=False):
         left = (a.data if isinstance(a, Shared) else a).float()
         start = acc.value if isinstance(acc, types.SimpleNamespace) else acc
         made = left @ b.data.float()
-        result.value = tensor(made + start if use_acc else made)
+        result.value = made + start if use_acc else made
 
     _state.products.append(product)
     return result
@@ -293,6 +326,7 @@ class Launch:
         self.failed = None
         self.written = []  # not seen by other blocks before the launch ends
         self.running = 1  # partitions that have not ended
+        self.turn = threading.Lock()  # held by the partition that runs
         self._lock = threading.Lock()
         self._waits = {}  # thread -> whether what it waits for has come
         self._changes = 0  # of _waits
@@ -303,12 +337,18 @@ class Launch:
 
     def wait(self, over, sleep):
         """Call `sleep` until `over()`; raises where another partition failed or all wait."""
+        if over():
+            return
         self._wait_for(over)
         try:
             while not over():
                 if self.failed or self._stuck():
                     raise RuntimeError("waits for ever")
-                sleep()
+                self.turn.release()
+                try:
+                    sleep()
+                finally:
+                    self.turn.acquire()
         finally:
             self._wait_for(None)
 
@@ -340,7 +380,7 @@ def warp_specialize(partitions, warps, registers):
     def run(function, arguments):
         launch.enter()
         try:
-            with torch.no_grad():
+            with launch.turn, torch.no_grad():
                 function(*arguments)
             if _state.products or _state.stores:
                 raise RuntimeError("a partition ended with work that nobody waited for")
@@ -352,10 +392,12 @@ def warp_specialize(partitions, warps, registers):
 
     threads = [threading.Thread(target=run, args=p) for p in partitions]
     launch.running = len(threads)
+    launch.turn.release()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    launch.turn.acquire()
     launch.running = 1
     if launch.failed:
         raise launch.failed
@@ -378,7 +420,8 @@ class Launcher:
                     for x in range(grid[0]):
                         blocks.append(Launch((x, y, z), grid))
                         blocks[-1].enter()
-                        self.function(*map(argument, args), **kwargs)
+                        with blocks[-1].turn:
+                            self.function(*map(argument, args), **kwargs)
             for block in blocks:
                 for write in block.written:
                     write()
@@ -401,7 +444,7 @@ def _language():
         return "a layout"
 
     def full(shape, value, dtype, layout=None):
-        return tensor(torch.full(shape, value, dtype=dtype.torch))
+        return torch.full(shape, value, dtype=dtype.torch)
 
     layouts = (
         "NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "SwizzledSharedLayout",
@@ -411,18 +454,18 @@ def _language():
         "constexpr": lambda value=None: value,
         "float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16,
         "int32": INT32, "int64": INT64,
-        "program_id": lambda axis: tensor(_state.launch.program[axis]),
-        "num_programs": lambda axis: tensor(_state.launch.blocks[axis]),
+        "program_id": lambda axis: Integer(_state.launch.program[axis]),
+        "num_programs": lambda axis: Integer(_state.launch.blocks[axis]),
         "num_warps": lambda: 4,
-        "arange": lambda start, end, layout: tensor(torch.arange(start, end)),
+        "arange": lambda start, end, layout: torch.arange(start, end),
         "full": full,
         "load": load,
         "store": store,
         "exp2": lambda x: torch.exp2(torch.as_tensor(x)),
         "log2": torch.log2,
         "abs": torch.abs,
-        "minimum": lambda a, b, **_: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
-        "maximum": lambda a, b, **_: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
+        "minimum": extreme(min, torch.minimum),
+        "maximum": extreme(max, torch.maximum),
         "min": torch.amin,
         "max": torch.amax,
         "sum": lambda value, axis: torch.sum(value, axis),
@@ -482,6 +525,7 @@ def installed():
     }  # fmt: skip
     before = {name: sys.modules.get(name) for name in stand_ins}
     sys.modules.update(stand_ins)
+    torch.Tensor.to = _to
     try:
         yield
     finally:

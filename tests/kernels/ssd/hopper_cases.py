@@ -6,7 +6,9 @@ A process of its own, because TRITON_INTERPRET is read when a kernel is defined:
 fault; what that raises is printed in the errors' place.
 """
 
+import ast
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -33,6 +35,7 @@ def beside(name, path):
 
 
 machine = beside("gluon_machine", Path(__file__).parents[1] / "gluon_machine.py")
+beside("quick_interpreter", Path(__file__).parents[1] / "quick_interpreter.py").install()
 cases = beside("ssd_cases", Path(__file__).with_name("ssd_cases.py"))
 
 
@@ -100,48 +103,69 @@ def planted(op, changes, case):
         run(right)
 
 
-def errors(op, case):
-    """Return the relative errors of what the forward leaves, against the loop in float64."""
+@functools.lru_cache(maxsize=2)  # planted faults are judged by one case
+def truth(items, shared):
+    """Return a case's inputs and what the loop makes of them; both are given as text."""
+    exact = cases.draw(**dict(ast.literal_eval(items)))
+    return exact, cases.loop(**exact, **limited(shared))
+
+
+def limited(shared):
+    """Return how steps are made, from text."""
+    softplus, limit = ast.literal_eval(shared)
+    return {"dt_softplus": softplus, "dt_limit": tuple(map(float, limit))}
+
+
+def measured(op, case):
+    """Give the relative errors of what a forward leaves, against the loop in float64, by name.
+
+    First without a backward, where that is other work: what enters segments is added up by the
+    scan, or by a launch in bf16; and in parts of the sequence.
+    """
     case = dict(case)
     config = op.Config(
         pdl=False, segments=case.pop("segments"), scores=case.pop("scores", True),
         fused=case.pop("fused", False), look_back=case.pop("look_back", False),
     )  # fmt: skip
-    limit = tuple(case.pop("dt_limit", (0.0, math.inf)))
-    shared = {"dt_softplus": case.pop("dt_softplus", True), "dt_limit": limit}
-    exact = cases.draw(**case)
-    out, state = cases.loop(**exact, **shared)
-    walks = op.walk_kernel.launches
+    limit = [str(value) for value in case.pop("dt_limit", (0.0, math.inf))]
+    how = repr((case.pop("dt_softplus", True), limit))
+    shared = limited(how)
+    exact, (out, state) = truth(repr(sorted(case.items())), how)
     inputs = {k: v.detach() for k, v in cases.cast(exact, dtype_of(case), "cpu").items()}
-    got = op.ssd_forward(**inputs, **shared, return_final_states=True, config=config)
-    launches = [op.state_kernel.launches, op.scan_kernel.launches, op.fused_kernel.launches]
-    found = {"out": cases.relative_error(got[0], out)}
-    found["final_states"] = cases.relative_error(got[1], state)
-    nchunks = -(-case["seqlen"] // 64)
-    per_segment = -(-nchunks // config.segments) * 64
-    for index, start in enumerate(range(per_segment, case["seqlen"], per_segment), 1):
-        timed = ("x", "dt", "B", "C", "z")
-        head = {k: v[:, :start] if k in timed else v for k, v in exact.items()}
-        entry = cases.loop(**head, **shared)[1]
-        found[f"entry {index}"] = cases.relative_error(got[2][:, :, index], entry)
-    # Without a backward: what enters segments is added up by the scan, or by a launch in bf16; and
-    # in parts of the sequence.
-    ways = {
-        "combined": {"combined": 16}, "by a launch": {"combined": 0},
-        "in parts": {"walk": 1},
-    }  # fmt: skip
+    segmented, walks = case["seqlen"] > 64 and config.segments > 1, op.walk_kernel.launches
+    ways = {"combined": {"combined": 16}, "by a launch": {"combined": 0}}
     if config.fused or config.look_back:
-        ways = {"alone": {}, "in parts": {"walk": 1}}
-    for way, changed in ways.items() if nchunks > 1 and config.segments > 1 else ():
-        again = op.ssd_forward(
+        ways = {"alone": {}}
+    for way, changed in (ways | {"in parts": {"walk": 1}}).items() if segmented else ():
+        got = op.ssd_forward(
             **inputs, **shared, return_final_states=True, keep=False,
             config=replace(config, **changed),
         )  # fmt: skip
-        found[f"out, {way}"] = cases.relative_error(again[0], out)
-        found[f"final_states, {way}"] = cases.relative_error(again[1], state)
-        if again[2] is not None:
+        yield f"out, {way}", cases.relative_error(got[0], out)
+        yield f"final_states, {way}", cases.relative_error(got[1], state)
+        if got[2] is not None:
             raise ValueError("states are kept for no backward")
-    return found | {"launches": [*launches, op.walk_kernel.launches - walks]}
+    others = (op.state_kernel, op.scan_kernel, op.fused_kernel)
+    before = [kernel.launches for kernel in others]
+    got = op.ssd_forward(**inputs, **shared, return_final_states=True, config=config)
+    launches = [kernel.launches - n for kernel, n in zip(others, before, strict=True)]
+    yield "out", cases.relative_error(got[0], out)
+    yield "final_states", cases.relative_error(got[1], state)
+    for index, entry in enumerate(entries(config, exact, shared), 1):
+        yield f"entry {index}", cases.relative_error(got[2][:, :, index], entry)
+    yield "launches", [*launches, op.walk_kernel.launches - walks]
+
+
+def entries(config, exact, shared):
+    """Give the loop's states where segments begin, but the first."""
+    seqlen, nchunks = exact["x"].shape[1], -(-exact["x"].shape[1] // 64)
+    per_segment = -(-nchunks // config.segments) * 64
+    timed, begin, states = ("x", "dt", "B", "C", "z"), 0, exact.get("initial_states")
+    for end in range(per_segment, seqlen, per_segment):
+        part = {k: v[:, begin:end] if k in timed else v for k, v in exact.items()}
+        states = cases.loop(**part | {"initial_states": states}, **shared)[1]
+        begin = end
+        yield states
 
 
 def dtype_of(case):
@@ -149,15 +173,23 @@ def dtype_of(case):
 
 
 def judged(op, job):
-    """Return a case's errors, or what it raised where a fault is planted."""
+    """Return a case's errors, or what it raised where a fault is planted.
+
+    With a fault there is no more to be measured once an error is not small.
+    """
     case = job["case"]
     if "changes" not in job:
-        return errors(op, case)
+        return dict(measured(op, case))
+    found, most = {}, torch.finfo(dtype_of(case)).eps
     try:
         with planted(op, job["changes"], case):
-            return errors(op, case)
+            for name, error in measured(op, case):
+                found[name] = error
+                if name != "launches" and not error < most:
+                    break
     except (RuntimeError, IndexError, TypeError) as raised:  # what the machine says of a kernel
         return {"raised": repr(raised)}
+    return found
 
 
 def main():
