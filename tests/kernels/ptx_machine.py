@@ -11,8 +11,10 @@ without a barrier in between and one of them writes. Only the instructions of th
 test are known; any other raises `NotImplementedError`.
 """
 
+import functools
 import re
 from collections.abc import Callable, Generator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ _TYPES = {
     "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "b16": np.uint16, "u16": np.uint16,
     "s16": np.int16, "pred": np.bool_,
 }  # fmt: skip
+_DTYPES = {kind: np.dtype(value) for kind, value in _TYPES.items()}
 _BINARY: dict[str, Callable[..., np.ndarray]] = {
     "add": np.add, "sub": np.subtract, "min": np.fmin, "max": np.fmax, "mul": np.multiply,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
@@ -40,6 +43,12 @@ _UNARY = {
 }  # fmt: skip
 
 
+# Instructions whose result is computed from registers alone.
+_COMPUTED = {
+    *("setp", "mov", "shl", "shr", "selp", "bfe", "fma", "mul", "mad", "shf"), *_UNARY, *_BINARY,
+}  # fmt: skip
+
+
 class Hazard(Exception):
     """Two warps used a shared word without a barrier between them, and one wrote it."""
 
@@ -48,14 +57,39 @@ class Deadlock(Exception):
     """Every block that has not ended waits for another."""
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def _split(text: str) -> list[str]:
-    """Split operands at the commas outside brackets and braces."""
+    """Split operands at the commas outside brackets and braces; the list is not to be changed."""
     return [p.strip() for p in re.split(r",(?![^\[{]*[\]}])", text) if p.strip()]
 
 
-def parse(ptx: str) -> tuple[list[tuple[str, str, list[str]]], dict[str, int]]:
-    """Return (predicate, opcode, operands) of every instruction, and the labels' positions."""
-    code: list[tuple[str, str, list[str]]] = []
+class Instruction(NamedTuple):
+    """An instruction, and what its execution asks of it again and again."""
+
+    predicate: str
+    opcode: str
+    operands: list[str]
+    name: str
+    parts: list[str]  # of the opcode, after its name
+    kind: str  # the last of them
+    is_polled: bool  # a load that may be repeated until it finds something else
+    is_packed: bool  # a move between a register and its halves
+
+    @classmethod
+    def of(cls, predicate: str, opcode: str, operands: list[str]) -> "Instruction":
+        name, *parts = opcode.split(".")
+        kind = parts[-1] if parts else ""
+        is_polled = opcode.startswith(("ld.relaxed", "ld.acquire"))
+        is_packed = name == "mov" and ("{" in operands[0] or "{" in operands[1])
+        if name in ("ld", "st"):
+            parts = [p for p in parts if p not in ("acquire", "relaxed", "gpu", "cg")]
+        return cls(predicate, opcode, operands, name, parts, kind, is_polled, is_packed)
+
+
+@functools.lru_cache(maxsize=8)
+def parse(ptx: str) -> tuple[list[Instruction], dict[str, int]]:
+    """Return every instruction, and the labels' positions."""
+    code: list[Instruction] = []
     labels: dict[str, int] = {}
     body = ptx[ptx.index(".reqntid") :].split("\n", 1)[1]
     for raw in re.sub(r"//.*", "", body[: body.index("$L__func_end0")]).split("\n"):
@@ -74,7 +108,7 @@ def parse(ptx: str) -> tuple[list[tuple[str, str, list[str]]], dict[str, int]]:
             predicate, opcode, rest = re.match(
                 r"(?:@(!?[\w%]+)\s+)?([\w.:]+)\s*(.*)", statement
             ).groups()  # pyright: ignore[reportOptionalMemberAccess]
-            code.append((predicate or "", opcode, _split(rest)))
+            code.append(Instruction.of(predicate or "", opcode, _split(rest)))
     return code, labels
 
 
@@ -94,6 +128,8 @@ class Block:
         self.code, self.labels = parse(ptx)
         self.threads, self.warp = threads, np.arange(threads) // WARP
         self.lane = np.arange(threads) % WARP
+        self.all = np.ones(threads, np.bool_)
+        self.constants: dict[tuple[str, str], np.ndarray] = {}
         self.memory = {
             t.data_ptr(): t.detach().contiguous().view(torch.uint8).reshape(-1).numpy()
             for t in arguments
@@ -121,15 +157,23 @@ class Block:
     # -- registers
 
     def get(self, operand: str, kind: str) -> np.ndarray:
-        """Return an operand's value in every thread, as a type."""
-        dtype = np.dtype(_TYPES[kind])
-        negate = operand.startswith("!")
-        operand = operand.lstrip("!")
-        if operand in self.registers:
-            value = self.registers[operand]
-            if value.dtype == dtype:
-                return ~value if negate else value
+        """Return an operand's value in every thread, as a type; not to be written to."""
+        dtype = _DTYPES[kind]
+        value = self.registers.get(operand)
+        if value is not None:
+            if value.dtype is dtype:
+                return value
             return value.view(dtype) if value.itemsize == dtype.itemsize else value.astype(dtype)
+        value = self.constants.get((operand, kind))
+        if value is None:
+            if operand[0] == "!":
+                return ~self.get(operand[1:], kind)
+            value = self.constants[operand, kind] = self.constant(operand, dtype)
+            value.setflags(write=False)
+        return value
+
+    def constant(self, operand: str, dtype: np.dtype) -> np.ndarray:
+        """Return a number, in every thread."""
         if operand.startswith("0f"):
             return np.full(self.threads, int(operand[2:], 16), np.uint32).view(dtype)
         number = int(operand, 0) & ((1 << (8 * dtype.itemsize)) - 1)
@@ -147,7 +191,7 @@ class Block:
 
     def track(self, address: np.ndarray, size: int, write: bool) -> None:
         """Record accesses to shared words, and refuse two warps' without a barrier."""
-        threads = np.repeat(self.warp[: len(address)], 1)
+        threads = self.warp[: len(address)]
         for piece in range(0, size, 4):
             word = (address.astype(np.int64) + piece) // 4
             if size < 4:
@@ -219,29 +263,31 @@ class Block:
         """Run to the end, with a stop where a counter is read again; returns the instructions."""
         position, executed, polled = 0, 0, -1
         while True:
-            predicate, opcode, operands = self.code[position]
+            instruction = self.code[position]
+            predicate, name = instruction.predicate, instruction.name
             active = self.get(predicate, "pred") if predicate else None
             executed += 1
             position += 1
-            if opcode == "ret":
+            if name == "ret":
                 return executed
-            if opcode.startswith(("ld.relaxed", "ld.acquire")):
+            if instruction.is_polled:
                 if position == polled:
                     yield
                 polled = position
-            if opcode.startswith("bra"):
+            if name == "bra":
                 if active is not None and active.any() != active.all():
                     raise NotImplementedError("a branch that diverges")
-                if active is None or active.all():
-                    position = self.labels[operands[0]]
+                if active is None or active[0]:
+                    position = self.labels[instruction.operands[0]]
+            elif name in _COMPUTED and not instruction.is_packed:
+                self.put(instruction.operands[0], self.value(instruction), active)
             else:
-                self.step(opcode, operands, active)
+                self.step(instruction, active)
 
-    def step(self, opcode: str, operands: list[str], active: np.ndarray | None) -> None:
+    def step(self, instruction: Instruction, active: np.ndarray | None) -> None:
         """Execute one instruction that is no branch."""
-        name, *parts = opcode.split(".")
-        kind = parts[-1] if parts else ""
-        threads = np.ones(self.threads, np.bool_) if active is None else active
+        _, _, operands, name, parts, kind, _, is_packed = instruction
+        threads = self.all if active is None else active
         if name == "bar":
             self.epoch += 1
         elif name == "fence":
@@ -249,7 +295,6 @@ class Block:
         elif name == "red":
             self.count(operands, threads)
         elif name in ("ld", "st"):
-            parts = [p for p in parts if p not in ("acquire", "relaxed", "gpu", "cg")]
             self.access(name, parts, operands, threads, active)
         elif name == "cp":
             self.copy(parts, operands, threads)
@@ -257,15 +302,16 @@ class Block:
             self.matrix(name, parts, operands)
         elif name == "shfl":
             self.shuffle(parts, operands, active)
-        elif name == "mov" and ("{" in operands[0] or "{" in operands[1]):
+        elif is_packed:
             self.pack(kind, operands)
         elif name == "cvt":
             self.convert(parts, operands, active)
         else:
-            self.put(operands[0], self.value(name, parts, kind, operands), active)
+            raise NotImplementedError(instruction.opcode)
 
-    def value(self, name: str, parts: list[str], kind: str, operands: list[str]) -> np.ndarray:
+    def value(self, instruction: Instruction) -> np.ndarray:
         """Compute the result of an arithmetic instruction."""
+        _, _, operands, name, parts, kind, _, _ = instruction
         if name == "setp":
             a, b = (self.get(o, kind) for o in operands[1:3])
             return _COMPARE[parts[0]](a, b)
@@ -302,7 +348,7 @@ class Block:
             joined = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
             return ((joined << shift.astype(np.uint64)) >> np.uint64(32)).astype(np.uint32)
         if name not in _BINARY:
-            raise NotImplementedError(name + "." + ".".join(parts))
+            raise NotImplementedError(instruction.opcode)
         return _BINARY[name](a, b)
 
     def bit_field(self, a: np.ndarray, operands: list[str]) -> np.ndarray:
