@@ -16,13 +16,13 @@ def mixed_descriptors(sass):
     """Return the products whose descriptors' registers have no definition or several."""
     code = [(int(m[1], 16), m[2].strip()) for m in map(_LINE.search, sass.splitlines()) if m]
     follow = _followers(code)
-    reaching = _reaching([_defined(text) for _, text in code], follow)
+    reaching, of_register = _reaching([_defined(text) for _, text in code], follow)
     found = []
     for i, (_, text) in enumerate(code):
         used = re.search(r"HGMMA\S* R\d+, R\d+, gdesc\[UR(\d+)\]", text)
         if used and i in reaching:
             pair = (f"UR{int(used[1]) + k}" for k in (2, 3))  # of the right operand
-            found += [text for r in pair if len(reaching[i].get(r, ())) != 1]
+            found += [text for r in pair if (reaching[i] & of_register[r]).bit_count() != 1]
     return found
 
 
@@ -60,22 +60,22 @@ def _followers(code):
 
 
 def _reaching(defined, follow):
-    """Return the definitions of uniform registers that reach each instruction."""
-    reaching, waiting = {0: {}}, [0]
+    """Return the bits of the definitions that reach each instruction, and all of each register."""
+    makes, of_register = [0] * len(defined), Counter()
+    for number, (i, r) in enumerate((i, r) for i, (rs, _) in enumerate(defined) for r in rs):
+        makes[i] |= 1 << number
+        of_register[r] |= 1 << number
+    ends = [0] * len(defined)
+    for i, (registers, always) in enumerate(defined):
+        for r in registers if always else ():
+            ends[i] |= of_register[r]
+    reaching, waiting = {0: 0}, [0]
     while waiting:
         i = waiting.pop()
-        registers, always = defined[i]
-        out = dict(reaching[i])
-        for r in registers:
-            out[r] = frozenset([i]) if always else out.get(r, frozenset()) | {i}
+        out = (reaching[i] & ~ends[i]) | makes[i]
         for j in follow[i]:
-            known = reaching.setdefault(j, None)
-            merged = (
-                out
-                if known is None
-                else known | {r: known.get(r, frozenset()) | v for r, v in out.items()}
-            )
-            if merged != known:
-                reaching[j] = dict(merged)
+            known = reaching.get(j)
+            if known is None or out | known != known:
+                reaching[j] = out | (known or 0)
                 waiting.append(j)
-    return reaching
+    return reaching, of_register
