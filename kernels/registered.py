@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 NAMESPACE = "mambench"
 
@@ -60,6 +61,16 @@ def is_traced() -> bool:
 def needs_gradient(tensors: Tensors) -> bool:
     """Whether a result of these tensors will be differentiated."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def differentiated_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make results of a backward raise where they are differentiated, at no cost where none is."""
+    checked = once_differentiable(backward)
+
+    def called(ctx: Any, *grads: Tensor | None) -> Any:
+        return checked(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return called
 
 
 def register(operation: Operation) -> Callable[[Tensors, Options], tuple[Tensor, Tensor]]:

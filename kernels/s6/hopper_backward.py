@@ -9,13 +9,13 @@ With more states `hopper_wide` does the same with another kernel.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mambench.kernels.integers import ceil_div, next_power_of_2
-from mambench.kernels.relaunched import relaunched
+from mambench.kernels.prepared import Calls, Recording, as_given
 from mambench.kernels.s6.hopper_backward_kernel import (
     scan_backward_kernel,
     segment_adjoint_kernel,
@@ -29,7 +29,7 @@ from mambench.kernels.s6.hopper_memory import (
     states_fit,
 )
 from mambench.kernels.s6.hopper_scan import row_unit
-from mambench.kernels.s6.hopper_small import pass_back_kernel
+from mambench.kernels.s6.hopper_small import MOVE, move_states_kernel, pass_back_kernel
 from mambench.kernels.s6.hopper_wide import WideRun
 from mambench.kernels.s6.hopper_wide_memory import WideConfig, fits
 from mambench.kernels.s6.triton_scan import (
@@ -104,13 +104,17 @@ def choose(
 
 
 def configuration(u: Tensor, d_state: int, ngroups: int) -> BackwardConfig | WideConfig | None:
-    """Return what `choose` gives for u (B, D, L) on its device; None while nothing is chosen."""
-    if not CHOSEN:
-        return None
+    """Return what `choose` gives for u (B, D, L) on its device."""
+    return _chosen(u.shape[1], d_state, ngroups, multiprocessors(u.device) if u.is_cuda else None)
+
+
+@lru_cache(maxsize=256)
+def _chosen(
+    d_inner: int, d_state: int, ngroups: int, multiprocessors: int | None
+) -> BackwardConfig | WideConfig | None:
     return choose(
-        d_inner=u.shape[1], d_state=d_state, ngroups=ngroups,
-        multiprocessors=multiprocessors(u.device) if u.is_cuda else None,
-    )  # fmt: skip
+        d_inner=d_inner, d_state=d_state, ngroups=ngroups, multiprocessors=multiprocessors
+    )
 
 
 @lru_cache
@@ -170,7 +174,8 @@ def adjoint_specialisation(constants: dict[str, int | bool], *, move: int) -> di
 
 
 def scan_backward(
-    inputs: Inputs,
+    tensors: tuple[Tensor | None, ...],
+    softplus: bool,
     kept: Tensor | list[Tensor],
     dout: Tensor,
     dlast: Tensor | None,
@@ -180,34 +185,52 @@ def scan_backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of u, delta, A, B, C, D, z and delta_bias; dB and dC without atomics.
 
-    kept (B, ceil(L / config.chunk), D, N) fp32 are the states that the forward kept: in a list,
-    which is emptied, if they are to be freed once they are in du's memory. dout (B, D, L); dlast
-    (B, D, N) or None. The same bits from run to run. `segments` overrides how time is divided.
-    Raises RuntimeError from the driver if the GPU cannot hold a block for all channels at once.
+    tensors are these eight. kept (B, ceil(L / config.chunk), D, N) fp32 are the states that the
+    forward kept: in a list, which is emptied, if they are to be freed once they are in du's memory.
+    dout (B, D, L); dlast (B, D, N) or None. The same bits from run to run. `segments` overrides how
+    time is divided. Raises RuntimeError from the driver if the GPU cannot hold a block for all
+    channels at once.
     """
-    batch, seqlen, d_inner, d_state, ngroups = _sizes(inputs)
-    u, delta, B, C, dout = (
-        t.contiguous() for t in (inputs.u, inputs.delta, inputs.B, inputs.C, dout)
+    given = isinstance(kept, list)
+    call = [*tensors, dout, dlast, kept.pop() if given else kept]
+    return as_given(_calls(call, (softplus, config, segments, given)), tensors)
+
+
+def _ready(tensors: list[Any], options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copy what is not laid out as the kernels read it; parameters and states in fp32."""
+    u, delta, A, B, C, D, z, bias, dout, dlast, kept = tensors
+    return (
+        *(_dense(u), _dense(delta), _wide(A), _dense(B), _dense(C), _wide(D), _dense(z)),
+        *(_wide(bias), _dense(dout), _wide(dlast), kept),
     )
-    z = None if inputs.z is None else inputs.z.contiguous()
-    dlast = None if dlast is None else dlast.float().contiguous()
-    tokens = _Tokens(u, delta, B, C, z, dout)
-    slots = multiprocessors(u.device) * config.resident
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _wide(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _run(recording: Recording, tensors: list[Any], options: tuple[Any, ...]) -> Any:
+    """Run the backward that is configured, of which the first call of a kind is recorded."""
+    softplus, config, segments, given = options
+    inputs = Inputs(*tensors[:8], softplus)
+    tokens = _Tokens(inputs.u, inputs.delta, inputs.B, inputs.C, inputs.z, tensors[8])
+    dlast = tensors[9]
+    slots = multiprocessors(inputs.u.device) * config.resident
     if isinstance(config, WideConfig):
-        run = WideRun(inputs, tokens, config, slots=slots, segments=segments)
+        run = WideRun(recording, inputs, tokens, config, slots=slots, segments=segments)
     else:
+        batch, seqlen, d_inner, d_state, ngroups = _sizes(inputs)
         division = divide(
             batch=batch, seqlen=seqlen, d_inner=d_inner, d_state=d_state, ngroups=ngroups,
-            itemsize=u.element_size(), chunk=config.chunk, block=config.block, slots=slots,
+            itemsize=inputs.u.element_size(), chunk=config.chunk, block=config.block, slots=slots,
             segments=segments,
         )  # fmt: skip
-        run = _Run(inputs, tokens, division, config)
-    with torch.cuda.device_of(u):
-        gradients = run(kept, dlast)
-    return tuple(
-        None if gradient is None or tensor is None else gradient.to(tensor.dtype)
-        for gradient, tensor in zip(gradients, inputs.original, strict=True)
-    )
+        run = _Run(recording, inputs, tokens, division, config)
+    return run(tensors, dlast, give=given)
 
 
 class _Tokens(NamedTuple):
@@ -232,37 +255,44 @@ class _Run:
     """One backward: its buffers and launches, in the order in which memory becomes free."""
 
     def __init__(
-        self, inputs: Inputs, tokens: _Tokens, division: Division, config: BackwardConfig
-    ) -> None:
+        self, recording: Recording, inputs: Inputs, tokens: _Tokens, division: Division,
+        config: BackwardConfig,
+    ) -> None:  # fmt: skip
+        self.recording = recording
         self.inputs, self.tokens, self.division, self.config = inputs, tokens, division, config
         self.sizes = _sizes(inputs)
         batch, _, d_inner, d_state, ngroups = self.sizes
-        self.du = torch.empty_like(tokens.u)
+        self.du = self._like_u()
         elements = scratch_elements(
             division, batch=batch, d_inner=d_inner, d_state=d_state, ngroups=ngroups,
             chunk=config.chunk,
         )  # fmt: skip
-        memory = torch.empty(
-            sum(elements.values()), dtype=torch.float32, device=tokens.u.device
-        ).split(list(elements.values()))
-        self.scratch = dict(zip(elements, memory, strict=True))
+        size = (sum(elements.values()),)
+        memory = recording.scratch(size, torch.float32, tokens.u.device)
+        self.scratch = dict(zip(elements, memory.split(list(elements.values())), strict=True))
+
+    def _like_u(self) -> Tensor:
+        u = self.tokens.u
+        return self.recording.output(tuple(u.shape), u.dtype, u.device)
 
     def __call__(
-        self, kept: Tensor | list[Tensor], dlast: Tensor | None
+        self, tensors: list[Any], dlast: Tensor | None, *, give: bool
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients, in fp32 where they are of parameters."""
+        """Return the gradients, in fp32 where they are of parameters.
+
+        The kept states are the last of the tensors; give: they may be freed once they are in du.
+        """
         batch, seqlen, d_inner, d_state, ngroups = self.sizes
         tokens, scratch = self.tokens, self.scratch
         passed = self._passed()
-        states = self._prepare(kept, dlast, passed)
-        del kept
-        ddelta = torch.empty_like(tokens.u)
-        dz = None if tokens.z is None else torch.empty_like(tokens.u)
-        dA, dD, dbias = torch.empty(
-            d_inner * (d_state + 2), dtype=torch.float32, device=ddelta.device
-        ).split([d_inner * d_state, d_inner, d_inner])
-        shape = (2, batch, ngroups, d_state, seqlen)
-        dBC = torch.empty(shape, dtype=ddelta.dtype, device=ddelta.device)
+        states = self._prepare(tensors, dlast, passed, give=give)
+        ddelta = self._like_u()
+        dz = None if tokens.z is None else self._like_u()
+        recording, device = self.recording, ddelta.device
+        dA, dD, dbias = recording.output(
+            (d_inner * (d_state + 2),), torch.float32, device
+        ).split([d_inner * d_state, d_inner, d_inner])  # fmt: skip
+        dBC = recording.output((2, batch, ngroups, d_state, seqlen), ddelta.dtype, device)
         division, inputs = self.division, self.inputs
         several = division.segments > 1
         if several:  # a segment gets what its last part gets
@@ -275,17 +305,22 @@ class _Run:
         in_place = division.in_place
         strides = (*states.strides, *passed.strides)
         kept_unit = min(_unit_of(states.memory, strides), _unit_of(passed.memory, strides))
-        relaunched(scan_backward_kernel)[(division.rows * ngroups * division.blocks,)](
-            *(tokens.u, tokens.delta, inputs.A, tokens.B, tokens.C, inputs.D, tokens.z),
-            *(inputs.bias, tokens.dout, states.memory, passed.memory, self.du, ddelta, dz),
+        arguments = (
+            tokens.u, tokens.delta, inputs.A, tokens.B, tokens.C, inputs.D, tokens.z,
+            inputs.bias, tokens.dout, states.memory, passed.memory, self.du, ddelta, dz,
             _words(ddelta) if in_place else scratch["parts"],
             _words(self.du) if in_place else scratch["records"],
             scratch["counters"].view(torch.int32),
-            *(dA, dD, dbias, dBC, batch, seqlen // unit, d_inner, ngroups, division.blocks),
-            *(ceil_div(seqlen, self.config.chunk), division.segment_chunks, division.segments),
+            dA, dD, dbias, dBC, batch, seqlen // unit, d_inner, ngroups, division.blocks,
+            ceil_div(seqlen, self.config.chunk), division.segment_chunks, division.segments,
             division.rows,
             *(n // kept_unit for n in strides),
-            **self._constants(unit, has_r=several or dlast is not None, kept_unit=kept_unit),
+        )  # fmt: skip
+        recording.launch(
+            scan_backward_kernel,
+            (division.rows * ngroups * division.blocks,),
+            arguments,
+            self._constants(unit, has_r=several or dlast is not None, kept_unit=kept_unit),
             num_warps=self.config.warps,
             maxnreg=self.config.registers,
             launch_cooperative_grid=True,
@@ -320,35 +355,51 @@ class _Run:
         return _Strided(_words(self.du)[STATES:], strides)
 
     def _prepare(
-        self, kept: Tensor | list[Tensor], dlast: Tensor | None, passed: _Strided
+        self, tensors: list[Any], dlast: Tensor | None, passed: _Strided, *, give: bool
     ) -> _Strided:
         """Make what is passed back, clear the counters, move the states; return where these are."""
         batch, seqlen, d_inner, d_state, _ = self.sizes
-        found = kept if isinstance(kept, Tensor) else kept.pop()
-        states = _Strided(found, found.stride()[:3])
+        kept = tensors[-1]
+        states = _Strided(kept, kept.stride()[:3])
         itemsize, chunk = self.du.element_size(), self.config.chunk
-        move = not isinstance(kept, Tensor) and states_fit(
-            seqlen=seqlen, chunk=chunk, d_state=d_state, itemsize=itemsize
-        )
+        move = give and states_fit(seqlen=seqlen, chunk=chunk, d_state=d_state, itemsize=itemsize)
         if move:
             pitch = seqlen * itemsize // 4
             strides = (d_inner * pitch, chunk * itemsize // 4, pitch)
             states = _Strided(_words(self.du), strides)
         segments = self.division.segments
         if segments > 1:
-            self._make_adjoints(found, states if move else None, passed)
+            self._make_adjoints(kept, states if move else None, passed)
         elif move:
-            states.memory.as_strided(found.shape, (*states.strides, 1)).copy_(found)
+            self._move(kept, states)
         counters = self.scratch["counters"].view(torch.int32)
         size = batch * d_inner * d_state if segments > 1 else 0
         parts, block = self.division.total_parts, 256
-        relaunched(pass_back_kernel)[(max(1, ceil_div(size, block)),)](
-            *(self.inputs.A, self.scratch["total"], dlast, passed.memory, counters),
-            *(size, parts, d_inner, *passed.strides, counters.numel()),
-            *(d_state, dlast is not None, block, min(16, next_power_of_2(parts))),
-            num_warps=4,
-        )
+        arguments = (
+            self.inputs.A, self.scratch["total"], dlast, passed.memory, counters,
+            size, parts, d_inner, *passed.strides, counters.numel(),
+        )  # fmt: skip
+        constants = {
+            "D_STATE": d_state, "HAS_LAST": dlast is not None, "BLOCK": block,
+            "AHEAD": min(16, next_power_of_2(parts)),
+        }  # fmt: skip
+        grid = (max(1, ceil_div(size, block)),)
+        self.recording.launch(pass_back_kernel, grid, arguments, constants, num_warps=4)
+        if move:
+            self.recording.free(kept)
         return states
+
+    def _move(self, kept: Tensor, states: _Strided) -> None:
+        """Launch the copy of the states to where they do not keep memory from being freed."""
+        _, seqlen, d_inner, d_state, _ = self.sizes
+        spans = kept.shape[1]
+        arguments = (kept, states.memory, None, seqlen, d_inner, spans, spans, 1)
+        constants = {
+            "D_STATE": d_state, "SPAN": self.config.chunk, "FIRST": 0, "BEFORE": 0, "HEADS": False,
+            "WORD": self.du.element_size(), "BLOCK": MOVE,
+        }  # fmt: skip
+        grid = (kept.shape[0] * spans * ceil_div(d_inner * d_state, MOVE),)
+        self.recording.launch(move_states_kernel, grid, arguments, constants, num_warps=4)
 
     def _make_adjoints(self, kept: Tensor, moved: _Strided | None, passed: _Strided) -> None:
         """Launch the kernel that makes what each segment passes back, and may move the states."""
@@ -361,15 +412,15 @@ class _Run:
         to, strides = (None, (0, 0, 0)) if moved is None else moved
         move = 0 if to is None else _unit_of(to, strides)
         constants = adjoint_specialisation(self._constants(unit, has_r=True), move=move)
-        relaunched(segment_adjoint_kernel)[(programs,)](
-            *(tokens.delta, self.inputs.A, tokens.C, tokens.z, self.inputs.bias, tokens.dout),
-            *(passed.memory, self.scratch["total"], None if moved is None else kept, to),
-            *(seqlen // unit, d_inner, ngroups, blocks, division.segment_chunks // idle, parts),
-            *(idle, *passed.strides, ceil_div(seqlen, config.chunk)),
+        arguments = (
+            tokens.delta, self.inputs.A, tokens.C, tokens.z, self.inputs.bias, tokens.dout,
+            passed.memory, self.scratch["total"], None if moved is None else kept, to,
+            seqlen // unit, d_inner, ngroups, blocks, division.segment_chunks // idle, parts,
+            idle, *passed.strides, ceil_div(seqlen, config.chunk),
             *(n // max(1, move) for n in strides),
-            **constants,
-            num_warps=ADJOINT_WARPS,
-        )
+        )  # fmt: skip
+        options = {"num_warps": ADJOINT_WARPS}
+        self.recording.launch(segment_adjoint_kernel, (programs,), arguments, constants, **options)
 
 
 def _unit_of(memory: Tensor, strides: tuple[int, ...]) -> int:
@@ -390,3 +441,6 @@ def _sizes(inputs: Inputs) -> tuple[int, int, int, int, int]:
     names = ("batch", "seqlen", "d_inner", "d_state", "ngroups")
     batch, seqlen, d_inner, d_state, ngroups = (sizes[name] for name in names)
     return batch, seqlen, d_inner, d_state, ngroups
+
+
+_calls = Calls(_run, _ready)

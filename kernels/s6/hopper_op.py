@@ -4,13 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mambench.kernels.registered import (
     Operation,
     Options,
     Results,
     Tensors,
+    differentiated_once,
     is_traced,
     needs_gradient,
     register,
@@ -90,7 +90,7 @@ class _SelectiveScan(torch.autograd.Function):
         return out, last
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
         *kept, tensors = _split(ctx.saved_tensors)
         if hasattr(
@@ -133,17 +133,16 @@ def _gradients(
 
     A list of the kept states is emptied where they can be freed before the rest is allocated.
     """
-    inputs = Inputs(*tensors, *options)
-    if dout is None:
-        dout = torch.zeros_like(inputs.u)
-    elif dout.stride(-1) != 1:
-        dout = dout.contiguous()
     u, A, B = _sized(tensors)
+    if dout is None:
+        dout = torch.zeros_like(u)
     config = hopper_backward.configuration(u, A.shape[1], B.shape[1])
     if config is None:
         states = kept if isinstance(kept, Tensor) else kept[0]
+        inputs, dout = Inputs(*tensors, *options), dout.contiguous()
         return scan_backward(inputs, states, dout, dlast)[:8]
-    return hopper_backward.scan_backward(inputs, kept, dout, dlast, config=config)
+    softplus = options[0]
+    return hopper_backward.scan_backward(tensors, softplus, kept, dout, dlast, config=config)
 
 
 def _traced_shapes(tensors: Tensors, options: Options, keep: bool) -> Results:

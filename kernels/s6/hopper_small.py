@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+MOVE = 1024  # states that a program of `move_states_kernel` copies
+
 
 @triton.jit(
     do_not_specialize=[
@@ -49,10 +51,10 @@ def pass_back_kernel(
 @triton.jit(do_not_specialize=["seqlen", "d_inner", "spans", "segment_spans", "segments"])
 def move_states_kernel(
     kept_ptr, words_ptr, head_ptr, seqlen, d_inner, spans, segment_spans, segments,
-    D_STATE: tl.constexpr, SPAN: tl.constexpr, BEFORE: tl.constexpr, HEADS: tl.constexpr,
-    WORD: tl.constexpr, BLOCK: tl.constexpr,
+    D_STATE: tl.constexpr, SPAN: tl.constexpr, FIRST: tl.constexpr, BEFORE: tl.constexpr,
+    HEADS: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Copy the states before all spans but the first, (B, spans, D, D_STATE), into du's memory.
+    """Copy the states before all spans from FIRST on, (B, spans, D, D_STATE), into du's memory.
 
     A program takes BLOCK states of one span. In the span BEFORE (1) or their own (0), from the
     first whole word on; if HEADS, those before segments to head (B, segments, D, D_STATE) instead.
@@ -63,7 +65,7 @@ def move_states_kernel(
     batch = row // spans
     i = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
     channel = (i // D_STATE).to(tl.int64)
-    live = (i < d_inner * D_STATE) & (span > 0)
+    live = (i < d_inner * D_STATE) & (span >= FIRST)
     state = tl.load(kept_ptr + row.to(tl.int64) * d_inner * D_STATE + i, mask=live, other=0.0)
     if HEADS:
         head = span % segment_spans == 0

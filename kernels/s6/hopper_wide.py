@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from mambench.kernels.integers import ceil_div, next_power_of_2
-from mambench.kernels.relaunched import relaunched
+from mambench.kernels.prepared import Recording
 from mambench.kernels.s6.hopper_backward_kernel import segment_adjoint_kernel
 from mambench.kernels.s6.hopper_memory import STATES
 from mambench.kernels.s6.hopper_scan import row_unit
-from mambench.kernels.s6.hopper_small import move_states_kernel, pass_back_kernel
+from mambench.kernels.s6.hopper_small import MOVE, move_states_kernel, pass_back_kernel
 from mambench.kernels.s6.hopper_wide_kernel import scan_backward_wide_kernel
 from mambench.kernels.s6.hopper_wide_memory import Plan, WideConfig, plan, scratch_elements
 
 ADJOINT_CHUNK, ADJOINT_CHANNELS, ADJOINT_WARPS = 32, 2, 4
 ADJOINT_BLOCK = 8 * ADJOINT_CHANNELS * ADJOINT_WARPS
-_MOVE = 1024
 
 
 def specialisation(
@@ -66,9 +65,10 @@ class WideRun:
     """One backward: its buffers and launches, in the order in which memory becomes free."""
 
     def __init__(
-        self, inputs: Any, tokens: Any, config: WideConfig, *, slots: int,
+        self, recording: Recording, inputs: Any, tokens: Any, config: WideConfig, *, slots: int,
         segments: int | None = None,
     ) -> None:  # fmt: skip
+        self.recording = recording
         self.inputs, self.tokens, self.config = inputs, tokens, config
         names = ("batch", "seqlen", "d_inner", "d_state", "ngroups")
         self.sizes = {name: inputs.sizes[name] for name in names}
@@ -76,16 +76,20 @@ class WideRun:
         self.plan = plan(config, **self.sizes, itemsize=itemsize, resident=slots, segments=segments)
 
     def __call__(
-        self, kept: Tensor | list[Tensor], dlast: Tensor | None
+        self, tensors: list[Any], dlast: Tensor | None, *, give: bool
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients, in fp32 where they are of parameters."""
+        """Return the gradients, in fp32 where they are of parameters.
+
+        The kept states are the last of the tensors; give: they may be freed once they are in du.
+        """
         batch, seqlen, d_inner, d_state, ngroups = self.sizes.values()
         tokens, plan, device = self.tokens, self.plan, self.tokens.u.device
-        du = torch.empty_like(tokens.u)
+        recording, shape, dtype = self.recording, tuple(tokens.u.shape), tokens.u.dtype
+        du = recording.output(shape, dtype, device)
         scratch = self._scratch(device)
-        states, in_du = self._moved(kept, du, scratch["heads"])
-        del kept
-        ddelta = torch.empty_like(tokens.u)
+        in_du = give and plan.in_du
+        states = self._moved(tensors, du, scratch["heads"]) if in_du else tensors[-1]
+        ddelta = recording.output(shape, dtype, device)
         several = plan.segments > 1
         counters = scratch["counters"].view(torch.int32)
         r, strides = dlast, (d_inner * d_state, 0, d_state)
@@ -94,11 +98,11 @@ class WideRun:
             r, strides = self._passed(ddelta, scratch["r"])
             self._make_adjoints(r, strides, total)
         self._pass_back(r, strides, total, dlast, counters)
-        dz = None if tokens.z is None else torch.empty_like(tokens.u)
-        dA, dD, dbias = torch.empty(
-            d_inner * (d_state + 2), dtype=torch.float32, device=device
-        ).split([d_inner * d_state, d_inner, d_inner])
-        dBC = torch.empty((2, batch, ngroups, d_state, seqlen), dtype=du.dtype, device=device)
+        dz = None if tokens.z is None else recording.output(shape, dtype, device)
+        dA, dD, dbias = recording.output(
+            (d_inner * (d_state + 2),), torch.float32, device
+        ).split([d_inner * d_state, d_inner, d_inner])  # fmt: skip
+        dBC = recording.output((2, batch, ngroups, d_state, seqlen), dtype, device)
         each = counters.numel() // plan.launches
         for launch in range(plan.launches):
             self._launch(
@@ -116,23 +120,29 @@ class WideRun:
         batch, seqlen, d_inner, d_state, ngroups = self.sizes.values()
         tokens, inputs, plan, config = self.tokens, self.inputs, self.plan, self.config
         unit = self._unit(du, ddelta)
-        relaunched(scan_backward_wide_kernel)[(plan.rows * ngroups * plan.blocks,)](
-            *(tokens.u, tokens.delta, inputs.A, tokens.B, tokens.C, inputs.D, tokens.z),
-            *(inputs.bias, tokens.dout, states, scratch["heads"] if plan.heads else None, r),
-            *(du, ddelta, dz, scratch["parts"], scratch["sums"] if plan.launches > 1 else None),
-            *(counters, dA, dD, dbias, dBC, batch, seqlen // unit, d_inner, ngroups, plan.blocks),
-            *(ceil_div(seqlen, config.chunk), plan.segment_spans, plan.segments, plan.rows),
-            *(*strides, launch * plan.blocks),
-            **specialisation(
-                d_state=d_state, unit=unit, has_D=inputs.D is not None,
-                has_z=tokens.z is not None, has_bias=inputs.bias is not None,
-                softplus=inputs.softplus, has_r=has_r, in_du=in_du, first=launch == 0,
-                last=launch == plan.launches - 1, plan=plan, config=config,
-            ),
+        arguments = (
+            tokens.u, tokens.delta, inputs.A, tokens.B, tokens.C, inputs.D, tokens.z,
+            inputs.bias, tokens.dout, states, scratch["heads"] if plan.heads else None, r,
+            du, ddelta, dz, scratch["parts"], scratch["sums"] if plan.launches > 1 else None,
+            counters, dA, dD, dbias, dBC, batch, seqlen // unit, d_inner, ngroups, plan.blocks,
+            ceil_div(seqlen, config.chunk), plan.segment_spans, plan.segments, plan.rows,
+            *strides, launch * plan.blocks,
+        )  # fmt: skip
+        constants = specialisation(
+            d_state=d_state, unit=unit, has_D=inputs.D is not None,
+            has_z=tokens.z is not None, has_bias=inputs.bias is not None,
+            softplus=inputs.softplus, has_r=has_r, in_du=in_du, first=launch == 0,
+            last=launch == plan.launches - 1, plan=plan, config=config,
+        )  # fmt: skip
+        self.recording.launch(
+            scan_backward_wide_kernel,
+            (plan.rows * ngroups * plan.blocks,),
+            arguments,
+            constants,
             num_warps=config.warps,
             maxnreg=config.registers,
             launch_cooperative_grid=True,
-        )  # fmt: skip
+        )
 
     def _unit(self, *more: Tensor) -> int:
         """Return what every row's start is a multiple of."""
@@ -142,26 +152,26 @@ class WideRun:
     def _scratch(self, device: torch.device) -> dict[str, Tensor]:
         sizes = {name: n for name, n in self.sizes.items() if name != "d_state"}
         elements = scratch_elements(self.plan, self.config, **sizes, d_state=self.sizes["d_state"])
-        memory = torch.empty(sum(elements.values()), dtype=torch.float32, device=device)
+        memory = self.recording.scratch((sum(elements.values()),), torch.float32, device)
         return dict(zip(elements, memory.split(list(elements.values())), strict=True))
 
-    def _moved(self, kept: Tensor | list[Tensor], du: Tensor, heads: Tensor) -> tuple[Tensor, bool]:
-        """Move the kept states into du if they are given away and fit; return where they are."""
+    def _moved(self, tensors: list[Any], du: Tensor, heads: Tensor) -> Tensor:
+        """Move the kept states into du and free them; return where they are."""
         _, seqlen, d_inner, d_state, _ = self.sizes.values()
-        found = kept if isinstance(kept, Tensor) else kept.pop()
-        plan, span = self.plan, self.config.chunk
-        if isinstance(kept, Tensor) or not plan.in_du:
-            return found, False
-        words = _words(du)
+        kept, plan, span, words = tensors[-1], self.plan, self.config.chunk, _words(du)
         if seqlen > span:
-            programs = found.shape[0] * found.shape[1] * ceil_div(d_inner * d_state, _MOVE)
-            relaunched(move_states_kernel)[(programs,)](
-                *(found, words, heads if plan.heads else None, seqlen, d_inner, found.shape[1]),
-                *(plan.segment_spans, plan.segments, d_state, span, int(plan.before), plan.heads),
-                *(du.element_size(), _MOVE),
-                num_warps=4,
-            )
-        return words, True
+            arguments = (
+                kept, words, heads if plan.heads else None, seqlen, d_inner, kept.shape[1],
+                plan.segment_spans, plan.segments,
+            )  # fmt: skip
+            constants = {
+                "D_STATE": d_state, "SPAN": span, "FIRST": 1, "BEFORE": int(plan.before),
+                "HEADS": plan.heads, "WORD": du.element_size(), "BLOCK": MOVE,
+            }  # fmt: skip
+            grid = (kept.shape[0] * kept.shape[1] * ceil_div(d_inner * d_state, MOVE),)
+            self.recording.launch(move_states_kernel, grid, arguments, constants, num_warps=4)
+        self.recording.free(kept)
+        return words
 
     def _passed(self, ddelta: Tensor, r: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """Return where what is passed back to each segment goes, and its strides."""
@@ -181,16 +191,20 @@ class WideRun:
         blocks = ceil_div(d_inner // ngroups, ADJOINT_BLOCK)
         state_blocks = ceil_div(d_state, STATES)
         programs = batch * (plan.segments - 1) * ngroups * blocks * state_blocks
-        relaunched(segment_adjoint_kernel)[(programs,)](
-            *(tokens.delta, inputs.A, tokens.C, tokens.z, inputs.bias, tokens.dout),
-            *(r, total, None, None, seqlen // unit, d_inner, ngroups, blocks),
-            *(plan.segment_spans * self.config.chunk // ADJOINT_CHUNK, plan.segments, 1),
-            *(*strides, ceil_div(seqlen, ADJOINT_CHUNK), 0, 0, 0),
-            D_STATE=d_state, STATE_BLOCKS=state_blocks, HAS_Z=tokens.z is not None,
-            HAS_BIAS=inputs.bias is not None, SOFTPLUS=inputs.softplus, MOVE=0,
-            CHUNK=ADJOINT_CHUNK, UNIT=unit, CHANNELS=ADJOINT_CHANNELS, WARPS=ADJOINT_WARPS,
-            num_warps=ADJOINT_WARPS,
+        arguments = (
+            tokens.delta, inputs.A, tokens.C, tokens.z, inputs.bias, tokens.dout,
+            r, total, None, None, seqlen // unit, d_inner, ngroups, blocks,
+            plan.segment_spans * self.config.chunk // ADJOINT_CHUNK, plan.segments, 1,
+            *strides, ceil_div(seqlen, ADJOINT_CHUNK), 0, 0, 0,
         )  # fmt: skip
+        constants = {
+            "D_STATE": d_state, "STATE_BLOCKS": state_blocks, "HAS_Z": tokens.z is not None,
+            "HAS_BIAS": inputs.bias is not None, "SOFTPLUS": inputs.softplus, "MOVE": 0,
+            "CHUNK": ADJOINT_CHUNK, "UNIT": unit, "CHANNELS": ADJOINT_CHANNELS,
+            "WARPS": ADJOINT_WARPS,
+        }  # fmt: skip
+        options = {"num_warps": ADJOINT_WARPS}
+        self.recording.launch(segment_adjoint_kernel, (programs,), arguments, constants, **options)
 
     def _pass_back(
         self, r: Tensor | None, strides: tuple[int, int, int], total: Tensor,
@@ -200,12 +214,16 @@ class WideRun:
         batch, _, d_inner, d_state, _ = self.sizes.values()
         segments, block = self.plan.segments, 256
         size = batch * d_inner * d_state if segments > 1 else 0
-        relaunched(pass_back_kernel)[(max(1, ceil_div(size, block)),)](
-            *(self.inputs.A, total, dlast, r if segments > 1 else total, counters),
-            *(size, segments, d_inner, *strides, counters.numel()),
-            *(d_state, dlast is not None, block, min(16, next_power_of_2(segments))),
-            num_warps=4,
-        )
+        arguments = (
+            self.inputs.A, total, dlast, r if segments > 1 else total, counters,
+            size, segments, d_inner, *strides, counters.numel(),
+        )  # fmt: skip
+        constants = {
+            "D_STATE": d_state, "HAS_LAST": dlast is not None, "BLOCK": block,
+            "AHEAD": min(16, next_power_of_2(segments)),
+        }  # fmt: skip
+        grid = (max(1, ceil_div(size, block)),)
+        self.recording.launch(pass_back_kernel, grid, arguments, constants, num_warps=4)
 
 
 def _words(tensor: Tensor) -> Tensor:

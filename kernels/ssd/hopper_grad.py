@@ -18,7 +18,6 @@ from torch import Tensor
 
 from mambench.kernels.integers import next_power_of_2
 from mambench.kernels.prepared import Recording
-from mambench.kernels.relaunched import relaunched
 from mambench.kernels.ssd.hopper_config import CHANNELS, CHUNK, pairs
 from mambench.kernels.ssd.hopper_exits_kernel import exits_kernel
 from mambench.kernels.ssd.hopper_grad_c_kernel import grad_c_fetched_kernel
@@ -35,7 +34,8 @@ _GRAD_C = {"STAGES": 3}
 _GRAD = {"STAGES": 4, "REGISTERS": 160, "GATHER_REGISTERS": 168}
 _GRAD_C_RESIDENT = 2  # blocks on a multiprocessor
 _GRAD_C_MOST_REGISTERS = 128
-_LAUNCH = {"PDL": True, "launch_pdl": True, "num_warps": 4}
+_PDL = {"PDL": True}
+_LAUNCH = {"launch_pdl": True, "num_warps": 4}
 
 
 def fits(launch: Launch, operands: Operands, dout: Tensor, seq: Tensor | None) -> bool:
@@ -67,6 +67,7 @@ class Division:
 
 
 def run_states(
+    recording: Recording,
     launch: Launch,
     v: Tensor,
     m: Tensor,
@@ -83,18 +84,27 @@ def run_states(
     """
     per_group = pairs(launch.heads_per_group, launch.headdim)
     block_n = max(16, next_power_of_2(launch.d_state))
-    relaunched(states_kernel)[(launch.nsegments, per_group * launch.ngroups, launch.batch)](
+    arguments = (
         tiles_of(v, CHANNELS), tiles_of(m, block_n), blocks_of(states, CHANNELS, block_n),
         rows_of(times.cum, CHUNK, 1), rows_of(times.cumj, CHUNK, 1), entries, end, passed,
         launch.nchunks, launch.segment_chunks, launch.nsegments, launch.nheads, per_group,
         launch.heads_per_group,
-        P=launch.headdim, N=launch.d_state, BLOCK_N=block_n, REVERSE=passed is not None,
-        **_STATES, **_LAUNCH,
     )  # fmt: skip
+    constants = {
+        "P": launch.headdim, "N": launch.d_state, "BLOCK_N": block_n,
+        "REVERSE": passed is not None, **_STATES, **_PDL,
+    }  # fmt: skip
+    grid = (launch.nsegments, per_group * launch.ngroups, launch.batch)
+    recording.launch(states_kernel, grid, arguments, constants, **_LAUNCH)
 
 
 def run_exits(
-    launch: Launch, operands: Operands, dout: Tensor, times: Any, dfinal: Tensor | None
+    recording: Recording,
+    launch: Launch,
+    operands: Operands,
+    dout: Tensor,
+    times: Any,
+    dfinal: Tensor | None,
 ) -> Tensor | None:
     """Return the gradient of what leaves each segment, (B, H, segments, P, N) fp32.
 
@@ -103,23 +113,32 @@ def run_exits(
     if launch.nsegments == 1:
         return dfinal
     outer = (launch.batch, launch.nheads, launch.nsegments)
-    fp32: dict[str, Any] = {"dtype": torch.float32, "device": dout.device}
-    exits = torch.empty((*outer, launch.headdim, launch.d_state), **fp32)
-    decay = torch.empty(outer, **fp32)
+    shape = (*outer, launch.headdim, launch.d_state)
+    exits = recording.scratch(shape, torch.float32, dout.device)
+    decay = recording.scratch(outer, torch.float32, dout.device)
     per_group = pairs(launch.heads_per_group, launch.headdim)
     block_n = max(16, next_power_of_2(launch.d_state))
-    relaunched(exits_kernel)[(launch.nsegments - 1, per_group * launch.ngroups, launch.batch)](
+    arguments = (
         tiles_of(dout, CHANNELS), tiles_of(operands.C, block_n), rows_of(times.cum, CHUNK, 1),
         exits, decay, launch.nchunks, launch.segment_chunks, launch.nsegments, launch.nheads,
         per_group, launch.heads_per_group,
-        P=launch.headdim, N=launch.d_state, BLOCK_N=block_n, **_EXITS, **_LAUNCH,
     )  # fmt: skip
-    run_prefix(Recording(None), launch, exits, decay, dfinal, reverse=True)
+    constants = {
+        "P": launch.headdim, "N": launch.d_state, "BLOCK_N": block_n, **_EXITS, **_PDL
+    }  # fmt: skip
+    grid = (launch.nsegments - 1, per_group * launch.ngroups, launch.batch)
+    recording.launch(exits_kernel, grid, arguments, constants, **_LAUNCH)
+    run_prefix(recording, launch, exits, decay, dfinal, reverse=True)
     return exits
 
 
 def run_grad_c(
-    launch: Launch, operands: Operands, dout: Tensor, times: Any, states: Tensor
+    recording: Recording,
+    launch: Launch,
+    operands: Operands,
+    dout: Tensor,
+    times: Any,
+    states: Tensor,
 ) -> Tensor:
     """Launch the kernel that needs the states; returns grad_C's part, (blocks, B, L, G, N) fp32.
 
@@ -128,19 +147,22 @@ def run_grad_c(
     C = operands.C
     division = Division.of(launch, C.device, resident=_GRAD_C_RESIDENT)
     block_n = max(16, next_power_of_2(launch.d_state))
-    partial_C = torch.empty((division.blocks, *C.shape), dtype=torch.float32, device=C.device)
+    partial_C = recording.scratch((division.blocks, *C.shape), torch.float32, C.device)
     grid = (launch.nchunks, launch.ngroups * division.blocks, launch.batch)
-    relaunched(grad_c_fetched_kernel)[grid](
+    arguments = (
         tiles_of(dout, CHANNELS), blocks_of(states, CHANNELS, block_n), tiles_of(C, block_n),
         rows_of(times.cum, CHUNK, 1), times.v, partial_C,
         launch.seqlen, launch.nchunks, launch.nheads, launch.heads_per_group,
         division.block_heads, launch.ngroups,
-        N=launch.d_state, BLOCK_N=block_n, maxnreg=_GRAD_C_MOST_REGISTERS, **_GRAD_C, **_LAUNCH,
     )  # fmt: skip
+    constants = {"N": launch.d_state, "BLOCK_N": block_n, **_GRAD_C, **_PDL}
+    options = {"maxnreg": _GRAD_C_MOST_REGISTERS, **_LAUNCH}
+    recording.launch(grad_c_fetched_kernel, grid, arguments, constants, **options)
     return partial_C
 
 
 def run_grad(
+    recording: Recording,
     launch: Launch,
     operands: Operands,
     division: Division,
@@ -153,6 +175,7 @@ def run_grad(
     """Launch the kernel.
 
     Args:
+        recording: of the call.
         launch: as `fits` takes it.
         operands: the operation's.
         division: of the heads.
@@ -167,13 +190,17 @@ def run_grad(
     x, B, C, D = operands.x, operands.B, operands.C, operands.D
     grad_x, grad_B, grad_C, read_kept, diag, partial_D = written
     block_n = max(16, next_power_of_2(launch.d_state))
-    relaunched(grad_kernel)[(launch.nchunks, launch.ngroups * division.blocks, launch.batch)](
+    arguments = (
         tiles_of(grad_x, CHANNELS), tiles_of(x, CHANNELS), tiles_of(dout, CHANNELS),
         blocks_of(grad_states, CHANNELS, block_n), tiles_of(B, block_n), tiles_of(C, block_n),
         rows_of(times.cum, CHUNK, 1), rows_of(times.dt, CHUNK, 1), rows_of(times.v, CHUNK, 1),
         D, times.v, read_kept, diag, partial_D, partial_C, grad_B, grad_C,
         launch.seqlen, launch.nchunks, launch.nheads, launch.heads_per_group,
         division.block_heads, launch.ngroups, partial_C.shape[0],
-        P=launch.headdim, N=launch.d_state, BLOCK_N=block_n, D_DIMS=0 if D is None else D.dim(),
-        **_GRAD, **_LAUNCH,
     )  # fmt: skip
+    constants = {
+        "P": launch.headdim, "N": launch.d_state, "BLOCK_N": block_n,
+        "D_DIMS": 0 if D is None else D.dim(), **_GRAD, **_PDL,
+    }  # fmt: skip
+    grid = (launch.nchunks, launch.ngroups * division.blocks, launch.batch)
+    recording.launch(grad_kernel, grid, arguments, constants, **_LAUNCH)

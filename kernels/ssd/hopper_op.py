@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mambench.kernels.prepared import Calls, Recording
 from mambench.kernels.registered import (
@@ -13,6 +12,7 @@ from mambench.kernels.registered import (
     Options,
     Results,
     Tensors,
+    differentiated_once,
     is_traced,
     needs_gradient,
     register,
@@ -26,6 +26,7 @@ from mambench.kernels.ssd.hopper_ssd import (
 )
 from mambench.kernels.ssd.triton_launch import Launch, Operands
 from mambench.kernels.ssd.triton_ssd import traced_shapes
+from mambench.kernels.ssd.triton_ssd_backward import Backward
 
 
 def ssd(
@@ -125,22 +126,19 @@ class _Ssd(torch.autograd.Function):
     ) -> Any:
         how = (*options, return_final_states, True)
         kept, (out, final, entries) = _calls.with_ready(tensors, how)
-        ctx.plan = _plan(tensors[0], tensors[3], options)
+        ctx.options = options
+        entries = None if entries is kept[8] else entries  # the initial states, of one segment
         ctx.save_for_backward(*kept, entries)
         ctx.set_materialize_grads(False)
         return out, final
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> Any:
-        from mambench.kernels.ssd.triton_ssd_backward import run_backward
-
         *tensors, entries = ctx.saved_tensors
-        names = Operands.__dataclass_fields__
-        operands = Operands(**dict(zip(names, tensors, strict=True)))
-        wanted = dict(zip(names, ctx.needs_input_grad[2:], strict=True))
-        gradients = run_backward(ctx.plan, operands, entries, dout, dfinal)
-        return None, None, *(gradients.get(name) if wanted[name] else None for name in names)
+        found = _gradients(tuple(tensors), entries, (dout, dfinal), ctx.options)
+        wanted = zip(found, ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(gradient if asked else None for gradient, asked in wanted)
 
 
 def _traced_forward(tensors: Tensors, options: Options, keep: bool) -> Results:
@@ -164,14 +162,11 @@ def _traced_shapes(tensors: Tensors, options: Options, keep: bool) -> Results:
 def _traced_backward(
     dout: Tensor | None, dfinal: Tensor | None, kept: Tensor, tensors: Tensors, options: Options
 ) -> list[Tensor]:
-    from mambench.kernels.ssd.triton_ssd_backward import run_backward
-
-    plan, operands = _plan(tensors[0], tensors[3], options), Operands.laid_out(*tensors)
-    entries = kept if plan.nsegments > 1 else operands.initial_states
-    found = run_backward(plan, operands, entries, dout, dfinal)
-    return [found[name] for name in Operands.__dataclass_fields__ if name in found]
+    found = _gradients(tensors, kept if kept.numel() else None, (dout, dfinal), options)
+    return [gradient for gradient in found if gradient is not None]
 
 
+_gradients = Backward(_plan)
 _traced = register(
     Operation(
         name="ssd_hopper",

@@ -29,7 +29,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from mambench.kernels.prepared import Calls, Recording
@@ -38,6 +37,7 @@ from mambench.kernels.registered import (
     Options,
     Results,
     Tensors,
+    differentiated_once,
     is_traced,
     needs_gradient,
     register,
@@ -57,6 +57,7 @@ from mambench.kernels.ssd.triton_launch import (
     segment_entries,
     strides3,
 )
+from mambench.kernels.ssd.triton_ssd_backward import Backward
 from mambench.kernels.ssd.varlen import sequence_numbers
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -224,23 +225,19 @@ class _Ssd(torch.autograd.Function):
     def forward(ctx: Any, options: Options, return_final: bool, *tensors: Tensor | None) -> Any:
         how = (*options, return_final, True)
         kept, (out, final, entries) = _calls.with_ready(tensors, how)
-        ctx.launch = _plan(tensors[0], tensors[3], options)
+        ctx.options = options
+        entries = None if entries is kept[8] else entries  # the initial states, of one segment
         ctx.save_for_backward(*kept, entries)
         ctx.set_materialize_grads(False)
         return out, final
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> Any:
-        from mambench.kernels.ssd.triton_ssd_backward import run_backward
-
         *tensors, seq, entries = ctx.saved_tensors
-        names = Operands.__dataclass_fields__
-        operands = Operands(**dict(zip(names, tensors, strict=True)))
-        wanted = dict(zip(names, ctx.needs_input_grad[2:-1], strict=True))
-        gradients = run_backward(ctx.launch, operands, entries, dout, dfinal, seq)
-        found = (gradients.get(name) if wanted[name] else None for name in names)
-        return None, None, *found, None
+        found = _gradients(tuple(tensors), entries, (dout, dfinal), ctx.options, seq)
+        wanted = zip(found, ctx.needs_input_grad[2:-1], strict=True)
+        return None, None, *(gradient if asked else None for gradient, asked in wanted), None
 
 
 def ssd(
@@ -366,16 +363,12 @@ def traced_shapes(x: Tensor, B: Tensor, *, segments: int) -> Results:
 def _traced_backward(
     dout: Tensor | None, dfinal: Tensor | None, kept: Tensor, tensors: Tensors, options: Options
 ) -> list[Tensor]:
-    from mambench.kernels.ssd.triton_ssd_backward import run_backward
-
     *given, seq = tensors
-    operands = Operands.laid_out(*given)
-    launch = _plan(operands.x, operands.B, options)
-    entries = kept if launch.nsegments > 1 else operands.initial_states
-    found = run_backward(launch, operands, entries, dout, dfinal, seq)
-    return [found[name] for name in Operands.__dataclass_fields__ if name in found]
+    found = _gradients(tuple(given), kept if kept.numel() else None, (dout, dfinal), options, seq)
+    return [gradient for gradient in found if gradient is not None]
 
 
+_gradients = Backward(_plan)
 _traced = register(
     Operation(
         name="ssd_triton",

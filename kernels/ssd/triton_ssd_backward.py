@@ -34,6 +34,7 @@ grad_B and grad_C leave the chip summed over it. The part of both that stays in 
 a [Q, Q] tile, summed over heads.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +43,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambench.kernels.prepared import Recording, on_device
-from mambench.kernels.relaunched import relaunched
+from mambench.kernels.prepared import Calls, Recording, as_given
 from mambench.kernels.ssd import triton_parts as parts
 from mambench.kernels.ssd.triton_config import heads_per_program
 from mambench.kernels.ssd.triton_launch import (
@@ -353,6 +353,7 @@ def sum_kernel(
 
 
 def run_states(
+    recording: Recording,
     launch: Launch,
     v: Tensor,
     z: Tensor | None,
@@ -373,44 +374,96 @@ def run_states(
     """
     tiles = launch.tiling
     grid = (launch.nsegments * launch.blocks_p, launch.nheads, launch.batch)
-    relaunched(parts.state_kernel)[grid](
+    arguments = (
         v, z, m, cum, cumj, seq, entries, states, end, None, passed, *launch.sizes,
         *strides3(v), *strides3(z), *strides3(m),
-        P=launch.headdim, N=launch.d_state, Q=launch.chunk,
-        BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n, STAGES=tiles.state_stages,
-        REVERSE=passed is not None, CHUNK_STATES=True, HAS_ENTRY=entries is not None,
-        STORE_END=end is not None, HAS_Z=z is not None, HAS_SEQ=seq is not None,
-        PRECISION=tiles.precision, num_warps=tiles.state_warps,
     )  # fmt: skip
+    constants = {
+        "P": launch.headdim, "N": launch.d_state, "Q": launch.chunk,
+        "BLOCK_P": tiles.block_p, "BLOCK_N": tiles.block_n, "STAGES": tiles.state_stages,
+        "REVERSE": passed is not None, "CHUNK_STATES": True, "HAS_ENTRY": entries is not None,
+        "STORE_END": end is not None, "HAS_Z": z is not None, "HAS_SEQ": seq is not None,
+        "PRECISION": tiles.precision,
+    }  # fmt: skip
+    warps = tiles.state_warps
+    recording.launch(parts.state_kernel, grid, arguments, constants, num_warps=warps)
+
+
+class Backward:
+    """The gradients of calls, the first of a kind as written and the next ones as recorded.
+
+    Args:
+        plan: (x, B, options) to how the forward was divided, the same whenever it is asked.
+    """
+
+    def __init__(self, plan: Callable[[Tensor, Tensor, tuple[Any, ...]], Launch]) -> None:
+        self._plan = plan
+        self._calls = Calls(self._run, _ready)
+
+    def __call__(
+        self,
+        tensors: tuple[Tensor | None, ...],
+        entries: Tensor | None,
+        grads: tuple[Tensor | None, Tensor | None],
+        options: tuple[Any, ...],
+        seq: Tensor | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradient of every operand, None for those that are not given.
+
+        Args:
+            tensors: the operands, in the order of their fields.
+            entries: what the forward kept of several segments.
+            grads: those of the output and of the final states.
+            options: of the forward, as the plan takes them.
+            seq: (B, L) int32, numbers of the tokens' sequences, where a row holds several.
+        """
+        dout, dfinal = grads
+        if dout is None:
+            dout = torch.zeros_like(tensors[0])  # type: ignore[arg-type]
+        return as_given(self._calls((*tensors, entries, dout, dfinal, seq), options), tensors)
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self._calls.clear()
+
+    def _run(self, recording: Recording, tensors: Any, options: tuple[Any, ...]) -> Any:
+        *given, entries, dout, dfinal, seq = tensors
+        operands = Operands.of(given)
+        launch = self._plan(operands.x, operands.B, options)
+        if launch.nsegments == 1:
+            entries = operands.initial_states
+        gradients = run_backward(recording, launch, operands, entries, dout, dfinal, seq)
+        return tuple(gradients.get(name) for name in Operands.__dataclass_fields__)
+
+
+def _ready(tensors: Any, options: tuple[Any, ...]) -> Any:
+    """Copy what is not laid out as the kernels read it."""
+    *given, entries, dout, dfinal, seq = tensors
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    return (*Operands.laid_out(*given).all(), entries, unit_last(dout), dfinal, seq)
 
 
 def run_backward(
+    recording: Recording,
     launch: Launch,
     operands: Operands,
     entries: Tensor | None,
-    dout: Tensor | None,
+    dout: Tensor,
     dfinal: Tensor | None,
-    seq: Tensor | None = None,
+    seq: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Return the gradient of every operand that is given, by name.
+    """Return the gradient of every operand that is given, by name; those of parameters in fp32.
 
-    seq (B, L) int32: numbers of the tokens' sequences, where a row holds several.
+    entries (B, H, segments, P, N) fp32 is what enters each segment, the initial states of one.
     """
     launch = launch.with_chunk(launch.tiling.grad_chunk)
-    x = operands.x
-    dout = torch.zeros_like(x) if dout is None else unit_last(dout)
-    dfinal = None if dfinal is None else dfinal.contiguous()
     gradients: dict[str, Tensor] = {}
-    with on_device(x):
-        dt, A, bias = operands.dt, operands.A, operands.dt_bias
-        cum, cumj, dt = run_dt(Recording(None), launch, dt, A, bias, store_dt=True)
-        times = _Times(cum=cum, cumj=cumj, dt=dt, v=torch.empty_like(cum))
-        _run_walks(launch, operands, entries, dout, dfinal, seq, times, gradients)
-    given = dict(zip(Operands.__dataclass_fields__, operands.all(), strict=True))
-    return {
-        name: gradient if gradient.dtype == given[name].dtype else gradient.to(given[name].dtype)
-        for name, gradient in gradients.items()
-    }
+    dt, A, bias = operands.dt, operands.A, operands.dt_bias
+    cum, cumj, dt = run_dt(recording, launch, dt, A, bias, store_dt=True)
+    v = recording.scratch(cum.shape, cum.dtype, cum.device)
+    times = _Times(cum=cum, cumj=cumj, dt=dt, v=v)
+    _run_walks(recording, launch, operands, entries, dout, dfinal, seq, times, gradients)
+    return gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,6 +477,7 @@ class _Times:
 
 
 def _run_walks(
+    recording: Recording,
     launch: Launch,
     operands: Operands,
     entries: Tensor | None,
@@ -442,34 +496,42 @@ def _run_walks(
     x, z, B, C = operands.x, operands.z, operands.B, operands.C
     cum, cumj = times.cum, times.cumj
     per_head = (launch.batch, launch.nheads, launch.nchunks)
-    states = torch.empty(
-        (*per_head, launch.headdim, launch.d_state), dtype=x.dtype, device=x.device
-    )
+    states = recording.scratch((*per_head, launch.headdim, launch.d_state), x.dtype, x.device)
     fetched = fetching(launch, operands, dout, seq)
     shape = _Gradients.of(launch, operands, seq)
     if fetched is not None:
-        fetched.run_states(launch, x, B, times, entries, states)
-        partial_C = fetched.run_grad_c(launch, operands, dout, times, states)
-        exits = fetched.run_exits(launch, operands, dout, times, dfinal)
+        fetched.run_states(recording, launch, x, B, times, entries, states)
+        partial_C = fetched.run_grad_c(recording, launch, operands, dout, times, states)
+        exits = fetched.run_exits(recording, launch, operands, dout, times, dfinal)
     else:
-        run_states(launch, x, None, B, cum, cumj, entries, states, seq=seq)
-        partial_C = _run_grad_c(launch, operands, shape, dout, times, seq, states, gradients)
+        run_states(recording, launch, x, None, B, cum, cumj, entries, states, seq=seq)
+        partial_C = _run_grad_c(
+            recording, launch, operands, shape, dout, times, seq, states, gradients
+        )
         exits = segment_entries(
-            Recording(None), launch, dout, z, C, cum, cumj, dfinal, seq=seq, reverse=True
+            recording, launch, dout, z, C, cum, cumj, dfinal, seq=seq, reverse=True
         )
     end = None
     if operands.initial_states is not None:
-        end = torch.empty_like(operands.initial_states, dtype=torch.float32)
+        end = recording.output(operands.initial_states.shape, torch.float32, x.device)
         gradients["initial_states"] = end
-    passed = torch.empty((*per_head, launch.blocks_p), dtype=torch.float32, device=x.device)
+    passed = recording.scratch((*per_head, launch.blocks_p), torch.float32, x.device)
     if fetched is not None:
-        fetched.run_states(launch, dout, C, times, exits, states, end=end, passed=passed)
+        fetched.run_states(recording, launch, dout, C, times, exits, states, end=end, passed=passed)
     else:
-        run_states(launch, dout, z, C, cum, cumj, exits, states, seq=seq, end=end, passed=passed)
+        run_states(
+            recording, launch, dout, z, C, cum, cumj, exits, states, seq=seq, end=end,
+            passed=passed,
+        )  # fmt: skip
+    if exits is not None and exits is not dfinal:
+        recording.free(exits)
     del exits
     run = run_whole if z is None and launch.tiling.whole_heads else _run_grad_b
-    sums = run(launch, operands, shape, dout, times, seq, (states, passed), partial_C, gradients)
-    _sum_chunks(operands, *sums, gradients)
+    sums = run(
+        recording, launch, operands, shape, dout, times, seq, (states, passed), partial_C,
+        gradients,
+    )  # fmt: skip
+    _sum_chunks(recording, operands, *sums, gradients)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -510,6 +572,7 @@ class _Gradients:
 
 
 def _run_grad_c(
+    recording: Recording,
     launch: Launch,
     operands: Operands,
     shape: _Gradients,
@@ -521,20 +584,25 @@ def _run_grad_c(
 ) -> Tensor:
     """Launch the kernel that needs the states; returns grad_C's part, by block of heads."""
     x, z, B, C, tiles = operands.x, operands.z, operands.B, operands.C, launch.tiling
-    partial_C = torch.empty((shape.blocks, *C.shape), dtype=torch.float32, device=x.device)
+    partial_C = recording.scratch((shape.blocks, *C.shape), torch.float32, x.device)
     if z is not None:
-        gradients["z"] = torch.empty(z.shape, dtype=z.dtype, device=x.device)
+        gradients["z"] = recording.output(z.shape, z.dtype, x.device)
     block_p = tiles.grad_block_p if z is not None else tiles.grad_c_block_p
-    relaunched(grad_c_kernel)[shape.grid](
+    arguments = (
         x, z, B, C, operands.D, dout, times.cum, times.cumj, seq, states, partial_C, times.v,
-        gradients.get("z"), *shape.sizes, *shape.strides, *strides3(dout), **shape.options,
-        BLOCK_P=block_p, P_BLOCKS=-(-launch.headdim // block_p),
-        STAGES=tiles.grad_c_stages if z is None else 1, num_warps=tiles.grad_c_warps,
+        gradients.get("z"), *shape.sizes, *shape.strides, *strides3(dout),
     )  # fmt: skip
+    constants = shape.options | {
+        "BLOCK_P": block_p, "P_BLOCKS": -(-launch.headdim // block_p),
+        "STAGES": tiles.grad_c_stages if z is None else 1,
+    }  # fmt: skip
+    warps = tiles.grad_c_warps
+    recording.launch(grad_c_kernel, shape.grid, arguments, constants, num_warps=warps)
     return partial_C
 
 
 def _run_grad_b(
+    recording: Recording,
     launch: Launch,
     operands: Operands,
     shape: _Gradients,
@@ -551,39 +619,42 @@ def _run_grad_b(
     """
     x, z, B, C, D = operands.x, operands.z, operands.B, operands.C, operands.D
     tiles, block_p, blocks = launch.tiling, launch.tiling.grad_block_p, shape.blocks
-    fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    partial_B = torch.empty((blocks, *B.shape), **fp32) if blocks > 1 else None
+    fp32: Any = (torch.float32, x.device)
+    partial_B = recording.scratch((blocks, *B.shape), *fp32) if blocks > 1 else None
     per_chunk = launch.batch * launch.nchunks
-    partial_heads = torch.empty((per_chunk, 3, launch.nheads), **fp32)
+    partial_heads = recording.scratch((per_chunk, 3, launch.nheads), *fp32)
     partial_D = None
     if D is not None and D.dim() == 2:
-        partial_D = torch.empty((per_chunk, *D.shape), **fp32)
-    gradients["x"] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    gradients["dt"] = torch.empty(operands.dt.shape, dtype=operands.dt.dtype, device=x.device)
-    gradients["B"] = torch.empty(B.shape, dtype=B.dtype, device=x.device)
-    gradients["C"] = torch.empty(C.shape, dtype=C.dtype, device=x.device)
+        partial_D = recording.scratch((per_chunk, *D.shape), *fp32)
+    for name, tensor in (("x", x), ("dt", operands.dt), ("B", B), ("C", C)):
+        gradients[name] = recording.output(tensor.shape, tensor.dtype, x.device)
     grad_states, passed = states
-    relaunched(grad_b_kernel)[shape.grid](
+    arguments = (
         x, z, B, C, D, operands.A, operands.dt, operands.dt_bias,
         dout, times.cum, times.dt, seq, times.v, passed, grad_states, partial_C,
         gradients["x"], gradients["dt"],
         gradients["B"] if partial_B is None else partial_B,
         gradients["C"] if partial_B is None else partial_C,
         partial_heads, partial_D, *shape.sizes, *launch.dt_limit, *shape.strides,
-        *operands.dt.stride(), *strides3(dout), **shape.options,
-        BLOCK_P=block_p, P_BLOCKS=-(-launch.headdim // block_p),
-        HAS_BIAS=operands.dt_bias is not None, SOFTPLUS=launch.dt_softplus,
-        STAGES=tiles.grad_b_stages, PASSED=launch.blocks_p, num_warps=tiles.grad_b_warps,
+        *operands.dt.stride(), *strides3(dout),
     )  # fmt: skip
+    constants = shape.options | {
+        "BLOCK_P": block_p, "P_BLOCKS": -(-launch.headdim // block_p),
+        "HAS_BIAS": operands.dt_bias is not None, "SOFTPLUS": launch.dt_softplus,
+        "STAGES": tiles.grad_b_stages, "PASSED": launch.blocks_p,
+    }  # fmt: skip
+    warps = tiles.grad_b_warps
+    recording.launch(grad_b_kernel, shape.grid, arguments, constants, num_warps=warps)
     if partial_B is not None:
         size = B.numel()
-        relaunched(sum_kernel)[(-(-size // _SUM_BLOCK), 2)](
-            partial_B, partial_C, gradients["B"], gradients["C"], blocks, size, BLOCK=_SUM_BLOCK
-        )
+        arguments = (partial_B, partial_C, gradients["B"], gradients["C"], blocks, size)
+        grid = (-(-size // _SUM_BLOCK), 2)
+        recording.launch(sum_kernel, grid, arguments, {"BLOCK": _SUM_BLOCK})
     return partial_heads, partial_D
 
 
 def _sum_chunks(
+    recording: Recording,
     operands: Operands,
     partial_heads: Tensor,
     partial_D: Tensor | None,
@@ -592,11 +663,11 @@ def _sum_chunks(
     """Sum the per-chunk parts of the gradients of A, dt_bias and D."""
     D = operands.D
     rows = 3 if D is not None and D.dim() == 1 else 2
-    sums = column_sums(partial_heads, rows)
+    sums = column_sums(recording, partial_heads, rows)
     gradients["A"] = sums[0]
     if operands.dt_bias is not None:
         gradients["dt_bias"] = sums[1]
     if rows == 3:
         gradients["D"] = sums[2]
     elif partial_D is not None:
-        gradients["D"] = partial_D.sum(0)
+        gradients["D"] = column_sums(recording, partial_D, partial_D.shape[1])

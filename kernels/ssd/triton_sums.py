@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambench.kernels.relaunched import relaunched
+from mambench.kernels.prepared import Recording
 
 _COLUMNS = 8  # 32 bytes of a row, the least that memory delivers
 _ROWS = 256
@@ -30,16 +30,16 @@ def column_sums_kernel(
     tl.store(sums_ptr + column, tl.sum(total, 0), mask=columns)
 
 
-def column_sums(parts: Tensor, count: int) -> Tensor:
+def column_sums(recording: Recording, parts: Tensor, count: int) -> Tensor:
     """Sum contiguous fp32 parts (rows, n, ...) over the rows; returns the first `count` of the n.
 
     A launch of this size takes half of what a general reduction of the library does.
     """
     shape: Any = (count, *parts.shape[2:])
-    sums = torch.empty(shape, dtype=torch.float32, device=parts.device)
+    sums = recording.output(shape, torch.float32, parts.device)
     size = sums.numel()
-    relaunched(column_sums_kernel)[(-(-size // _COLUMNS),)](
-        parts, sums, parts.shape[0], parts[0].numel(), size,
-        ROWS=_ROWS, COLUMNS=_COLUMNS, STAGES=2, num_warps=4,
-    )  # fmt: skip
+    arguments = (parts, sums, parts.shape[0], parts[0].numel(), size)
+    constants = {"ROWS": _ROWS, "COLUMNS": _COLUMNS, "STAGES": 2}
+    grid = (-(-size // _COLUMNS),)
+    recording.launch(column_sums_kernel, grid, arguments, constants, num_warps=4)
     return sums

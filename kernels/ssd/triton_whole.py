@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambench.kernels.integers import next_power_of_2
-from mambench.kernels.relaunched import relaunched
+from mambench.kernels.prepared import Recording
 from mambench.kernels.ssd import triton_parts as parts
 from mambench.kernels.ssd.triton_launch import Launch, Operands, strides3
 
@@ -257,6 +257,7 @@ def fetching(launch: Launch, operands: Operands, dout: Tensor, seq: Tensor | Non
 
 
 def run_whole(
+    recording: Recording,
     launch: Launch,
     operands: Operands,
     shape: Any,
@@ -274,17 +275,17 @@ def run_whole(
     if fetched is not None:
         division = fetched.Division.of(launch, x.device, most=before)
         blocks = division.blocks
-    fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    partial_B = torch.empty((blocks, *B.shape), **fp32) if blocks > 1 else None
+    fp32: Any = (torch.float32, x.device)
+    partial_B = recording.scratch((blocks, *B.shape), *fp32) if blocks > 1 else None
     per_chunk = launch.batch * launch.nchunks
-    partial_heads = torch.empty((per_chunk, 3, launch.nheads), **fp32)
-    partial_D = torch.empty((per_chunk, *D.shape), **fp32) if D is not None and skip == 2 else None
-    read_kept = torch.empty((*times.cum.shape, 2), **fp32)
+    partial_heads = recording.scratch((per_chunk, 3, launch.nheads), *fp32)
+    partial_D = None
+    if D is not None and skip == 2:
+        partial_D = recording.scratch((per_chunk, *D.shape), *fp32)
+    read_kept = recording.scratch((*times.cum.shape, 2), *fp32)
     diag = times.cumj  # which was last used in the walks
-    gradients["x"] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    gradients["dt"] = torch.empty(operands.dt.shape, dtype=operands.dt.dtype, device=x.device)
-    gradients["B"] = torch.empty(B.shape, dtype=B.dtype, device=x.device)
-    gradients["C"] = torch.empty(C.shape, dtype=C.dtype, device=x.device)
+    for name, tensor in (("x", x), ("dt", operands.dt), ("B", B), ("C", C)):
+        gradients[name] = recording.output(tensor.shape, tensor.dtype, x.device)
     grad_states, passed = states
     written = (
         gradients["x"],
@@ -293,28 +294,33 @@ def run_whole(
         read_kept, diag, partial_D,
     )  # fmt: skip
     if fetched is not None:
-        fetched.run_grad(launch, operands, division, dout, times, grad_states, partial_C, written)
+        fetched.run_grad(
+            recording, launch, operands, division, dout, times, grad_states, partial_C, written
+        )
     else:
         _run_whole_kernel(
-            launch, operands, shape, dout, times, seq, grad_states, partial_C, written
+            recording, launch, operands, shape, dout, times, seq, grad_states, partial_C, written
         )
     tails = per_chunk * -(-launch.nheads // _BLOCK_H)
     sums = 0 if partial_B is None else 2 * -(-B.numel() // _SUM_BLOCK)
-    relaunched(finish_kernel)[(tails + sums,)](
+    arguments = (
         operands.A, operands.dt, operands.dt_bias, times.cum, times.dt, seq, times.v, passed,
         read_kept, diag, partial_B, partial_C,
         gradients["dt"], gradients["B"], gradients["C"], partial_heads,
         launch.seqlen, launch.nchunks, launch.nheads, tails, blocks, before, B.numel(),
-        *launch.dt_limit,
-        *operands.dt.stride(),
-        Q=launch.chunk, BLOCK_H=_BLOCK_H, HAS_BIAS=operands.dt_bias is not None,
-        SOFTPLUS=launch.dt_softplus, HAS_SEQ=seq is not None, HAS_SKIP=skip == 1,
-        PASSED=launch.blocks_p, SUMS=sums > 0, BLOCK=_SUM_BLOCK, num_warps=4,
+        *launch.dt_limit, *operands.dt.stride(),
     )  # fmt: skip
+    constants = {
+        "Q": launch.chunk, "BLOCK_H": _BLOCK_H, "HAS_BIAS": operands.dt_bias is not None,
+        "SOFTPLUS": launch.dt_softplus, "HAS_SEQ": seq is not None, "HAS_SKIP": skip == 1,
+        "PASSED": launch.blocks_p, "SUMS": sums > 0, "BLOCK": _SUM_BLOCK,
+    }  # fmt: skip
+    recording.launch(finish_kernel, (tails + sums,), arguments, constants, num_warps=4)
     return partial_heads, partial_D
 
 
 def _run_whole_kernel(
+    recording: Recording,
     launch: Launch,
     operands: Operands,
     shape: Any,
@@ -326,10 +332,13 @@ def _run_whole_kernel(
     written: tuple[Any, ...],
 ) -> None:
     x, B, C, tiles = operands.x, operands.B, operands.C, launch.tiling
-    relaunched(whole_kernel)[shape.grid](
+    arguments = (
         x, B, C, operands.D, dout, times.cum, times.dt, seq, times.v, grad_states, partial_C,
         *written, *shape.sizes, *strides3(x), *strides3(B), *strides3(C), *strides3(dout),
-        **{name: value for name, value in shape.options.items() if name != "HAS_Z"},
-        BLOCK_P=max(16, next_power_of_2(launch.headdim)), STAGES=tiles.whole_stages,
-        STAGES_B=tiles.whole_sum_stages, num_warps=tiles.grad_b_warps,
     )  # fmt: skip
+    constants = {name: value for name, value in shape.options.items() if name != "HAS_Z"} | {
+        "BLOCK_P": max(16, next_power_of_2(launch.headdim)), "STAGES": tiles.whole_stages,
+        "STAGES_B": tiles.whole_sum_stages,
+    }  # fmt: skip
+    warps = tiles.grad_b_warps
+    recording.launch(whole_kernel, shape.grid, arguments, constants, num_warps=warps)

@@ -1,6 +1,7 @@
 """A call that is repeated gives the C launchers what the first one gave them through Triton."""
 
 import ctypes
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ pytest.importorskip("triton.experimental.gluon")
 import triton
 from triton.backends.nvidia import driver as nvidia
 
-from mambench.kernels import prepared, relaunched
+from mambench.kernels import prepared, repeated
 from mambench.kernels.ssd import hopper_launch
 
 META = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "fp4_padded": False}
@@ -33,8 +34,7 @@ def driver(monkeypatch):
     )
     fake = SimpleNamespace(active=active)
     monkeypatch.setattr(triton.runtime, "driver", fake)
-    monkeypatch.setattr(prepared, "driver", fake)
-    monkeypatch.setattr(relaunched, "driver", fake)
+    monkeypatch.setattr(repeated, "driver", fake)
     return SimpleNamespace(maps=maps)
 
 
@@ -332,3 +332,131 @@ def test_a_tensor_map_is_encoded_once_for_an_address(driver):
     other = x.clone()
     call((other,), [other.data_ptr()])
     assert driver.maps[-2][0] == other.data_ptr() or driver.maps[-1][0] == other.data_ptr()
+
+
+class InPhases(Operation):
+    """The same, with the left argument given away and memory of one launch for the next."""
+
+    def run(self, recording, tensors, options):
+        early = recording.scratch((70,), torch.float32, tensors[1].device)
+        middle = early[64:].view(tensors[1].shape)
+        kept = recording.scratch((300,), torch.float32, tensors[1].device)
+        factor = {"FACTOR": options[0]}
+        recording.launch(self.double, (2,), (tensors[0], middle, 6), factor, num_warps=4)
+        recording.free(tensors[0])
+        outs = recording.output((3, 2, 3), torch.float32, tensors[1].device)
+        recording.launch(self.add, (1, 1, 1), (middle, tensors[1], outs[1], 6), {}, num_warps=4)
+        recording.free(early)
+        del early, middle
+        late = recording.scratch((6,), torch.float32, tensors[1].device)
+        recording.launch(self.add, (1, 1, 1), (outs[1], None, late, 6), {}, num_warps=4)
+        recording.launch(self.add, (1, 1, 1), (late, None, outs[2], 6), {}, num_warps=4)
+        self.kept = kept
+        return outs[1], outs[2].t(), outs[2]
+
+
+def test_what_is_freed_is_let_go_of_and_its_memory_used_again():
+    operation = InPhases()
+    for _ in range(4):
+        x, y = torch.randn(2, 3), torch.randn(2, 3)
+        want, gone = 2.0 * x + y, weakref.ref(x)
+        tensors = [x, y]
+        del x
+        one, turned, two = operation.calls(tensors, (2.0,))
+        assert torch.equal(one, want)
+        assert torch.equal(two, want)
+        assert torch.equal(turned, want.t())
+        assert gone() is None
+        assert tensors[0] is None
+        assert tensors[1] is y
+    assert operation.launches == (1, 3)
+    (prepared_call,) = operation.calls._known.values()
+    first, second, third = prepared_call.phases
+    assert [len(each.blocks) for each in (first, second, third)] == [2, 0, 1]
+    assert (first.given, first.freed, second.freed, third.freed) == ((0,), (), (0,), ())
+    assert [offset for _, offset in first.parts] == [64 * 4]
+
+
+def test_a_copy_of_what_is_given_away_is_what_is_freed():
+    operation = InPhases()
+    for _ in range(3):
+        x, y = torch.randn(3, 2), torch.randn(2, 3)
+        want, tensors = 2.0 * x.t() + y, [x.t(), y]
+        assert torch.equal(operation.calls(tensors, (2.0,))[0], want)
+        assert tensors[0] is None
+    assert operation.launches == (1, 2)
+
+
+def test_a_call_that_is_not_repeated_frees_all_the_same():
+    class Refused(InPhases):
+        def run(self, recording, tensors, options):
+            recording.refuse()
+            return super().run(recording, tensors, options)
+
+    operation = Refused()
+    for _ in range(2):
+        x, y = torch.randn(2, 3), torch.randn(2, 3)
+        want, tensors = 2.0 * x + y, [x, y]
+        assert torch.equal(operation.calls(tensors, (2.0,))[2], want)
+        assert tensors[0] is None
+    assert operation.launches == (2, 0)
+
+
+@pytest.mark.parametrize("what", ["an output", "a part", "nothing that is known"])
+def test_freeing_anything_else_is_not_repeated(what):
+    class Other(Operation):
+        def run(self, recording, tensors, options):
+            out, x = super().run(recording, tensors, options)
+            scratch = recording.scratch((4, 4), torch.float32, x.device)
+            others = {"an output": out, "a part": scratch[1:]}
+            recording.free(others.get(what, torch.zeros(3)))
+            return out, x
+
+    operation = Other()
+    for _ in range(2):
+        assert right(operation, torch.randn(8), torch.randn(8))
+    assert operation.launches == (2, 0)
+
+
+def test_a_part_that_is_freed_is_of_no_known_origin():
+    class Late(InPhases):
+        def run(self, recording, tensors, options):
+            scratch = recording.scratch((6,), torch.float32, tensors[1].device)
+            recording.free(scratch)
+            factor = {"FACTOR": options[0]}
+            recording.launch(self.double, (2,), (tensors[0], scratch, 6), factor, num_warps=4)
+            out = recording.output((2, 3), torch.float32, tensors[1].device)
+            recording.launch(self.add, (1, 1, 1), (scratch, None, out, 6), {}, num_warps=4)
+            return (out,)
+
+    operation = Late()
+    for _ in range(2):
+        x = torch.randn(2, 3)
+        assert torch.equal(operation.calls((x, torch.randn(2, 3)), (2.0,))[0], 2.0 * x)
+    assert operation.launches == (2, 0)
+
+
+def test_a_tensor_without_elements_is_no_address():
+    class Empty(Operation):
+        def run(self, recording, tensors, options):
+            out, x = super().run(recording, tensors, options)
+            nothing = recording.scratch((4,), torch.float32, x.device)[:0]
+            recording.launch(self.empty, (1,), (nothing, out, 0), {"FACTOR": 1.0}, num_warps=4)
+            return out, x
+
+    operation = Empty()
+    operation.empty = Kernel(lambda *_: None, ["source", "target", "count", "FACTOR"])
+    for _ in range(3):
+        assert right(operation, torch.randn(8), torch.randn(8))
+    assert [call[13] for call in operation.empty.direct] == [0, 0]
+
+
+def test_gradients_are_in_their_tensors_dtypes():
+    wide, narrow = torch.ones(3), torch.ones(3, dtype=torch.bfloat16)
+    same, cast, absent, unasked = prepared.as_given(
+        (wide, wide, None, wide), (wide, narrow, wide, None)
+    )
+    assert same is wide
+    assert cast.dtype == torch.bfloat16
+    assert absent is None
+    assert unasked is None

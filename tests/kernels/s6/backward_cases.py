@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mambench.kernels.s6 import hopper_backward, hopper_scan, triton_scan
+from mambench.kernels.s6 import hopper_backward, hopper_scan
 
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32",
@@ -145,10 +145,10 @@ def gradients(
     p: Problem, config: Any, t: dict[str, Any], dout: torch.Tensor, dlast: Any, kept: Any
 ) -> dict[str, Any]:
     """Return the kernels' gradients by input; kept as `hopper_backward.scan_backward` takes it."""
-    inputs = triton_scan._Inputs(*(t[name] for name in NAMES), p.softplus)
     got = hopper_backward.scan_backward(
-        inputs, kept, dout, dlast, config=config, segments=p.segments
-    )
+        tuple(t[name] for name in NAMES), p.softplus, kept, dout, dlast, config=config,
+        segments=p.segments,
+    )  # fmt: skip
     return dict(zip(NAMES, got, strict=True))
 
 

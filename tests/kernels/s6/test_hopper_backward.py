@@ -14,12 +14,15 @@ from backward_cases import Emulated, Problem, machine, run
 from mambench.kernels.s6 import hopper_backward, hopper_backward_kernel, hopper_memory
 
 Config = hopper_backward.BackwardConfig
+KERNELS = (
+    "segment_adjoint_kernel", "move_states_kernel", "pass_back_kernel", "scan_backward_kernel",
+)  # fmt: skip
 
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
     """Run the launcher's kernels on the CPU."""
-    for name in ("segment_adjoint_kernel", "pass_back_kernel", "scan_backward_kernel"):
+    for name in KERNELS:
         monkeypatch.setattr(hopper_backward, name, Emulated(getattr(hopper_backward, name)))
 
 
