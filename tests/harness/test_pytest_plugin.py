@@ -53,7 +53,10 @@ def test_ours(bench_case, mambench_case):
     bench_case(mambench_case)
 """
 # Warnings are the user's to configure; a plugin of ours in the environment is not loaded twice.
-OPTIONS = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:mambench")
+OPTIONS = (
+    *("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:mambench"),
+    *("-p", "no:hypothesispytest"),  # seconds of imports
+)
 
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
