@@ -105,24 +105,11 @@ class Stand:
         return SimpleNamespace(run=run, metadata=metadata, function=1, packed_metadata=(4, 1, 0))
 
 
-MODULES = {
-    "s6.hopper_scan": ("scan_forward_kernel", "serial_scan_kernel"),
-    "s6.hopper_backward": (
-        "segment_adjoint_kernel", "move_states_kernel", "pass_back_kernel", "scan_backward_kernel",
-    ),
-    "s6.hopper_wide": (
-        "segment_adjoint_kernel", "move_states_kernel", "pass_back_kernel",
-        "scan_backward_wide_kernel",
-    ),
-    "ssd.triton_ssd": ("scan_kernel",),
-    "ssd.hopper_ssd": ("prepare_kernel", "state_kernel", "prefix_kernel", "scan_kernel"),
-    "ssd.hopper_fused": ("fused_kernel",),
-    "ssd.triton_ssd_backward": ("grad_c_kernel", "grad_b_kernel", "sum_kernel"),
-    "ssd.triton_whole": ("whole_kernel", "finish_kernel"),
-    "ssd.triton_sums": ("column_sums_kernel",),
-    "ssd.hopper_grad": ("exits_kernel", "grad_c_fetched_kernel", "grad_kernel", "states_kernel"),
-    "ssd.triton_parts": ("state_kernel", "dt_kernel", "prefix_kernel"),
-}  # fmt: skip
+LAUNCHERS = (
+    "s6.hopper_scan", "s6.hopper_backward", "s6.hopper_wide", "ssd.triton_ssd", "ssd.triton_parts",
+    "ssd.triton_ssd_backward", "ssd.triton_whole", "ssd.triton_sums", "ssd.hopper_ssd",
+    "ssd.hopper_fused", "ssd.hopper_walk", "ssd.hopper_grad",
+)  # fmt: skip
 
 
 def module(name):
@@ -159,10 +146,10 @@ def machine(monkeypatch):
     )
     for each in (triton.runtime, repeated):
         monkeypatch.setattr(each, "driver", SimpleNamespace(active=active))
-    for name, kernels in MODULES.items():
-        for kernel in kernels:
-            stand = Stand(getattr(module(name), kernel), found)
-            monkeypatch.setattr(module(name), kernel, stand)
+    for launcher in map(module, LAUNCHERS):
+        for name, kernel in list(vars(launcher).items()):
+            if isinstance(kernel, triton.JITFunction):
+                monkeypatch.setattr(launcher, name, Stand(kernel, found))
     for name in ("s6.hopper_backward", "ssd.hopper_grad", "ssd.hopper_ssd", "ssd.triton_launch"):
         monkeypatch.setattr(module(name), "multiprocessors", lambda device: PROCESSORS)
     monkeypatch.setattr(module("s6.hopper_scan"), "_multiprocessors", lambda device: PROCESSORS)
