@@ -128,6 +128,16 @@ def test_the_static_step_catches_a_barrier_and_passes_what_is_unchanged(reposito
     assert done.returncode == 1
     # The base came from the cache.
     assert "Compiled 2 kernels of the head and 0 of the base" in done.stdout
+    assert "REGRESSED  centre bf16 / _centre sm_80 [barriers]" in done.stdout
+    again = re.findall(r"reproduce: \S+ \S+ (check .*)", done.stdout)
+    assert again == [
+        "check --static --base main --head worktree --inventory kernel_inventory.py "
+        f"--entries 'centre bf16' --arch {architecture}"
+        for architecture in (80, 90)
+    ]
+    kept = json.loads((tmp_path / "static" / "static.json").read_text())
+    assert (kept["compiled"], len(kept["kernels"])) == (2, 2)
+    assert "barriers" in (tmp_path / "static" / "summary.md").read_text()
     figures = json.loads((tmp_path / "static" / "check.json").read_text())
     assert {p["metric"] for p in figures["points"] if p["verdict"] == "regressed"} == {"barriers"}
 
