@@ -166,7 +166,7 @@ def truth(items):
 def errors(op, case, *, device="cpu", **keywords):
     """Return each output's and gradient's relative error (2-norm) against the loop in float64."""
     drawn, want = truth(repr(sorted(case.items())))
-    inputs = {name: value.clone() for name, value in drawn.items()}  # a judged op may keep gradients
+    inputs = {name: value.clone() for name, value in drawn.items()}  # gradients stay with them
     dtype = getattr(torch, case.get("dtype", "float32"))
     final = case.get("final", True)
     shared = options(case)
