@@ -15,7 +15,7 @@ LIMIT = float(os.environ.get("LIMIT", "140"))
 import torch
 
 load_package()
-from mambench.kernels import prepared
+from mambench.kernels import prepared, repeated
 from mambench.kernels.s6 import hopper_op as s6_hopper, hopper_scan, triton_scan
 from mambench.kernels.ssd import hopper_op, hopper_ssd, triton_ssd
 from mambench.kernels.state_update import triton_update
@@ -112,11 +112,11 @@ def host():
             print(name, "FAILED", repr(e)[:300]); traceback.print_exc()
     m = lambda f, n=3000: (f(), min((lambda t: ([f() for _ in range(n)], time.perf_counter() - t)[1])(time.perf_counter()) for _ in range(3)) / n * 1e6)[1]
     x = torch.zeros(1, 512, 32, 64, dtype=BF, device="cuda")
-    e = prepared._template(x.shape, BF, x.device)
+    e = repeated._template(x.shape, BF, x.device)
     known = next(iter(hopper_op._calls._known.items()), None)
     parts = {"empty_like": m(lambda: torch.empty_like(e, memory_format=torch.contiguous_format)),
              "empty": m(lambda: torch.empty(x.shape, dtype=BF, device=x.device)),
-             "stream": m(lambda: prepared.driver.active.get_current_stream(0)), "current_device": m(torch.cuda.current_device)}
+             "stream": m(lambda: repeated.driver.active.get_current_stream(0)), "current_device": m(torch.cuda.current_device)}
     if known:
         s = ssd_inputs(512); t = tuple(s.get(k) for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states"))
         parts["kind"] = m(lambda: prepared._kind(t, (True, 0.0, math.inf, None, False, False)))

@@ -97,7 +97,7 @@ def check(name):
                 run = lambda: triton_scan.scan_backward(inputs, kept, dout, dlast)
             else:
                 inputs, kept = s6_prepared(t, config.chunk, bool(softplus))
-                run = lambda: H.scan_backward(inputs, kept, dout, dlast, config=config, segments=segments)
+                run = lambda: H.scan_backward(inputs.original, inputs.softplus, kept, dout, dlast, config=config, segments=segments)
             got = run()
             torch.cuda.synchronize()
             row["first_s"] = round(time.time() - began, 1)
@@ -117,7 +117,7 @@ def check(name):
             t, dout, _ = tensors((1, 2048, 512, shape[3]), torch.bfloat16)
             if config is not None:
                 inputs, kept = s6_prepared(t, config.chunk, True)
-                H.scan_backward(inputs, kept, dout, None, config=config, segments=2)
+                H.scan_backward(inputs.original, inputs.softplus, kept, dout, None, config=config, segments=2)
         except Exception as exc:
             say(dict(config=name, case="warm", ok=False, error=f"{type(exc).__name__}: {exc}"[:500]))
     torch.cuda.synchronize()
@@ -185,7 +185,7 @@ def main():
                 every = triton_config.chunk_size(shape[3]) if name == "portable" else make(H, name).chunk
                 inputs, kept = s6_prepared(t, every, True)
                 config = None if name == "portable" else make(H, name)
-                call = (lambda: triton_scan.scan_backward(inputs, kept, dout, None)) if config is None else (lambda: H.scan_backward(inputs, kept, dout, None, config=config))
+                call = (lambda: triton_scan.scan_backward(inputs, kept, dout, None)) if config is None else (lambda: H.scan_backward(inputs.original, inputs.softplus, kept, dout, None, config=config))
                 times[key] = timed(call)
                 if shape[2] <= 8192:
                     breakdown[key] = parts(call)
@@ -204,7 +204,7 @@ def main():
             for segments in (1, 2, 4, 8, 11, 16, 32):
                 if time.time() - T0 > LIMIT_ALL:
                     break
-                times[f"{best}/{segments} segments {shape}"] = timed(lambda: H.scan_backward(inputs, kept, dout, None, config=config, segments=segments), 10)
+                times[f"{best}/{segments} segments {shape}"] = timed(lambda: H.scan_backward(inputs.original, inputs.softplus, kept, dout, None, config=config, segments=segments), 10)
     # forward with other distances of kept states, and a training step as users run it
     from mambench.kernels.s6 import hopper_scan
     for shape in [(1, 2048, 2048, 16), (1, 2048, 8192, 16), (8, 2048, 2048, 16), (1, 2048, 8192, 128)]:

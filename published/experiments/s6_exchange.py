@@ -65,7 +65,8 @@ def launcher(form):
         H.scan_backward_kernel = module.scan_backward_kernel
         H.scratch_elements = lambda *a, **k: {n: size + (BLOCKS * CHUNKS * MARKS if n == "counters" else 0) for n, size in scratch(*a, **k).items()}
         call = H._Run.__call__
-        H._Run.__call__ = lambda self, *a: (setattr(H, "last", self), call(self, *a))[1]
+        H._Run.__call__ = lambda self, *a, **k: (setattr(H, "last", self), call(self, *a, **k))[1]
+        H._calls = H.Calls(lambda recording, *a: (recording.refuse(), H._run(recording, *a))[1], H._ready)  # its scratch memory is read: no call is repeated
     return H
 
 
@@ -80,7 +81,7 @@ def part_check(found, number):
         dl = dlast if last else None
         config = H.BackwardConfig()
         inputs, kept = prepared(t, config.chunk, bool(softplus))
-        run = lambda k: H.scan_backward(inputs, k, dout, dl, config=config, segments=segments)
+        run = lambda k: H.scan_backward(inputs.original, inputs.softplus, k, dout, dl, config=config, segments=segments)
         got, more = run(kept), [run([kept.clone()])] + [run(kept) for _ in range(3)]
         want = reference(t, dout, dl, bool(softplus))
         errors = {k: relative(g, want[k]) for k, g in zip(NAMES, got) if g is not None}
@@ -100,7 +101,7 @@ def part_times(found, form, timed=True):
         t, dout, _ = tensors(B, L, 16)
         config = H.BackwardConfig()
         inputs, kept = prepared(t, config.chunk)
-        call = lambda: H.scan_backward(inputs, [kept], dout, None, config=config)
+        call = lambda: H.scan_backward(inputs.original, inputs.softplus, [kept], dout, None, config=config)
         if not timed:
             call(); torch.cuda.synchronize()
         elif form != "clocks":

@@ -56,7 +56,7 @@ def part_check(found, wanted=None):
             dl = dlast if last else None
             config = make(H, name)
             inputs, kept = prepared(t, config.chunk, bool(softplus))
-            run = lambda k: H.scan_backward(inputs, k, dout, dl, config=config, segments=segments)
+            run = lambda k: H.scan_backward(inputs.original, inputs.softplus, k, dout, dl, config=config, segments=segments)
             got, again = run(kept), run([kept.clone()])
             more = [run(kept) for _ in range(3)]
             torch.cuda.synchronize()
@@ -94,7 +94,7 @@ def part_times(found):
         t, dout, _ = tensors(B, L, N)
         config = make(H, name)
         inputs, kept = prepared(t, config.chunk)
-        call = lambda: H.scan_backward(inputs, [kept] if move else kept, dout, None, config=config)
+        call = lambda: H.scan_backward(inputs.original, inputs.softplus, [kept] if move else kept, dout, None, config=config)
         row = dict(shape=[B, L, N], who=" ".join(filter(None, [name, "" if move else "not moved", note])), ms=graph_ms(call, 8, 3))
         if deep:
             row["kernels"] = kernels(call)
@@ -110,7 +110,7 @@ def part_times(found):
         t, dout, dlast = tensors(B, L, 16)
         config = make(H, name)
         inputs, kept = prepared(t, config.chunk)
-        got = [H.scan_backward(inputs, [kept.clone()] if i else kept, dout, None, config=config) for i in range(3)]
+        got = [H.scan_backward(inputs.original, inputs.softplus, [kept.clone()] if i else kept, dout, None, config=config) for i in range(3)]
         again = all(a is None or all(torch.equal(a, g[i]) for g in got) for i, a in enumerate(got[0]))
         others = {k: max(relative(a, b) for a, b in zip(got[0], v) if a is not None) for k, v in outputs.items() if k[:2] == (B, L)}
         outputs[B, L, name + str(H.divide is divide)] = got[0]
@@ -192,8 +192,8 @@ def warm_time(N, name, B):
         H.divide = lambda **kw: dataclasses.replace(divide(**kw), in_place=False, segment_parts=1, parts=divide(**kw).segments)
     t, dout, _ = tensors(B, 512 if B == 1 else 128, N)
     inputs, kept = prepared(t, config.chunk)
-    H.scan_backward(inputs, kept, dout, None, config=config)
-    H.scan_backward(inputs, [kept], dout, None, config=config)
+    H.scan_backward(inputs.original, inputs.softplus, kept, dout, None, config=config)
+    H.scan_backward(inputs.original, inputs.softplus, [kept], dout, None, config=config)
     torch.cuda.synchronize()
 
 

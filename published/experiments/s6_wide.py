@@ -43,7 +43,7 @@ def part_check(found, wanted):
             dl = dlast if last else None
             config = make(H, name)
             inputs, kept = prepared(t, config.chunk, bool(softplus))
-            run = lambda k: H.scan_backward(inputs, k, dout, dl, config=config, segments=segments)
+            run = lambda k: H.scan_backward(inputs.original, inputs.softplus, k, dout, dl, config=config, segments=segments)
             got, again = run([kept.clone()]), run([kept.clone()])
             more = [run([kept.clone()]) for _ in range(3)]
             torch.cuda.synchronize()
@@ -75,7 +75,7 @@ def part_times(found):
         t, dout, _ = tensors(B, L, N)
         config = make(H, name)
         inputs, kept = prepared(t, config.chunk)
-        call = lambda: H.scan_backward(inputs, [kept], dout, None, config=config)
+        call = lambda: H.scan_backward(inputs.original, inputs.softplus, [kept], dout, None, config=config)
         row = dict(shape=[B, L, N], who=name, ms=graph_ms(call, 6, 2))
         row["forward"] = graph_ms(lambda: hopper_scan.scan_forward(**t, delta_softplus=True, checkpoint_every=config.chunk), 6, 2)
         if deep:
@@ -133,7 +133,7 @@ def warm(name, N, B, L):
     config = make(H, name)
     t, dout, _ = tensors(B, L, N)
     inputs, kept = prepared(t, config.chunk)
-    H.scan_backward(inputs, [kept], dout, None, config=config)
+    H.scan_backward(inputs.original, inputs.softplus, [kept], dout, None, config=config)
     torch.cuda.synchronize()
 
 

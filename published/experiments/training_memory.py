@@ -170,7 +170,7 @@ def s6_variants(B, L, N, only=None, time=lambda call: graph_ms(call, 10, 4)):
                 key = f"s6 {B},{L},{N} {name} windows={windows} move={move}"
                 if left() < 8:
                     return
-                run = lambda: H.scan_backward(inputs, [kept] if move else kept, dout, None, config=config, windows=windows)
+                run = lambda: H.scan_backward(inputs.original, inputs.softplus, [kept] if move else kept, dout, None, config=config, windows=windows)
                 FOUND["variants"][key] = guarded(key, time, run, 8)
 
 
