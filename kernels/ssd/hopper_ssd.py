@@ -68,8 +68,8 @@ class Config:
     walk: most chunks of a segment where no backward follows; more are done in parts of the
         sequence; None: any number. Blocks that read the same B and C drift apart on long walks.
     fused: one launch that looks back at earlier segments.
-    look_back: after the first launch one that looks back, where no backward follows and all its
-        blocks are resident at once.
+    look_back: after the first launch one walk. There is one segment; or no backward follows, and
+        all of the walk's blocks, which look back at earlier segments, are resident at once.
     stages: most stages of the scan's ring; fewer where shared memory is short.
     registers: per thread of a consumer of the scan.
     fused_registers: per thread of a consumer and of the helper of the one launch.
@@ -95,6 +95,7 @@ class Config:
 
 DEFAULT = Config()
 _WITHOUT_PDL = Config(pdl=False)
+_WALKS_WITHOUT_PDL = Config(pdl=False, look_back=True)
 _FUSED = Config(fused=True)
 _LOOKS_BACK = Config(look_back=True)
 _PDL_TOKEN_HEADS = 1 << 17
@@ -111,8 +112,10 @@ def choose(plan: Launch, *, keep: bool = True) -> Config:
         return _FUSED
     if not keep and plan.nsegments > 1:
         return _LOOKS_BACK
-    token_heads = plan.batch * plan.seqlen * plan.nheads
-    return DEFAULT if token_heads >= _PDL_TOKEN_HEADS else _WITHOUT_PDL
+    whole = plan.nsegments == 1
+    if plan.batch * plan.seqlen * plan.nheads < _PDL_TOKEN_HEADS:
+        return _WALKS_WITHOUT_PDL if whole else _WITHOUT_PDL
+    return _LOOKS_BACK if whole else DEFAULT
 
 
 def _is_short(plan: Launch) -> bool:
@@ -398,13 +401,14 @@ def _run_part(
     constants = {
         "PDL": config.pdl, "P": plan.headdim, "N": plan.d_state, "BLOCK_N": shape.block_n,
     }  # fmt: skip
-    if not keep and scores is not None and config.look_back and _resident(plan, shape, x):
+    walks = config.look_back and scores is not None
+    if walks and (plan.nsegments == 1 or (not keep and _all_there(plan, shape, x))):
         constants |= {"STAGES": shape.stages, "REGISTERS": config.walk_registers}
         run_walk(
             recording, plan, tensors, (cum, cumj, scores), results, sizes=sizes,
             constants=constants, narrow=config.narrow and x.dtype == torch.bfloat16,
         )  # fmt: skip
-        return None
+        return tensors.initial_states if keep else None
     tiles = Tiles(
         x=tiles_of(x, CHANNELS),
         B=tiles_of(B, shape.block_n),
@@ -419,7 +423,7 @@ def _run_part(
     return entries.states if keep else None
 
 
-def _resident(plan: Launch, shape: Ring, x: Tensor) -> bool:
+def _all_there(plan: Launch, shape: Ring, x: Tensor) -> bool:
     """Return whether blocks may look back: all are there at once, and no slot is padded.
 
     Padded slots would take more memory than the states that four launches keep.
@@ -427,7 +431,7 @@ def _resident(plan: Launch, shape: Ring, x: Tensor) -> bool:
     blocks = pairs(plan.heads_per_group, plan.headdim) * plan.ngroups * plan.batch
     whole = plan.headdim % CHANNELS == 0 and plan.d_state == shape.block_n
     count = plan.nsegments
-    return whole and 1 < count <= MOST_SEGMENTS and count * blocks <= multiprocessors(x.device)
+    return whole and count <= MOST_SEGMENTS and count * blocks <= multiprocessors(x.device)
 
 
 def _scan(

@@ -28,7 +28,7 @@ def run_walk(
 
     Args:
         recording: what launches and allocates.
-        plan: of 2 to MOST_SEGMENTS segments.
+        plan: of up to MOST_SEGMENTS segments.
         tensors: as TMA can read them.
         prepared: cum and cumj (B, H, chunks * Q), and scores.
         results: out, final states.
@@ -42,9 +42,11 @@ def run_walk(
     npairs = sizes[4] * plan.ngroups
     ends = (plan.batch, npairs, 2, plan.nsegments - 1)
     dtype = torch.bfloat16 if narrow else torch.float32
-    slots = recording.scratch((*ends, CHANNELS * block_n), dtype, device)
-    decays = recording.scratch(ends, torch.float32, device)
-    flags = recording.flags(math.prod(ends), device)
+    slots = decays = flags = None
+    if plan.nsegments > 1:
+        slots = recording.scratch((*ends, CHANNELS * block_n), dtype, device)
+        decays = recording.scratch(ends, torch.float32, device)
+        flags = recording.flags(math.prod(ends), device)
     D, z = tensors.D, tensors.z
     arguments = (
         tiles_of(out, CHANNELS), tiles_of(tensors.x, CHANNELS),

@@ -4,7 +4,7 @@ A block serves one segment of time of two consumers' heads (see `hopper_kernel`,
 products these are). It walks its segment twice: backwards for the segment's own end state, then,
 from what enters the segment, forwards for the outputs. Between the walks the blocks of the same
 heads hand their states on (`hopper_look_back`). The last segment's own end state is nobody's and is
-not made.
+not made; where there is one segment, nothing is handed on.
 
 Chunks over which the decay is mild take half the instructions of others: it is split into a factor
 of i and one of j, so that no weights are made. Both are counted from where half of the chunk's log
@@ -98,24 +98,26 @@ def _entering(which: gl.constexpr, tiles, work, head, channel, SIZES: gl.constex
     STAGES: gl.constexpr = SIZES[3]
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     SIZE: gl.constexpr = _P * BLOCK_N
-    before = ((b.to(gl.int64) * npairs + pair) * 2 + which) * (nsegments - 1)
-    flags += before
-    decays += before
-    slots += before * SIZE
-    if own > 0:
-        state, log_decay = _own_state(which, tiles, own, BLOCK_N, STAGES)
-        FLAT: gl.constexpr = flat_layout(BLOCK_N)
-        left = flat_from_state(state.to(slots.dtype.element_ty), BLOCK_N, FLAT)
-        gl.store(slots + (segment * SIZE + gl.arange(0, SIZE, layout=FLAT)), left)
-        one = gl.arange(0, 1, layout=gl.SliceLayout(1, STATE))
-        gl.store(decays + segment + one, log_decay)
-        publish(flags + segment)
+    if slots is not None:
+        before = ((b.to(gl.int64) * npairs + pair) * 2 + which) * (nsegments - 1)
+        flags += before
+        decays += before
+        slots += before * SIZE
+        if own > 0:
+            state, log_decay = _own_state(which, tiles, own, BLOCK_N, STAGES)
+            FLAT: gl.constexpr = flat_layout(BLOCK_N)
+            left = flat_from_state(state.to(slots.dtype.element_ty), BLOCK_N, FLAT)
+            gl.store(slots + (segment * SIZE + gl.arange(0, SIZE, layout=FLAT)), left)
+            one = gl.arange(0, 1, layout=gl.SliceLayout(1, STATE))
+            gl.store(decays + segment + one, log_decay)
+            publish(flags + segment)
     state = gl.full([_P, BLOCK_N], 0.0, gl.float32, layout=STATE)
     if start is not None:
         offsets, mask = state_tile(head, anew(channel), P, N, BLOCK_N, STATE)
         state = gl.load(start + offsets, mask=mask, other=0.0).to(gl.float32)
-    if segment > 0:
-        state = look_back(state, slots, decays, flags, segment, BLOCK_N, STATE)
+    if slots is not None:  # noqa: SIM102 of compile time, the other is not
+        if segment > 0:
+            state = look_back(state, slots, decays, flags, segment, BLOCK_N, STATE)
     return state
 
 
@@ -273,9 +275,9 @@ def walk_kernel(
 ):  # fmt: skip
     """The outputs, and the final states if there is a place for them. Grid (pairs, B, segments).
 
-    Of two segments or more. start (B, H, P, N) enters the first, or zeros. slots (B, pairs, 2,
-    segments - 1, 64 * BLOCK_N) take what each contributes, decays (B, pairs, 2, segments - 1) its
-    log2 decay; flags, as many, are 0 and left 0 (see `kernels.flags`).
+    start (B, H, P, N) enters the first, or zeros. slots (B, pairs, 2, segments - 1, 64 * BLOCK_N)
+    take what each contributes, decays (B, pairs, 2, segments - 1) its log2 decay; flags, as many,
+    are 0 and left 0 (see `kernels.flags`); all three None of one segment.
     """
     let_next_launch(PDL)
     pair = gl.program_id(0)

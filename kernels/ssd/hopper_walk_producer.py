@@ -111,7 +111,8 @@ def producer(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
                 h, channel = consumers_head(pair, which, pairs_per_group, heads_per_group, P)
                 z = zs.index(stage * 2 + which)
                 tma.async_copy_global_to_shared(z_desc, [b, h, t, channel], bar, z)
-    if segment == nsegments - 1:
-        for which in gl.static_range(2):
-            before = ((b.to(gl.int64) * npairs + pair) * 2 + which) * (nsegments - 1)
-            reset(flags + before, nsegments - 1)
+    if flags is not None:  # noqa: SIM102 of compile time, the other is not
+        if segment == nsegments - 1:
+            for which in gl.static_range(2):
+                before = ((b.to(gl.int64) * npairs + pair) * 2 + which) * (nsegments - 1)
+                reset(flags + before, nsegments - 1)

@@ -28,6 +28,12 @@ CASES = {
     "segments shorter than the ring": {
         **SHAPE, "seqlen": 520, "d_state": 32, "nheads": 2, "gated": False, "segments": 8,
     },
+    "one segment, kept for a backward": {
+        **SHAPE, "seqlen": 330, "d_state": 32, "nheads": 3, "segments": 1,
+    },
+    "one segment, padded": {
+        **SHAPE, "seqlen": 200, "headdim": 40, "d_state": 24, "nheads": 1, "segments": 1,
+    },
     "padded, by four launches": {
         **SHAPE, "seqlen": 200, "headdim": 40, "d_state": 24, "nheads": 1, "gated": False,
         "segments": 2,
@@ -45,13 +51,13 @@ MILD = {
         "gated": False, "segments": 2,
     },
 }  # fmt: skip
-PUBLISHED = "        publish(flags + segment)\n"
+PUBLISHED = "            publish(flags + segment)\n"
 RELEASED = "        mbarrier.arrive(empty.index(item % STAGES), count=1)\n"
 FAULTS = {
     "a flag set before the state is stored": [
-        ("        gl.store(slots + (", PUBLISHED + "        gl.store(slots + ("),
-        ("        gl.store(decays + segment + one, log_decay)\n" + PUBLISHED,
-         "        gl.store(decays + segment + one, log_decay)\n"),
+        ("            gl.store(slots + (", PUBLISHED + "            gl.store(slots + ("),
+        ("            gl.store(decays + segment + one, log_decay)\n" + PUBLISHED,
+         "            gl.store(decays + segment + one, log_decay)\n"),
     ],
     "a segment not added": [("for k in range(0, segment)", "for k in range(1, segment)")],
     "a stage of the first walk that is never released": [
@@ -126,7 +132,9 @@ def described(shape, dtype):
     return f"tensordesc<{NAMES[dtype]}[{', '.join(map(str, shape))}],{layout!r}>"
 
 
-def compiled(*, d_state=128, dtype=torch.bfloat16, gated=False, D=1, final=False, start=False):
+def compiled(
+    *, d_state=128, dtype=torch.bfloat16, gated=False, D=1, final=False, start=False, whole=False
+):
     """The kernel as the launcher has it compiled."""
     config = hopper_ssd.Config(look_back=True)
     ring = hopper_ssd.ring(d_state, dtype, gated, config)
@@ -142,6 +150,8 @@ def compiled(*, d_state=128, dtype=torch.bfloat16, gated=False, D=1, final=False
         "final": (final, "*fp32"),
     }  # fmt: skip
     types |= {name: kind for name, (there, kind) in optional.items() if there}
+    if whole:
+        optional |= {name: (False, types.pop(name)) for name in ("slots", "decays", "flags")}
     constants = {
         "PDL": True, "P": 64, "N": d_state, "BLOCK_N": ring.block_n, "STAGES": ring.stages,
         "REGISTERS": config.walk_registers, "D_DIMS": D,
@@ -163,6 +173,7 @@ COMPILED = {
     "gated": {"gated": True, "D": 2},
     "fp16": {"dtype": torch.float16, "gated": True},
     "small state, bare": {"d_state": 32, "D": 0},
+    "one segment": {"whole": True},
 }
 
 
@@ -227,12 +238,13 @@ def test_it_is_chosen_for_segments_without_a_backward(monkeypatch):
         config = hopper_ssd.choose(plan, keep=False)
         ring = hopper_ssd.ring(128, torch.bfloat16, False, config)
         assert config.look_back
-        assert hopper_ssd._resident(plan, ring, torch.empty(0))
+        assert hopper_ssd._all_there(plan, ring, torch.empty(0))
         assert not hopper_ssd.choose(plan, keep=True).look_back
-    assert not hopper_ssd.choose(planned(8, 8192, 32), keep=False).look_back  # one segment
+    for keep in (False, True):  # one segment
+        assert hopper_ssd.choose(planned(8, 8192, 32), keep=keep).look_back
     many = planned(3, 8192, 32)  # more blocks than are resident
     assert many.nsegments > 1
-    assert not hopper_ssd._resident(many, ring, torch.empty(0))
+    assert not hopper_ssd._all_there(many, ring, torch.empty(0))
     hopper_ssd._planned.cache_clear()
 
 
