@@ -5,6 +5,7 @@ neither wait for one another nor for a run that someone has started on this mach
 """
 
 import atexit
+import gc
 import os
 import runpy
 import shutil
@@ -26,6 +27,12 @@ _temporary = tempfile.mkdtemp(prefix="mambench-tests-")
 atexit.register(shutil.rmtree, _temporary, ignore_errors=True)
 os.environ["TMPDIR"] = _temporary
 tempfile.tempdir = None  # read TMPDIR again
+
+
+def pytest_collection_finish() -> None:
+    """Keep what all tests share out of garbage collections: those we measure begin with one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
