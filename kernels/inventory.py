@@ -109,7 +109,9 @@ def _ssd_triton(draw: Draw, **sizes: Any) -> None:
 def _ssd_hopper(draw: Draw, *, train: bool, **sizes: Any) -> None:
     from mambench.kernels.ssd.hopper_op import ssd
 
-    ssd(**_ssd(draw, train=train, **sizes))  # its backward is that of the portable module
+    out = ssd(**_ssd(draw, train=train, **sizes))
+    if train and not sizes.get("gated", True):  # else its backward is the portable module's
+        draw.backward(out)
 
 
 def _associative_s6(draw: Draw) -> None:
@@ -251,6 +253,16 @@ ENTRIES = (
     Entry(
         name="ssd hopper bf16 P=64 N=128 for a backward",
         call=lambda draw: _ssd_hopper(draw, train=True),
+        architectures=HOPPER,
+    ),
+    Entry(
+        name="ssd hopper bf16 P=64 N=128 with its backward, without gate",
+        call=lambda draw: _ssd_hopper(draw, train=True, gated=False),
+        architectures=HOPPER,
+    ),
+    Entry(
+        name="ssd hopper bf16 P=64 N=128 in one segment",
+        call=lambda draw: _ssd_hopper(draw, train=True, seqlen=512),
         architectures=HOPPER,
     ),
 )
