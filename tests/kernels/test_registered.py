@@ -152,6 +152,30 @@ def test_what_is_not_served_raises(cases, variant):
         first[0].sum().backward()
 
 
+def test_a_backward_s_results_are_differentiated_no_more():
+    modes = []
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        @registered.differentiated_once
+        def backward(ctx, grad):
+            modes.append(torch.is_grad_enabled())
+            return 2 * ctx.saved_tensors[0] * grad
+
+    x = torch.tensor([3.0], requires_grad=True)
+    (first,) = torch.autograd.grad(Square.apply(x) ** 2, x)
+    (again,) = torch.autograd.grad(Square.apply(x) ** 2, x, create_graph=True)
+    assert (first, again) == (108, 108)
+    assert modes == [False, False]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        again.backward()
+
+
 def planted(name, **changes):
     """Register y = 2 x, s = sum of x, with a fault."""
     parts = {

@@ -51,44 +51,17 @@ class Held(TorchDispatchMode):
         return sum(n for ref, n in self._alive.items() if not ref.expired())
 
 
-class NoLaunch:
-    """Stands for a kernel."""
-
-    def __getitem__(self, grid):
-        return lambda *arguments, **constants: None
-
-
 @pytest.fixture
 def unlaunched(monkeypatch):
     """Plan for an H100 and launch nothing."""
     from mambench.kernels import prepared
-    from mambench.kernels.s6 import hopper_backward, hopper_op, hopper_scan, hopper_wide
-    from mambench.kernels.ssd import (
-        hopper_grad,
-        hopper_ssd,
-        triton_launch,
-        triton_parts,
-        triton_ssd_backward,
-        triton_sums,
-        triton_whole,
-    )
+    from mambench.kernels.s6 import hopper_backward, hopper_scan
+    from mambench.kernels.ssd import hopper_grad, hopper_ssd, triton_launch, triton_ssd_backward
 
-    calls = (hopper_scan, importlib.import_module("mambench.kernels.ssd.hopper_op"))
-    caches = [hopper_ssd._planned.cache_clear, *(module._calls.clear for module in calls)]
-    assert hopper_op
+    ssd = importlib.import_module("mambench.kernels.ssd.hopper_op")
+    known = (hopper_scan._calls, hopper_backward._calls, ssd._calls, ssd._gradients)
+    caches = [hopper_ssd._planned.cache_clear, *(each.clear for each in known)]
     monkeypatch.setattr(prepared.Recording, "launch", lambda *_, **__: None)
-    for module, names in (
-        (hopper_backward, ("segment_adjoint_kernel", "pass_back_kernel", "scan_backward_kernel")),
-        (hopper_wide, ("segment_adjoint_kernel", "pass_back_kernel", "move_states_kernel")),
-        (hopper_wide, ("scan_backward_wide_kernel",)),
-        (triton_ssd_backward, ("grad_c_kernel", "grad_b_kernel", "sum_kernel")),
-        (triton_whole, ("whole_kernel", "finish_kernel")),
-        (triton_sums, ("column_sums_kernel",)),
-        (hopper_grad, ("exits_kernel", "grad_c_fetched_kernel", "grad_kernel", "states_kernel")),
-        (triton_parts, ("state_kernel", "dt_kernel", "prefix_kernel")),
-    ):
-        for name in names:
-            monkeypatch.setattr(module, name, NoLaunch())
     for module in (hopper_backward, hopper_grad, hopper_ssd, triton_launch, triton_ssd_backward):
         monkeypatch.setattr(module, "multiprocessors", lambda device: PROCESSORS)
     monkeypatch.setattr(hopper_scan, "_multiprocessors", lambda device: PROCESSORS)
