@@ -45,7 +45,7 @@ _UNARY = {
 
 # Instructions whose result is computed from registers alone.
 _COMPUTED = {
-    *("setp", "mov", "shl", "shr", "selp", "bfe", "fma", "mul", "mad", "shf"), *_UNARY, *_BINARY,
+    *("mov", "shl", "shr", "selp", "bfe", "fma", "mul", "mad", "shf"), *_UNARY,
 }  # fmt: skip
 
 
@@ -74,6 +74,7 @@ class Instruction(NamedTuple):
     kind: str  # the last of them
     is_polled: bool  # a load that may be repeated until it finds something else
     is_packed: bool  # a move between a register and its halves
+    applied: Callable[..., np.ndarray] | None  # to two operands, where that is all
 
     @classmethod
     def of(cls, predicate: str, opcode: str, operands: list[str]) -> "Instruction":
@@ -83,7 +84,9 @@ class Instruction(NamedTuple):
         is_packed = name == "mov" and ("{" in operands[0] or "{" in operands[1])
         if name in ("ld", "st"):
             parts = [p for p in parts if p not in ("acquire", "relaxed", "gpu", "cg")]
-        return cls(predicate, opcode, operands, name, parts, kind, is_polled, is_packed)
+        applied = _BINARY.get(name) if not {"wide", "hi"} & set(parts) else None
+        applied = _COMPARE[parts[0]] if name == "setp" else applied
+        return cls(predicate, opcode, operands, name, parts, kind, is_polled, is_packed, applied)
 
 
 @functools.lru_cache(maxsize=8)
@@ -279,6 +282,10 @@ class Block:
                     raise NotImplementedError("a branch that diverges")
                 if active is None or active[0]:
                     position = self.labels[instruction.operands[0]]
+            elif instruction.applied is not None:
+                _, _, (target, a, b, *_), _, _, kind, *_ = instruction
+                value = instruction.applied(self.get(a, kind), self.get(b, kind))
+                self.put(target, value, active)
             elif name in _COMPUTED and not instruction.is_packed:
                 self.put(instruction.operands[0], self.value(instruction), active)
             else:
@@ -286,7 +293,7 @@ class Block:
 
     def step(self, instruction: Instruction, active: np.ndarray | None) -> None:
         """Execute one instruction that is no branch."""
-        _, _, operands, name, parts, kind, _, is_packed = instruction
+        _, _, operands, name, parts, kind, _, is_packed, _ = instruction
         threads = self.all if active is None else active
         if name == "bar":
             self.epoch += 1
@@ -311,13 +318,10 @@ class Block:
 
     def value(self, instruction: Instruction) -> np.ndarray:
         """Compute the result of an arithmetic instruction."""
-        _, _, operands, name, parts, kind, _, _ = instruction
-        if name == "setp":
-            a, b = (self.get(o, kind) for o in operands[1:3])
-            return _COMPARE[parts[0]](a, b)
+        _, _, operands, name, parts, kind, *_ = instruction
         a = self.get(operands[1], kind)
         if name == "mov":
-            return a.copy()
+            return a
         if name in _UNARY:
             return _UNARY[name](a).astype(a.dtype)
         if name in ("shl", "shr"):
@@ -347,9 +351,7 @@ class Block:
             shift = self.get(operands[3], "u32") & np.uint32(31)
             joined = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
             return ((joined << shift.astype(np.uint64)) >> np.uint64(32)).astype(np.uint32)
-        if name not in _BINARY:
-            raise NotImplementedError(instruction.opcode)
-        return _BINARY[name](a, b)
+        raise NotImplementedError(instruction.opcode)
 
     def bit_field(self, a: np.ndarray, operands: list[str]) -> np.ndarray:
         """bfe: bits [start, start + length), sign-extended for a signed type."""
