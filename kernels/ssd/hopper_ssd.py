@@ -1,8 +1,9 @@
 """SSD forward on Hopper: what it supports, how it is divided, and its launches.
 
-Where no backward follows, short sequences are one launch (`hopper_fused`), and longer ones whose
-blocks are all resident at once two: prepare_kernel and a walk that looks back (`hopper_walk`).
-Others are up to four:
+Where no backward follows, short sequences are one launch (`hopper_fused`). Two, prepare_kernel and
+a walk (`hopper_walk`), serve time that is one segment, with a backward or without, and several
+segments where none follows and all blocks, which look back then, are resident at once. Others are
+up to four:
 
     prepare_kernel  cum, cumj, and B C^T once per group (scores)
     state_kernel    each segment's own contribution to the state    (more than one segment only)

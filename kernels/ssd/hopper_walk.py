@@ -1,4 +1,4 @@
-"""The launch of the SSD forward's walk that looks back, on Hopper."""
+"""The launch of the SSD forward's walk on Hopper, which looks back where segments are several."""
 
 import math
 from typing import Any

@@ -1,6 +1,7 @@
 """A call that is repeated gives the C launchers what the first one gave them through Triton."""
 
 import ctypes
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -332,6 +333,28 @@ def test_a_tensor_map_is_encoded_once_for_an_address(driver):
     other = x.clone()
     call((other,), [other.data_ptr()])
     assert driver.maps[-2][0] == other.data_ptr() or driver.maps[-1][0] == other.data_ptr()
+
+
+def test_threads_call_at_once():
+    """As autograd's thread does beside the caller's; none has another's tensors."""
+    operation, start, wrong = Operation(), threading.Barrier(4), []
+
+    def run(seed):
+        generator = torch.Generator().manual_seed(seed)
+        start.wait()
+        for turn in range(40):
+            x, y = (torch.randn(2 + turn % 3, generator=generator) for _ in range(2))
+            if not right(operation, x, y, factor=float(seed % 2)):
+                wrong.append((seed, turn))
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(operation.calls._known) == 6
+    assert sum(operation.launches) == 160
 
 
 class InPhases(Operation):
