@@ -1,8 +1,9 @@
 """SSD forward on Hopper: the walk that looks back, as it is in the checkout, where one head in eight decays by a given power of two over a chunk.
 
 python3 ssd_walk_decay.py, from the repository's root; about 30 s. Rows as they are made; $OUT/ssd_walk_decay.json.
+"draws" as its argument: no GPU; by how much the heads decay that the suites draw, $OUT/ssd_walk_draws.json.
 """
-import json, math, os, sys
+import json, math, os, statistics, sys
 from pathlib import Path
 
 from parts import load_package, relative, replay_us, ssd_inputs as inputs
@@ -11,6 +12,8 @@ OUT = Path(os.environ.get("OUT", "/tmp/out")); OUT.mkdir(parents=True, exist_ok=
 load_package()
 import torch
 
+from mambench.harness.spec import Family, Problem
+from mambench.implementations.problems.ssd import SsdProblem
 from mambench.kernels import prepared
 from mambench.kernels.ssd import hopper_ssd as S
 
@@ -33,6 +36,32 @@ def one_in_eight(case, decay):
     chosen = torch.arange(len(dt), device="cuda") % 8 == 0
     return {**case, "A": torch.where(chosen, -decay / 64 / math.log2(math.e) / dt, case["A"])}
 
+
+def drawn(heads, seed, tokens=8192):
+    """Return the log2 decays of the chunks (tokens / 64, heads) of a suite's problem."""
+    problem = Problem(family=Family.SSD, batch=1, seqlen=tokens, d_inner=4 * heads, d_state=4, headdim=4, ngroups=1)
+    inputs = SsdProblem().make_inputs(problem, dtype=torch.float32, device="cpu", seed=seed)
+    dt = torch.nn.functional.softplus(inputs["dt"][0] + inputs["dt_bias"])
+    return (dt * inputs["A"]).view(-1, 64, heads).sum(1) * math.log2(math.e)
+
+
+def draws(seeds=20):
+    """Return what share of the chunks decays by more, in how many pairs of heads any does, and the most."""
+    found = {}
+    for heads in (32, 128):
+        decays = [drawn(heads, seed) for seed in range(seeds)]
+        for limit in (-64, -128):
+            beyond = [t < limit for t in decays]
+            pairs = [int(b.any(0).view(-1, 2).any(1).sum()) for b in beyond]
+            share = statistics.mean(float(b.float().mean()) for b in beyond)
+            found[f"{heads} heads, beyond 2^{limit}"] = {"share": round(share, 4), "pairs": [min(pairs), statistics.median(pairs), max(pairs)]}
+        found[f"{heads} heads, the most"] = round(min(float(t.min()) for t in decays), 1)
+    return found
+
+
+if sys.argv[1:] == ["draws"]:
+    print(text := json.dumps(draws(), indent=1)); (OUT / "ssd_walk_draws.json").write_text(text)
+    sys.exit()
 
 found = {"right": {}, "us": {}}
 for decay in (60, 90, 120, 127, 128, 140, 500):
