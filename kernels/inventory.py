@@ -247,7 +247,7 @@ ENTRIES = (
     ),
     Entry(
         name="ssd hopper in one launch bf16 P=64 N=128",
-        call=lambda draw: _ssd_hopper(draw, train=False, seqlen=2048, gated=False),
+        call=lambda draw: _ssd_hopper(draw, train=False, seqlen=512, gated=False),
         architectures=HOPPER,
     ),
     Entry(

@@ -4,13 +4,15 @@ from mambench.kernels.ssd.triton_config import segment_chunks
 
 CHUNK = 64  # tokens, Q
 CHANNELS = 64  # of one head that one consumer holds
+WITHIN_CHUNKS = 16  # of a segment whose walk makes its own sums, and needs no launch before it
 _FILLED_FRAC = 0.9  # of the multiprocessors, by one wave
 _WHOLE_CHUNKS = 8
 MOST_COMBINED = 2  # segments: of more, a launch adds up what enters them faster than the scan
 LONGEST_WALK = 256  # chunks of a segment
 MOST_SEGMENTS = 32  # whose flags one warp watches
 _LEAST_CHUNKS = 2  # of a segment: the states of shorter ones would take more memory than the output
-ONE_LAUNCH_CHUNKS = 512  # of all pairs of heads
+ONE_LAUNCH_CHUNKS = 128  # of all pairs of heads
+ONE_LAUNCH_CHUNKS_PADDED = 512
 # Of a look back, in units of the time that the outputs of a chunk take.
 _STATE_COST = 0.5
 _HAND_OVER_COST = 2.0
@@ -53,14 +55,23 @@ def chunks_per_segment(
     return max(_LEAST_CHUNKS, segment_chunks(nchunks, blocks, multiprocessors))
 
 
-def one_launch(*, batch: int, seqlen: int, nheads: int, headdim: int, ngroups: int) -> bool:
-    """Return whether the walk with a look back (`hopper_fused`) is faster than four launches.
+def one_launch(
+    *, batch: int, seqlen: int, nheads: int, headdim: int, ngroups: int, d_state: int
+) -> bool:  # fmt: skip
+    """Return whether the walk with a helper (`hopper_fused`) is faster than the one without.
 
-    It is where the launches are mostly starting and waiting; where they are long, its helper's
-    share of the tensor cores takes more than they cost.
+    It is where a walk is mostly starting and waiting; where it is long, the helper's share of the
+    tensor cores takes more than its own sums and scores cost the other. Where states are padded,
+    the other is four launches.
     """
     blocks = batch * ngroups * pairs(nheads // ngroups, headdim)
-    return blocks * -(-seqlen // CHUNK) <= ONE_LAUNCH_CHUNKS
+    most = ONE_LAUNCH_CHUNKS_PADDED if padded(headdim, d_state) else ONE_LAUNCH_CHUNKS
+    return blocks * -(-seqlen // CHUNK) <= most
+
+
+def padded(headdim: int, d_state: int) -> bool:
+    """Return whether a block's states are larger than those that are asked for."""
+    return headdim % CHANNELS != 0 or d_state < 16 or d_state & (d_state - 1) != 0
 
 
 def look_back_chunks(
@@ -97,7 +108,7 @@ def workspace_bytes(
     sizes = {
         "batch": batch, "seqlen": seqlen, "nheads": nheads, "headdim": headdim, "ngroups": ngroups,
     }  # fmt: skip
-    if one_launch(**sizes):
+    if one_launch(**sizes, d_state=d_state):
         blocks = batch * ngroups * pairs(nheads // ngroups, headdim)
         segments = -(-nchunks // look_back_chunks(**sizes, multiprocessors=132))
         block_n = max(32, 1 << (d_state - 1).bit_length())

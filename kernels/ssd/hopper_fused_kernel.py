@@ -34,13 +34,11 @@ from mambench.kernels.ssd.hopper_look_back import (
     publish,
     reset,
 )
-from mambench.kernels.ssd.triton_parts import LEAST_LOG2_DECAY
+from mambench.kernels.ssd.hopper_rows import LEAST_LOG2_DECAY, LOG2_E, add, softplus
 
 _Q = gl.constexpr(CHUNK)
 _P = gl.constexpr(CHANNELS)
-_LOG2_E = gl.constexpr(1.4426950408889634)
 _ALL = gl.constexpr(PropagateNan.ALL)
-_LEAST_LOG2_DECAY = gl.constexpr(LEAST_LOG2_DECAY.value)
 _RUNTIME_SIZES = [
     "seqlen", "dt_min", "dt_max", "stride_batch", "stride_token", "stride_head",
     "nchunks", "segment_chunks", "nsegments", "nheads", "pairs_per_group", "heads_per_group",
@@ -58,28 +56,6 @@ def ring_barriers(STAGES: gl.constexpr):
         mbarrier.init(made.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     return loaded, made, empty
-
-
-@gluon.jit
-def _softplus(x):
-    """log(1 + exp(x)), as `triton_parts.softplus`."""
-    e = gl.exp2(-gl.abs(x) * _LOG2_E)
-    s = e / (2.0 + e)
-    s2 = s * s
-    series = 1.0 / 15.0
-    series = series * s2 + 1.0 / 13.0
-    series = series * s2 + 1.0 / 11.0
-    series = series * s2 + 1.0 / 9.0
-    series = series * s2 + 1.0 / 7.0
-    series = series * s2 + 1.0 / 5.0
-    series = series * s2 + 1.0 / 3.0
-    series = series * s2 + 1.0
-    return gl.maximum(x, 0.0, propagate_nan=_ALL) + 2.0 * s * series
-
-
-@gluon.jit
-def _sum(a, b):
-    return a + b
 
 
 @gluon.jit
@@ -101,12 +77,12 @@ def _decay_rows(
     if HAS_BIAS:
         dt += bias[:, None]
     if SOFTPLUS:
-        dt = _softplus(dt)
+        dt = softplus(dt)
     dt = gl.maximum(dt, dt_min, propagate_nan=_ALL)
     dt = gl.minimum(dt, dt_max, propagate_nan=_ALL)
     dt = gl.where(inside[None, :], dt, 0.0)
-    log_decay = gl.maximum(dt * A2[:, None], _LEAST_LOG2_DECAY, propagate_nan=_ALL)
-    cum = gl.associative_scan(log_decay, 1, _sum)
+    log_decay = gl.maximum(dt * A2[:, None], LEAST_LOG2_DECAY, propagate_nan=_ALL)
+    cum = gl.associative_scan(log_decay, 1, add)
     log_dt = gl.log2(gl.where(dt > 0, dt, 1.0))
     cumj = gl.where(dt > 0, cum - log_dt, float("inf"))
     total = gl.sum(gl.where(last[None, :], cum, 0.0), axis=1)
@@ -129,7 +105,7 @@ def _helper(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
     h0, _ = consumers_head(pair, 0, pairs_per_group, heads_per_group, P)
     h1, _ = consumers_head(pair, 1, pairs_per_group, heads_per_group, P)
     heads = gl.where(gl.arange(0, 2, layout=gl.SliceLayout(1, ROWS)) == 0, h0, h1)
-    A2 = gl.load(A_ptr + heads).to(gl.float32) * _LOG2_E
+    A2 = gl.load(A_ptr + heads).to(gl.float32) * LOG2_E
     bias = A2
     if HAS_BIAS:
         bias = gl.load(bias_ptr + heads).to(gl.float32)
@@ -366,7 +342,7 @@ def _consumer(
         y = warpgroup_mma_wait(1, deps=(y,))
         if HAS_Z:
             z = zs.index(stage * 2 + which).permute((1, 0)).load(OUT).to(gl.float32)
-            y *= z / (1.0 + gl.exp2(-z * _LOG2_E))
+            y *= z / (1.0 + gl.exp2(-z * LOG2_E))
         out_tile.permute((1, 0)).store(y.to(dtype))
         fence_async_shared()
         row = [b, h, (first + item - own) * _Q, channel]

@@ -1,9 +1,9 @@
 """SSD forward on Hopper: what it supports, how it is divided, and its launches.
 
-Where no backward follows, short sequences are one launch (`hopper_fused`). Two, prepare_kernel and
-a walk (`hopper_walk`), serve time that is one segment, with a backward or without, and several
-segments where none follows and all blocks, which look back then, are resident at once. Others are
-up to four:
+Where no backward follows and all blocks, which look back at earlier segments, are resident at once,
+short segments take one launch: a walk that makes its own sums and scores (`hopper_walk_alone`), or
+of the shortest sequences `hopper_fused`. Two, prepare_kernel and a walk (`hopper_walk`), serve
+longer segments, and time that is one segment, with a backward or without. Others are up to four:
 
     prepare_kernel  cum, cumj, and B C^T once per group (scores)
     state_kernel    each segment's own contribution to the state    (more than one segment only)
@@ -32,9 +32,11 @@ from mambench.kernels.ssd.hopper_config import (
     LONGEST_WALK,
     MOST_COMBINED,
     MOST_SEGMENTS,
+    WITHIN_CHUNKS,
     chunks_per_segment,
     look_back_chunks,
     one_launch,
+    padded,
     pairs,
     refusal,
 )
@@ -75,6 +77,8 @@ class Config:
     registers: per thread of a consumer of the scan.
     fused_registers: per thread of a consumer and of the helper of the one launch.
     walk_registers: per thread of a consumer of the walk that looks back.
+    alone: have the walk that looks back make its own sums and scores, so that it is the only
+        launch, where several segments are short.
     """
 
     scores: bool = True
@@ -92,13 +96,14 @@ class Config:
     state_registers: int = 200
     fused_registers: tuple[int, int] = (208, 72)
     walk_registers: int = 240
+    alone: bool = False
 
 
 DEFAULT = Config()
 _WITHOUT_PDL = Config(pdl=False)
 _WALKS_WITHOUT_PDL = Config(pdl=False, look_back=True)
 _FUSED = Config(fused=True)
-_LOOKS_BACK = Config(look_back=True)
+_LOOKS_BACK = Config(look_back=True, alone=True)
 _PDL_TOKEN_HEADS = 1 << 17
 
 
@@ -122,7 +127,7 @@ def choose(plan: Launch, *, keep: bool = True) -> Config:
 def _is_short(plan: Launch) -> bool:
     return one_launch(
         batch=plan.batch, seqlen=plan.seqlen, nheads=plan.nheads, headdim=plan.headdim,
-        ngroups=plan.ngroups,
+        ngroups=plan.ngroups, d_state=plan.d_state,
     )  # fmt: skip
 
 
@@ -167,9 +172,10 @@ def _planned(
     sizes = {
         "batch": batch, "seqlen": seqlen, "nheads": nheads, "headdim": headdim, "ngroups": ngroups,
     }  # fmt: skip
+    short = one_launch(**sizes, d_state=d_state)
     if config is not None and config.segments is not None:
         per_segment = -(-nchunks // max(1, min(config.segments, nchunks)))
-    elif config.fused if config is not None else not keep and one_launch(**sizes):
+    elif config.fused if config is not None else not keep and short:
         per_segment = look_back_chunks(**sizes, multiprocessors=multiprocessors(device))
     else:
         per_segment = chunks_per_segment(**sizes, multiprocessors=multiprocessors(device))
@@ -192,6 +198,7 @@ class Ring:
 
     block_n: int
     stages: int
+    alone_stages: int
     state_stages: int
     scores_dtype: torch.dtype | None
 
@@ -213,9 +220,12 @@ def ring(d_state: int, dtype: torch.dtype, gated: bool, config: Config) -> Ring:
     stage = x_tiles * (2 if gated else 1) + 2 * n_tile + rows + scores
     fixed = 2 * x_tiles + 256  # weights, outputs; barriers
     stages = min(config.stages, (_SHARED_BYTES - fixed) // (stage + 24))
+    sums = 6 * WITHIN_CHUNKS * CHUNK * 4 + 2 * WITHIN_CHUNKS * 4
+    alone_stages = min(config.stages, (_SHARED_BYTES - fixed - sums) // (stage - rows + 24))
     return Ring(
         block_n=block_n,
         stages=stages,
+        alone_stages=alone_stages,
         state_stages=min(config.state_stages, _SHARED_BYTES // (x_tiles + n_tile + rows + 16)),
         scores_dtype=scores_dtype,
     )
@@ -394,7 +404,6 @@ def _run_part(
             narrow=narrow, keep=keep,
         )  # fmt: skip
     per_group = pairs(plan.heads_per_group, plan.headdim)
-    cum, cumj, scores = run_prepare(recording, plan, tensors, shape, config)
     sizes = (
         plan.nchunks, plan.segment_chunks, plan.nsegments, plan.nheads, per_group,
         plan.heads_per_group,
@@ -402,14 +411,24 @@ def _run_part(
     constants = {
         "PDL": config.pdl, "P": plan.headdim, "N": plan.d_state, "BLOCK_N": shape.block_n,
     }  # fmt: skip
-    walks = config.look_back and scores is not None
-    if walks and (plan.nsegments == 1 or (not keep and _all_there(plan, shape, x))):
-        constants |= {"STAGES": shape.stages, "REGISTERS": config.walk_registers}
+    walks = config.look_back and shape.scores_dtype is not None
+    walks = walks and (plan.nsegments == 1 or (not keep and _all_there(plan, x)))
+    alone = walks and config.alone and plan.nsegments > 1 and plan.segment_chunks <= WITHIN_CHUNKS
+    prepared = None if alone else run_prepare(recording, plan, tensors, shape, config)
+    if walks:
+        assert shape.scores_dtype is not None
+        constants |= {
+            "STAGES": shape.alone_stages if alone else shape.stages,
+            "REGISTERS": config.walk_registers,
+        }
         run_walk(
-            recording, plan, tensors, (cum, cumj, scores), results, sizes=sizes,
-            constants=constants, narrow=config.narrow and x.dtype == torch.bfloat16,
+            recording, plan, tensors, prepared, results, scores_dtype=shape.scores_dtype,
+            sizes=sizes, constants=constants,
+            narrow=config.narrow and x.dtype == torch.bfloat16,
         )  # fmt: skip
         return tensors.initial_states if keep else None
+    assert prepared is not None
+    cum, cumj, scores = prepared
     tiles = Tiles(
         x=tiles_of(x, CHANNELS),
         B=tiles_of(B, shape.block_n),
@@ -424,15 +443,18 @@ def _run_part(
     return entries.states if keep else None
 
 
-def _all_there(plan: Launch, shape: Ring, x: Tensor) -> bool:
+def _all_there(plan: Launch, x: Tensor) -> bool:
     """Return whether blocks may look back: all are there at once, and no slot is padded.
 
     Padded slots would take more memory than the states that four launches keep.
     """
     blocks = pairs(plan.heads_per_group, plan.headdim) * plan.ngroups * plan.batch
-    whole = plan.headdim % CHANNELS == 0 and plan.d_state == shape.block_n
     count = plan.nsegments
-    return whole and count <= MOST_SEGMENTS and count * blocks <= multiprocessors(x.device)
+    return (
+        not padded(plan.headdim, plan.d_state)
+        and count <= MOST_SEGMENTS
+        and count * blocks <= multiprocessors(x.device)
+    )
 
 
 def _scan(

@@ -1,4 +1,6 @@
-"""The SSD forward on Hopper as one walk per block, behind the launch that prepares it. In Gluon.
+"""The SSD forward on Hopper as one walk per block. In Gluon.
+
+It follows the launch that makes sums and scores, or makes them itself (`hopper_walk_alone`).
 
 A block serves one segment of time of two consumers' heads (see `hopper_kernel`, whose transposed
 products these are). It walks its segment twice: backwards for the segment's own end state, then,
@@ -22,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mambench.kernels.ssd.hopper_config import CHANNELS, CHUNK
+from mambench.kernels.ssd.hopper_config import CHANNELS, CHUNK, WITHIN_CHUNKS
 from mambench.kernels.ssd.hopper_kernel import (
     consumers_head,
     let_next_launch,
@@ -30,6 +32,7 @@ from mambench.kernels.ssd.hopper_kernel import (
     row_of,
     scaled_state,
     state_tile,
+    wait_for_launch_before,
 )
 from mambench.kernels.ssd.hopper_look_back import (
     anew,
@@ -39,34 +42,64 @@ from mambench.kernels.ssd.hopper_look_back import (
     publish,
     unknown,
 )
+from mambench.kernels.ssd.hopper_walk_alone import (
+    fetch_for_scores,
+    make_scores,
+    prefetch_steps,
+    prefetch_tiles,
+    sums_within,
+)
 from mambench.kernels.ssd.hopper_walk_producer import place, producer
 
 _Q = gl.constexpr(CHUNK)
 _P = gl.constexpr(CHANNELS)
+WITHIN = gl.constexpr(WITHIN_CHUNKS)
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _LEAST_MILD = gl.constexpr(-128.0)  # log2 decay of a chunk: bf16 has the range of half of it
 _RUNTIME_SIZES = [
     "nchunks", "segment_chunks", "nsegments", "nheads", "pairs_per_group", "heads_per_group",
+    "seqlen", "dt_min", "dt_max", "stride_batch", "stride_token", "stride_head",
+    "x_stride_batch", "x_stride_token", "x_stride_head",
 ]  # fmt: skip
 
 
 @gluon.jit
-def _own_operand(
-    which: gl.constexpr, tiles, item, after, STAGES: gl.constexpr, LEFT: gl.constexpr
-):  # fmt: skip
-    """Return x^T weighted by its decay up to the segment's end, and the chunk's log2 decay."""
-    xs, _zs, _Bs, _Cs, _scores, cums, _weights, _outs, full, _empty = tiles
-    along: gl.constexpr = gl.SliceLayout(0, LEFT)
-    stage = item % STAGES
-    mbarrier.wait(full.index(stage), (item // STAGES) & 1)
-    total = row_of(cums, stage * 4 + which * 2).slice(_Q - 1, 1).load(along)
-    cumj = row_of(cums, stage * 4 + which * 2 + 1).load(along)
-    x = xs.index(stage * 2 + which).permute((1, 0)).load(LEFT)
-    return (x.to(gl.float32) * gl.exp2(after + total - cumj)[None, :]).to(x.dtype), total
+def _row(cums, which: gl.constexpr, kind: gl.constexpr, stage, c, ALONE: gl.constexpr):
+    """View chunk c's row of a kind, where it was fetched to or was made."""
+    if ALONE:
+        row = cums.index((which * 3 + kind) * WITHIN + c)
+    else:
+        row = row_of(cums, stage * 4 + which * 2 + kind)
+    return row
 
 
 @gluon.jit
-def _own_state(which: gl.constexpr, tiles, own, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+def _own_operand(
+    which: gl.constexpr, tiles, item, own, after, STAGES: gl.constexpr, LEFT: gl.constexpr,
+    ALONE: gl.constexpr,
+):  # fmt: skip
+    """Return x^T weighted by its decay up to the segment's end, and the chunk's log2 decay."""
+    xs, _zs, _Bs, _Cs, _scores, sums, _weights, _outs, full, _empty = tiles
+    cums, totals = sums
+    along: gl.constexpr = gl.SliceLayout(0, LEFT)
+    stage = item % STAGES
+    c = own - 1 - item
+    mbarrier.wait(full.index(stage), (item // STAGES) & 1)
+    if ALONE:
+        total = totals.index(which * WITHIN + c).load(along)
+        weight = _row(cums, which, 2, stage, c, ALONE).load(along)
+    else:
+        total = _row(cums, which, 0, stage, c, ALONE).slice(_Q - 1, 1).load(along)
+        weight = gl.exp2(after + total - _row(cums, which, 1, stage, c, ALONE).load(along))
+    x = xs.index(stage * 2 + which).permute((1, 0)).load(LEFT)
+    return (x.to(gl.float32) * weight[None, :]).to(x.dtype), total
+
+
+@gluon.jit
+def _own_state(
+    which: gl.constexpr, tiles, own, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    ALONE: gl.constexpr,
+):  # fmt: skip
     """Walk a segment backwards for its own end state and log2 decay.
 
     While a chunk's product is under way, the operand of the one before it is made.
@@ -76,19 +109,21 @@ def _own_state(which: gl.constexpr, tiles, own, BLOCK_N: gl.constexpr, STAGES: g
     LEFT: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
     state = gl.full([_P, BLOCK_N], 0.0, gl.float32, layout=STATE)
     after = gl.full([1], 0.0, gl.float32, layout=gl.SliceLayout(0, LEFT))
-    scaled, total = _own_operand(which, tiles, 0, after, STAGES, LEFT)
+    scaled, total = _own_operand(which, tiles, 0, own, after, STAGES, LEFT, ALONE)
     for item in range(0, own):
         state = warpgroup_mma(scaled, Bs.index(item % STAGES), state, is_async=True)
         after += total
         following = gl.minimum(item + 1, own - 1)
-        scaled, total = _own_operand(which, tiles, following, after, STAGES, LEFT)
+        scaled, total = _own_operand(which, tiles, following, own, after, STAGES, LEFT, ALONE)
         state = warpgroup_mma_wait(0, deps=(state,))
         mbarrier.arrive(empty.index(item % STAGES), count=1)
     return state, gl.convert_layout(after, gl.SliceLayout(1, STATE))
 
 
 @gluon.jit
-def _entering(which: gl.constexpr, tiles, work, head, channel, SIZES: gl.constexpr):
+def _entering(
+    which: gl.constexpr, tiles, work, head, channel, SIZES: gl.constexpr, ALONE: gl.constexpr
+):  # fmt: skip
     """Walk a segment for its own end state, hand it on, and return what enters the segment."""
     _D_ptr, start, slots, decays, flags, _final, npairs = work[0]
     b, pair, segment, nsegments, _first, own, _count, _sizes = work[1]
@@ -104,7 +139,7 @@ def _entering(which: gl.constexpr, tiles, work, head, channel, SIZES: gl.constex
         decays += before
         slots += before * SIZE
         if own > 0:
-            state, log_decay = _own_state(which, tiles, own, BLOCK_N, STAGES)
+            state, log_decay = _own_state(which, tiles, own, BLOCK_N, STAGES, ALONE)
             FLAT: gl.constexpr = flat_layout(BLOCK_N)
             left = flat_from_state(state.to(slots.dtype.element_ty), BLOCK_N, FLAT)
             gl.store(slots + (segment * SIZE + gl.arange(0, SIZE, layout=FLAT)), left)
@@ -123,7 +158,7 @@ def _entering(which: gl.constexpr, tiles, work, head, channel, SIZES: gl.constex
 
 @gluon.jit
 def _chunk(
-    which: gl.constexpr, tiles, out_desc, row, state, skip, stage, middle,
+    which: gl.constexpr, tiles, out_desc, row, state, skip, stage, c, middle,
     SIZES: gl.constexpr, FEATURES: gl.constexpr, MILD: gl.constexpr,
 ):  # fmt: skip
     """Write a chunk's outputs and return the state that leaves it.
@@ -134,10 +169,12 @@ def _chunk(
     middle: log2 decay from the chunk's start to where the factors are 1. The state is taken and
     returned as it is there; of a steep chunk as it is at the start, and at the end.
     """
-    xs, zs, Bs, Cs, scores_ring, cums, all_weights, outs, _full, _empty = tiles
+    xs, zs, Bs, Cs, scores_ring, sums, all_weights, outs, _full, _empty = tiles
+    cums, _totals = sums
     BLOCK_N: gl.constexpr = SIZES[2]
     D_DIMS: gl.constexpr = FEATURES[0]
     HAS_Z: gl.constexpr = FEATURES[1]
+    ALONE: gl.constexpr = FEATURES[3]
     dtype: gl.constexpr = Bs.dtype
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _Q, 16])
@@ -146,8 +183,8 @@ def _chunk(
     x_tile = xs.index(stage * 2 + which)
     B, C = Bs.index(stage), Cs.index(stage)
     scores_tile = scores_ring.index(stage)
-    cum = row_of(cums, stage * 4 + which * 2)
-    cumj = row_of(cums, stage * 4 + which * 2 + 1)
+    cum = _row(cums, which, 0, stage, c, ALONE)
+    cumj = _row(cums, which, 1, stage, c, ALONE)
     zero = gl.full([_P, _Q], 0.0, gl.float32, layout=OUT)
     # What enters the chunk, before the chunk's own part: S C^T.
     entering = gl.convert_layout(state.to(dtype), LEFT)
@@ -155,11 +192,14 @@ def _chunk(
     cum_i = cum.load(gl.SliceLayout(0, OUT))
     if MILD:
         x = x_tile.permute((1, 0)).load(LEFT)
-        weight = gl.exp2(middle - cumj.load(gl.SliceLayout(0, LEFT)))
+        if ALONE:
+            weight = cumj.load(gl.SliceLayout(0, LEFT))
+        else:
+            weight = gl.exp2(middle - cumj.load(gl.SliceLayout(0, LEFT)))
         scaled = (x.to(gl.float32) * weight[None, :]).to(dtype)
         y = warpgroup_mma(scaled, scores_tile, y, is_async=True)
         state = warpgroup_mma(scaled, B, state, is_async=True)
-        since_middle = gl.exp2(cum_i - middle)
+        since_middle = cum_i if ALONE else gl.exp2(cum_i - middle)
         tma.store_wait(0)
         gl.thread_barrier()
         y = warpgroup_mma_wait(1, deps=(y,))
@@ -195,7 +235,8 @@ def _chunk(
 def _consumer(
     which: gl.constexpr, tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr
 ):
-    _xs, _zs, Bs, _Cs, scores_ring, cums, _weights, _outs, full, empty = tiles
+    _xs, _zs, Bs, _Cs, scores_ring, sums, _weights, _outs, full, empty = tiles
+    cums, totals = sums
     out_desc = sources[0]
     D_ptr, _start, _slots, _decays, _flags, final, _npairs = work[0]
     b, pair, segment, nsegments, first, own, count, sizes = work[1]
@@ -205,13 +246,16 @@ def _consumer(
     BLOCK_N: gl.constexpr = SIZES[2]
     STAGES: gl.constexpr = SIZES[3]
     D_DIMS: gl.constexpr = FEATURES[0]
+    ALONE: gl.constexpr = FEATURES[3]
     # In fp16 the inverse of a decay has no place, and the scores are in fp32.
     MILD: gl.constexpr = Bs.dtype == gl.bfloat16 and scores_ring.dtype == gl.bfloat16
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _Q, 16])
     h, channel = consumers_head(pair, which, pairs_per_group, heads_per_group, P)
     head = b.to(gl.int64) * nheads + h
-    state = _entering(which, tiles, work, head, channel, SIZES)
+    if ALONE:
+        sums_within(which, tiles, work, h, FEATURES[4], _LEAST_MILD if MILD else None)
+    state = _entering(which, tiles, work, head, channel, SIZES, ALONE)
     p = channel + gl.arange(0, _P, layout=gl.SliceLayout(1, OUT))
     skip = p
     if D_DIMS == 1:
@@ -224,14 +268,18 @@ def _consumer(
         mbarrier.wait(full.index(stage), fill & 1)
         row = [b, h, (first + c) * _Q, channel]
         if MILD:
-            last = row_of(cums, stage * 4 + which * 2).slice(_Q - 1, 1)
+            if ALONE:
+                last = totals.index(which * WITHIN + c)
+            else:
+                last = _row(cums, which, 0, stage, c, ALONE).slice(_Q - 1, 1)
             total = gl.sum(last.load(gl.SliceLayout(1, STATE)), axis=0)
             if total > _LEAST_MILD:
                 middle = total * 0.5
                 state = state * gl.exp2(ahead + middle)
                 ahead = total - middle
                 state = _chunk(
-                    which, tiles, out_desc, row, state, skip, stage, middle, SIZES, FEATURES, True
+                    which, tiles, out_desc, row, state, skip, stage, c, middle, SIZES, FEATURES,
+                    True,
                 )  # fmt: skip
             else:
                 # Or ptxas takes addresses of the steep path's tiles from the mild path's registers.
@@ -239,11 +287,11 @@ def _consumer(
                 state = state * gl.exp2(ahead)
                 ahead = 0.0
                 state = _chunk(
-                    which, tiles, out_desc, row, state, skip, steep, 0.0, SIZES, FEATURES, False
+                    which, tiles, out_desc, row, state, skip, steep, c, 0.0, SIZES, FEATURES, False
                 )  # fmt: skip
         else:
             state = _chunk(
-                which, tiles, out_desc, row, state, skip, stage, 0.0, SIZES, FEATURES, False
+                which, tiles, out_desc, row, state, skip, stage, c, 0.0, SIZES, FEATURES, False
             )  # fmt: skip
         mbarrier.arrive(empty.index(stage), count=1)
     tma.store_wait(0)
@@ -256,33 +304,73 @@ def _consumer(
 
 
 @gluon.jit
+def _consumer_or_maker(
+    which: gl.constexpr, tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr
+):
+    if FEATURES[3]:
+        if which == 0:  # noqa: SIM102 of compile time, the other is not
+            if work[1][2] >= 0:
+                prefetch_steps(work)
+        wait_for_launch_before(FEATURES[2])
+        if work[1][2] < 0:
+            make_scores(which, tiles, work, SIZES[3])
+        else:
+            _consumer(which, tiles, sources, work, SIZES, FEATURES)
+    else:
+        _consumer(which, tiles, sources, work, SIZES, FEATURES)
+
+
+@gluon.jit
 def _consumer_0(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
-    _consumer(0, tiles, sources, work, SIZES, FEATURES)
+    _consumer_or_maker(0, tiles, sources, work, SIZES, FEATURES)
 
 
 @gluon.jit
 def _consumer_1(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
-    _consumer(1, tiles, sources, work, SIZES, FEATURES)
+    _consumer_or_maker(1, tiles, sources, work, SIZES, FEATURES)
+
+
+@gluon.jit
+def _producer(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
+    if FEATURES[3]:
+        if work[1][2] >= 0:
+            prefetch_tiles(work, SIZES[0])
+        wait_for_launch_before(FEATURES[2])
+        if work[1][2] < 0:
+            fetch_for_scores(tiles, sources, work, SIZES[3])
+        else:
+            producer(tiles, sources, work, SIZES, FEATURES)
+    else:
+        producer(tiles, sources, work, SIZES, FEATURES)
 
 
 @gluon.jit(do_not_specialize=_RUNTIME_SIZES)
 def walk_kernel(
     out_desc, x_desc, z_desc, B_desc, C_desc, scores_desc, cum_desc, cumj_desc,
     D_ptr, start, slots, decays, flags, final,
+    dt_ptr, A_ptr, bias_ptr, scores_ptr, x_ptr, seqlen, dt_min, dt_max,
+    stride_batch, stride_token, stride_head, x_stride_batch, x_stride_token, x_stride_head,
     nchunks, segment_chunks, nsegments, nheads, pairs_per_group, heads_per_group,
     PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, D_DIMS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, D_DIMS: gl.constexpr, SOFTPLUS: gl.constexpr,
 ):  # fmt: skip
     """The outputs, and the final states if there is a place for them. Grid (pairs, B, segments).
 
     start (B, H, P, N) enters the first, or zeros. slots (B, pairs, 2, segments - 1, 64 * BLOCK_N)
     take what each contributes, decays (B, pairs, 2, segments - 1) its log2 decay; flags, as many,
     are 0 and left 0 (see `kernels.flags`); all three None of one segment.
+
+    With dt it is the only launch, of segments of up to WITHIN_CHUNKS chunks (`hopper_walk_alone`),
+    and there is one more along the grid's last axis, which comes first: it makes the scores. Flags
+    are followed by (B, G, segments) of their own kind then, and cum_desc and cumj_desc are None.
     """
     let_next_launch(PDL)
+    ALONE: gl.constexpr = dt_ptr is not None
     pair = gl.program_id(0)
     b = gl.program_id(1)
     segment = gl.program_id(2)
+    if ALONE:
+        segment = segment - 1
     first = segment * segment_chunks
     count = gl.minimum(segment_chunks, nchunks - first)
     own = gl.where(segment < nsegments - 1, count, 0)
@@ -291,7 +379,13 @@ def walk_kernel(
     xs = gl.allocate_shared_memory(dtype, [STAGES * 2, _Q, _P], x_desc.layout)
     Bs = gl.allocate_shared_memory(dtype, [STAGES, _Q, BLOCK_N], B_desc.layout)
     Cs = gl.allocate_shared_memory(dtype, [STAGES, _Q, BLOCK_N], B_desc.layout)
-    cums = gl.allocate_shared_memory(gl.float32, [STAGES * 4, 1, _Q], cum_desc.layout)
+    if ALONE:
+        one: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        cums = gl.allocate_shared_memory(gl.float32, [6 * WITHIN, _Q], one)
+        totals = gl.allocate_shared_memory(gl.float32, [2 * WITHIN, 1], one)
+    else:
+        cums = gl.allocate_shared_memory(gl.float32, [STAGES * 4, 1, _Q], cum_desc.layout)
+        totals = cums
     zs = xs
     if HAS_Z:
         zs = gl.allocate_shared_memory(dtype, [STAGES * 2, _Q, _P], x_desc.layout)
@@ -302,20 +396,25 @@ def walk_kernel(
     outs = gl.allocate_shared_memory(dtype, [2, _Q, _P], x_desc.layout)
     full, empty = ring_barriers(STAGES)
     fence_async_shared()  # TMA sees the barriers, which it arrives at soon
-    tiles = (xs, zs, Bs, Cs, scores_ring, cums, weights, outs, full, empty)
+    tiles = (xs, zs, Bs, Cs, scores_ring, (cums, totals), weights, outs, full, empty)
     sources = (
         out_desc, x_desc, z_desc, B_desc, C_desc, scores_desc, cum_desc, cumj_desc, nchunks,
     )  # fmt: skip
     sizes = (nheads, pairs_per_group, heads_per_group)
     ends = (D_ptr, start, slots, decays, flags, final, gl.num_programs(0))
-    work = (ends, (b, pair, segment, nsegments, first, own, count, sizes))
+    made = (
+        dt_ptr, A_ptr, bias_ptr, seqlen, dt_min, dt_max, (stride_batch, stride_token, stride_head),
+        scores_ptr, nchunks, x_ptr, (x_stride_batch, x_stride_token, x_stride_head),
+    )  # fmt: skip
+    where = (b, pair, segment, nsegments, first, own, count, sizes)
+    work = (ends, where, made, segment_chunks)
     SIZES: gl.constexpr = (P, N, BLOCK_N, STAGES)
-    FEATURES: gl.constexpr = (D_DIMS, HAS_Z, PDL)
+    FEATURES: gl.constexpr = (D_DIMS, HAS_Z, PDL, ALONE, SOFTPLUS)
     gl.warp_specialize(
         [
             (_consumer_0, (tiles, sources, work, SIZES, FEATURES)),
             (_consumer_1, (tiles, sources, work, SIZES, FEATURES)),
-            (producer, (tiles, sources, work, SIZES, FEATURES)),
+            (_producer, (tiles, sources, work, SIZES, FEATURES)),
         ],
         [4, 1],
         [REGISTERS, 24],

@@ -132,19 +132,24 @@ def atomic_add(pointer, value, mask=None, *, sem, scope):
     if sem == "release":
         make_seen()
     flat, offsets, mask = pointer.at(mask)
+    before = flat[torch.where(mask, offsets, 0)].clone()
     flat[offsets[mask]] += torch.broadcast_to(torch.as_tensor(value), mask.shape)[mask]
+    return before
 
 
 def inline_assembly(text, constraints, arguments, **_):
     """Stand for loads that flags are waited for with: an earlier block's, or of this block."""
-    if text.startswith("griddepcontrol"):  # launches follow one another
+    if text.startswith(("griddepcontrol", "prefetch", "fence")):  # launches follow one another
         return None
     if text.startswith(("mov.b32", "shfl.sync.idx.b32")):
         return arguments[0]
     values = load(*arguments, other=0)
     if text.startswith("ld.acquire.gpu.global.b32"):
-        if not bool((values != 0).all()):
+        found = (torch.as_tensor(arguments[0].offset), values)
+        again = _state.awaited is not None and all(map(torch.equal, _state.awaited, found))
+        if again or not bool((values != 0).all()):
             raise RuntimeError("waits for a later block")
+        _state.awaited = found
     elif text.startswith("ld.relaxed.gpu.global.b32"):
         values = changed_since(*arguments, values)
     else:
@@ -333,7 +338,7 @@ class Launch:
 
     def enter(self):
         _state.launch, _state.stores, _state.products, _state.written = self, [], [], []
-        _state.polled = None
+        _state.polled = _state.awaited = None
 
     def wait(self, over, sleep):
         """Call `sleep` until `over()`; raises where another partition failed or all wait."""

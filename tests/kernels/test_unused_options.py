@@ -82,6 +82,8 @@ def used(call, *given):
         (ssd, "triton_ssd", "initial_states", {"HAS_START"}),
         (ssd, "triton_ssd", "z", {"HAS_Z"}),
         (ssd, "triton_ssd", "return_final_states", {"STORE_FINAL"}),
+        (ssd, "triton_ssd", "dt_bias", {"bias_ptr", "HAS_BIAS"}),
+        (ssd, "hopper_op", "dt_bias", {"bias_ptr"}),
         (ssd, "hopper_op", "initial_states", {"start"}),
         (ssd, "hopper_op", "z", {"z_desc"}),
         (ssd, "hopper_op", "return_final_states", {"final"}),
@@ -90,7 +92,7 @@ def used(call, *given):
             for module in ("triton_ssd", "hopper_op")
             for option, taken in (
                 ("D", {"D_ptr", "D_DIMS"}),
-                ("dt_bias", {"bias_ptr", "HAS_BIAS"}), ("dt_softplus", {"SOFTPLUS"}),
+                ("dt_softplus", {"SOFTPLUS"}),
                 ("dt_limit", set()),  # two comparisons of each dt, given or not
             )
         ),

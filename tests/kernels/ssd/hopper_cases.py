@@ -17,6 +17,7 @@ import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -73,6 +74,7 @@ def planted(op, changes, case):
         hopper_fused_kernel,
         hopper_kernel,
         hopper_look_back,
+        hopper_walk_alone,
         hopper_walk_kernel,
         hopper_walk_producer,
     )
@@ -81,7 +83,7 @@ def planted(op, changes, case):
     if case.get("fused"):
         modules = (hopper_look_back, hopper_fused_kernel)
     elif case.get("look_back"):
-        modules = (hopper_look_back, hopper_walk_producer, hopper_walk_kernel)
+        modules = (hopper_look_back, hopper_walk_alone, hopper_walk_producer, hopper_walk_kernel)
     right = [Path(module.__file__).read_text() for module in modules]
     wrong = list(right)
     for old, new in changes:
@@ -126,6 +128,7 @@ def measured(op, case):
     config = op.Config(
         pdl=False, segments=case.pop("segments"), scores=case.pop("scores", True),
         fused=case.pop("fused", False), look_back=case.pop("look_back", False),
+        alone=case.pop("alone", False),
     )  # fmt: skip
     limit = [str(value) for value in case.pop("dt_limit", (0.0, math.inf))]
     how = repr((case.pop("dt_softplus", True), limit))
@@ -136,11 +139,19 @@ def measured(op, case):
     ways = {"combined": {"combined": 16}, "by a launch": {"combined": 0}}
     if config.fused or config.look_back:
         ways = {"alone": {}}
+    given = []
+
+    def flags(count, device):
+        given.append(torch.zeros(count, dtype=torch.int32))
+        return given[-1]
+
     for way, changed in (ways | {"in parts": {"walk": 1}}).items() if segmented else ():
-        got = op.ssd_forward(
-            **inputs, **shared, return_final_states=True, keep=False,
-            config=replace(config, **changed),
-        )  # fmt: skip
+        with mock.patch("mambench.kernels.prepared.flags", flags):
+            got = op.ssd_forward(
+                **inputs, **shared, return_final_states=True, keep=False,
+                config=replace(config, **changed),
+            )  # fmt: skip
+        yield f"flags left, {way}", float(any(bool(left.any()) for left in given))
         yield f"out, {way}", cases.relative_error(got[0], out)
         yield f"final_states, {way}", cases.relative_error(got[1], state)
         if got[2] is not None:

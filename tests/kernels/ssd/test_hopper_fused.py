@@ -203,12 +203,20 @@ def planned(*shape, **options):
 
 
 def test_one_launch_where_launches_are_mostly_starting():
-    for shape in ((1, 512, 32), (1, 2048, 32), (1, 8192, 8)):
+    for shape in ((1, 512, 32), (1, 2048, 8), (4, 128, 32)):
         plan = planned(*shape, keep=False)
         assert hopper_ssd.choose(plan, keep=False).fused
         assert not hopper_ssd.choose(plan, keep=True).fused
-    for shape in ((1, 131072, 32), (1, 16384, 128), (8, 8192, 32)):
+    for shape in ((1, 1024, 32), (1, 131072, 32), (1, 16384, 128), (8, 8192, 32)):
         assert not hopper_ssd.choose(planned(*shape, keep=False), keep=False).fused
+
+
+@pytest.mark.parametrize(("headdim", "d_state"), [(40, 128), (64, 24), (64, 8)])
+def test_one_launch_for_longer_where_states_are_padded(headdim, d_state):
+    shape = {"batch": 1, "nheads": 32, "headdim": headdim, "ngroups": 1, "d_state": d_state}
+    assert hopper_config.one_launch(**shape, seqlen=2048)
+    assert not hopper_config.one_launch(**shape, seqlen=2049)
+    assert not hopper_config.one_launch(**shape | {"headdim": 64, "d_state": 64}, seqlen=2048)
 
 
 def test_the_division_follows_the_launches():

@@ -34,6 +34,15 @@ CASES = {
     "one segment, padded": {
         **SHAPE, "seqlen": 200, "headdim": 40, "d_state": 24, "nheads": 1, "segments": 1,
     },
+    "the only launch, gate": {**SHAPE, "seqlen": 700, "d_state": 32, "segments": 2, "alone": True},
+    "the only launch, groups, odd heads, ragged": {
+        **SHAPE, "seqlen": 300, "d_state": 32, "batch": 2, "nheads": 6, "ngroups": 2, "segments": 3,
+        "alone": True,
+    },
+    "the only launch, two blocks of channels, nothing optional": {
+        **SHAPE, "seqlen": 330, "headdim": 128, "nheads": 1, "d_state": 32, "D": 0, "gated": False,
+        "bias": False, "start": False, "segments": 4, "alone": True,
+    },
     "padded, by four launches": {
         **SHAPE, "seqlen": 200, "headdim": 40, "d_state": 24, "nheads": 1, "gated": False,
         "segments": 2,
@@ -46,6 +55,13 @@ MILD_IN_FP16 = [
 ]
 MILD = {
     "mild chunks, gate": {**SHAPE, "seqlen": 500, "d_state": 32, "segments": 3},
+    "mild chunks, the only launch": {
+        **SHAPE, "seqlen": 500, "d_state": 32, "segments": 3, "alone": True,
+    },
+    "mild and steep chunks, the only launch": {
+        **SHAPE, "seqlen": 500, "d_state": 32, "nheads": 3, "D": 2, "long_memory": False,
+        "gated": False, "segments": 2, "alone": True,
+    },
     "mild and steep chunks": {
         **SHAPE, "seqlen": 500, "d_state": 32, "nheads": 3, "D": 2, "long_memory": False,
         "gated": False, "segments": 2,
@@ -63,7 +79,7 @@ FAULTS = {
     "a stage of the first walk that is never released": [
         (RELEASED + "    return state", "    return state"),
     ],
-    "the first walk forwards": [("own - 1 - item", "item")],
+    "the first walk forwards": [("own - 1 - item, P)", "item, P)")],
     "a chunk weighted as if none came after it": [("        after += total\n", "")],
     "a chunk taken for one that is still in the ring": [("if c < early:", "if c <= early:")],
     "a chunk looked for where another one is": [("- c % STAGES", "+ c % STAGES")],
@@ -85,6 +101,36 @@ FAULTS = {
         ("ahead = total - middle", "ahead = 0.0"),
     ],
 }  # fmt: skip
+ALONE_FAULTS = {
+    "scores of tokens to come": [("gl.where(j[:, None] <= i[None, :], scores, 0.0)", "scores")],
+    "scores of another chunk": [
+        ("(group * nchunks + chunk) *", "(group * nchunks + nchunks - 1 - chunk) *"),
+    ],
+    "scores that nobody counts": [
+        ("            publish(counter + chunk // segment_chunks)", "            pass"),
+    ],
+    "scores counted before they are stored": [
+        ("            publish(counter + chunk // segment_chunks)\n", ""),
+        ("            tile = scores_ptr",
+         "            publish(counter + chunk // segment_chunks)\n            tile = scores_ptr"),
+    ],
+    "counts that are not left zero": [("        gl.store(counter, 0)", "        pass")],
+    "a weight in the end state as if no chunk came after": [
+        ("gl.exp2((after + total)[:, None] - cumj)", "gl.exp2(total[:, None] - cumj)"),
+    ],
+    "a weight as if the chunk itself came after": [("chunk < k", "chunk <= k")],
+    "steps past the end": [("dt = gl.where(inside, dt, 0.0)", "dt = dt * 1.0")],
+    "a mild chunk's factor without its step": [
+        *MILD_IN_FP16, ("dt * gl.exp2(middle - cum)", "gl.exp2(middle - cum)"),
+    ],
+    "rows of a mild chunk from its start on": [
+        *MILD_IN_FP16, ("middle = (total * 0.5)[:, None]", "middle = (total * 0.0)[:, None]"),
+    ],
+    "the first chunk's total for every chunk": [
+        *MILD_IN_FP16,
+        ("last = totals.index(which * WITHIN + c)", "last = totals.index(which * WITHIN)"),
+    ],
+}  # fmt: skip
 FAULTY = {
     **SHAPE, "seqlen": 600, "d_state": 32, "nheads": 1, "gated": False, "segments": 2,
 }  # fmt: skip
@@ -92,6 +138,10 @@ JOBS = (
     {name: {"case": case} for name, case in CASES.items()}
     | {name: {"case": case, "changes": MILD_IN_FP16} for name, case in MILD.items()}
     | {name: {"case": FAULTY, "changes": changes} for name, changes in FAULTS.items()}
+    | {
+        name: {"case": FAULTY | {"alone": True}, "changes": changes}
+        for name, changes in ALONE_FAULTS.items()
+    }
 )
 
 
@@ -117,7 +167,7 @@ def test_it_is_taken_where_no_state_is_padded(results):
     assert min(walks.values()) > 0
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", [*FAULTS, *ALONE_FAULTS])
 def test_faults_are_caught(results, name):
     found = results[name]
     assert "raised" in found or wrong(found, FAULTY["dtype"])
@@ -133,8 +183,9 @@ def described(shape, dtype):
 
 
 def compiled(
-    *, d_state=128, dtype=torch.bfloat16, gated=False, D=1, final=False, start=False, whole=False
-):
+    *, d_state=128, dtype=torch.bfloat16, gated=False, D=1, final=False, start=False, whole=False,
+    alone=False,
+):  # fmt: skip
     """The kernel as the launcher has it compiled."""
     config = hopper_ssd.Config(look_back=True)
     ring = hopper_ssd.ring(d_state, dtype, gated, config)
@@ -144,6 +195,9 @@ def compiled(
         "out_desc": x, "x_desc": x, "B_desc": tile, "C_desc": tile, "scores_desc": scores,
         "cum_desc": row, "cumj_desc": row, "decays": "*fp32", "flags": "*i32",
         "slots": "*bf16" if dtype == torch.bfloat16 else "*fp32",
+        "dt_min": "fp32", "dt_max": "fp32", "dt_ptr": "*fp32", "A_ptr": "*fp32",
+        "bias_ptr": "*fp32", "x_ptr": f"*{NAMES[dtype]}",
+        "scores_ptr": f"*{NAMES[ring.scores_dtype]}",
     }  # fmt: skip
     optional = {
         "z_desc": (gated, x), "D_ptr": (D > 0, "*fp32"), "start": (start, "*fp32"),
@@ -152,9 +206,13 @@ def compiled(
     types |= {name: kind for name, (there, kind) in optional.items() if there}
     if whole:
         optional |= {name: (False, types.pop(name)) for name in ("slots", "decays", "flags")}
+    others = ("dt_ptr", "A_ptr", "bias_ptr", "x_ptr", "scores_ptr")
+    others = ("cum_desc", "cumj_desc") if alone else others
+    optional |= {name: (False, types.pop(name)) for name in others}
     constants = {
-        "PDL": True, "P": 64, "N": d_state, "BLOCK_N": ring.block_n, "STAGES": ring.stages,
-        "REGISTERS": config.walk_registers, "D_DIMS": D,
+        "PDL": True, "P": 64, "N": d_state, "BLOCK_N": ring.block_n,
+        "STAGES": ring.alone_stages if alone else ring.stages,
+        "REGISTERS": config.walk_registers, "D_DIMS": D, "SOFTPLUS": True,
     } | dict.fromkeys(name for name in optional if name not in types)  # fmt: skip
     kernel = hopper_walk_kernel.walk_kernel
     names = kernel.arg_names
@@ -174,7 +232,12 @@ COMPILED = {
     "fp16": {"dtype": torch.float16, "gated": True},
     "small state, bare": {"d_state": 32, "D": 0},
     "one segment": {"whole": True},
-}
+    "the only launch": {"alone": True},
+    "the only launch, gated, with states at both ends": {
+        "alone": True, "gated": True, "start": True, "final": True,
+    },
+    "the only launch, small state": {"alone": True, "d_state": 32, "D": 0},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -236,15 +299,14 @@ def test_it_is_chosen_for_segments_without_a_backward(monkeypatch):
     for shape in ((1, 8192, 32), (1, 16384, 128), (1, 1 << 20, 32)):
         plan = planned(*shape)
         config = hopper_ssd.choose(plan, keep=False)
-        ring = hopper_ssd.ring(128, torch.bfloat16, False, config)
         assert config.look_back
-        assert hopper_ssd._all_there(plan, ring, torch.empty(0))
+        assert hopper_ssd._all_there(plan, torch.empty(0))
         assert not hopper_ssd.choose(plan, keep=True).look_back
     for keep in (False, True):  # one segment
         assert hopper_ssd.choose(planned(8, 8192, 32), keep=keep).look_back
     many = planned(3, 8192, 32)  # more blocks than are resident
     assert many.nsegments > 1
-    assert not hopper_ssd._all_there(many, ring, torch.empty(0))
+    assert not hopper_ssd._all_there(many, torch.empty(0))
     hopper_ssd._planned.cache_clear()
 
 
@@ -254,6 +316,24 @@ GPU_CASES = (
     {"seqlen": 777, "d_state": 128, "batch": 3, "nheads": 5, "segments": 4, "dtype": "bfloat16"},
     {"seqlen": 3000, "d_state": 128, "segments": 32, "dtype": "bfloat16", "gated": False},
     {"seqlen": 1200, "d_state": 128, "nheads": 8, "segments": 8, "dtype": "bfloat16"},
+    {
+        "seqlen": 2048,
+        "d_state": 128,
+        "nheads": 8,
+        "segments": 8,
+        "dtype": "bfloat16",
+        "alone": True,
+    },
+    {
+        "seqlen": 777,
+        "d_state": 128,
+        "batch": 3,
+        "nheads": 5,
+        "segments": 4,
+        "dtype": "bfloat16",
+        "alone": True,
+    },
+    {"seqlen": 1500, "d_state": 64, "segments": 3, "dtype": "bfloat16", "jolt": 100, "alone": True},
     {"seqlen": 1500, "d_state": 64, "segments": 3, "dtype": "bfloat16", "jolt": 100},
 )
 
@@ -263,7 +343,8 @@ GPU_CASES = (
 @pytest.mark.usefixtures("poisoned")
 def test_it_is_right_on_the_gpu(cases, case):
     case = {"headdim": 64, "long_memory": True} | case
-    config = hopper_ssd.Config(segments=case.pop("segments"), look_back=True)
+    alone = case.pop("alone", False)
+    config = hopper_ssd.Config(segments=case.pop("segments"), look_back=True, alone=alone)
     exact = cases.draw(**case)
     want = cases.loop(**exact, dt_softplus=True)
     dtype = getattr(torch, case["dtype"])
