@@ -6,7 +6,8 @@ from pathlib import Path
 
 from mambench.harness.analysis import loading
 from mambench.harness.analysis.runs import Source, flatten
-from mambench.reports import rows, summary, units
+from mambench.reports import recorded, rows, summary, units
+from mambench.reports.recorded import Recorded
 from mambench.reports.rows import Report, Row
 from mambench.reports.summary import SliceSummary
 
@@ -45,11 +46,14 @@ def _repeatable(command: str) -> str:
 def block(entry: SliceSummary) -> str:
     """Return one selection: its sentences and the table of times, the fastest of a row in bold."""
     part = entry.part
-    said = [entry.crossing, entry.headline, entry.evidence, entry.weights or ""]
-    text = escape(" ".join(sentence for sentence in said if sentence))
+    parts = [entry.crossing, entry.headline, entry.evidence, entry.weights or ""]
+    text = escape(" ".join(sentence for sentence in parts if sentence))
+    said = f"**{escape(part.device)}: {escape(part.title)}.** {text}"
+    if entry.recorded:
+        return "\n".join([said, "", *_recorded(entry.recorded)])
     names = [f"{escape(s.series.label)}{_state(s.d_state)}" for s in entry.series]
     lines = [
-        f"**{escape(part.device)}: {escape(part.title)}.** {text}",
+        said,
         "",
         f"| L | {' | '.join(names)} |",
         f"|---:|{'---:|' * len(names)}",
@@ -74,6 +78,14 @@ def code(text: str) -> str:
     fence = "`" * (max((len(run) for run in re.findall(r"`+", flat)), default=0) + 1)
     pad = " " if flat.startswith("`") or flat.endswith("`") else ""
     return f"{fence}{pad}{flat}{pad}{fence}" if flat else ""
+
+
+def _recorded(found: Recorded) -> list[str]:
+    names = [escape(metric.name) for metric in found.metrics]
+    lines = [f"| | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+    return lines + [
+        f"| {' | '.join([escape(recorded.named(row)), *found.cells(row)])} |" for row in found.rows
+    ]
 
 
 def _state(d_state: int | None) -> str:

@@ -32,7 +32,7 @@ _VARIANTS: Mapping[str, str] = {
 
 def brief(parts: Sequence[Slice]) -> str:
     """Return what the names in a report's answers stand for, where each stands for one thing."""
-    measured = [s.key for part in parts for s in part.series if any(row.ok for row in s.rows)]
+    measured = [s.key for part in parts for s in part.series if any(row.found for row in s.rows)]
     families = dict.fromkeys((key.implementation, key.family) for key in measured)
     often = Counter(name for name, _ in families)
     known = {name: _FAMILIES[f] for name, f in families if often[name] == 1 and f in _MAMBA}
@@ -50,7 +50,7 @@ def explain(parts: Sequence[Slice]) -> str:
     passes = dict.fromkeys(part.key.pass_ for part in parts)
     said = [f"{name}: {_LEVELS[name]}" for name in levels if name in _LEVELS]
     said += [f"{name}: {_PASSES[name]}" for name in passes if name in _PASSES]
-    measured = [s for part in parts for s in part.series if any(row.ok for row in s.rows)]
+    measured = [s for part in parts for s in part.series if any(row.found for row in s.rows)]
     for family, meaning in _FAMILIES.items():
         own = [series.key for series in measured if series.key.family == family]
         if own:

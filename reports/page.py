@@ -33,6 +33,7 @@ from mambench.reports import (
     machines,
     names,
     packing,
+    recorded,
     roofline,
     rows,
     summary,
@@ -217,7 +218,7 @@ def _repeat(run: Run) -> str:
 
 def _extras(found: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """Return what only some cases have, by row: kernels, configurations, traces of power."""
-    return {str(row.index): extra for row in found if row.ok and (extra := extras(row))}
+    return {str(row.index): extra for row in found if row.found and (extra := extras(row))}
 
 
 def extras(row: Row) -> dict[str, Any]:
@@ -297,7 +298,7 @@ def _packed_rows(figure: figures.Figure) -> figures.Figure:
 
 def _missing(row: Row) -> dict[str, str]:
     """Return why values are missing that were asked for."""
-    missing = row.result.missing.items() if row.ok else ()
+    missing = row.result.missing.items() if row.found else ()
     return {tag: why for tag, why in missing if why != "not measured"}
 
 
@@ -409,6 +410,7 @@ def environment() -> jinja2.Environment:
         "factor": summary.factor_text,
         "saving": summary.saving_text,
         "brief": names.brief,
+        "named": recorded.named,
         "explain": names.explain,
         "powers": powers,
     }

@@ -191,17 +191,15 @@ def described(ratio: Ratio) -> str:
     """Return both values and the peer's name, as short as a chart's label."""
     if ratio.ours_value is None or ratio.peer_value is None:
         return units.MISSING
-    ours, peer = (_quantity(v, _UNITS[ratio.metric]) for v in (ratio.ours_value, ratio.peer_value))
+    unit = _UNITS[ratio.metric]
+    ours, peer = (units.quantity(v, unit) for v in (ratio.ours_value, ratio.peer_value))
     name = "" if ratio.peer is None else f" ({ratio.peer.case.implementation})"
     return f"{ours}, {peer}{name}"
 
 
 def _line(ratio: Ratio) -> str:
     unit = _UNITS[ratio.metric]
-    ours, peer = (
-        units.MISSING if value is None else _quantity(value, unit)
-        for value in (ratio.ours_value, ratio.peer_value)
-    )
+    ours, peer = (units.quantity(v, unit) for v in (ratio.ours_value, ratio.peer_value))
     if ratio.ours_value is None:
         ours = _ending(ratio.ours)
     name = units.MISSING if ratio.peer is None else escape(_who(ratio.peer))
@@ -234,14 +232,6 @@ def _declined(ratios: Iterable[Ratio]) -> str:
         f"{f' ({reason})' if reason else ''}."
         for (who, outcome, reason), count in sorted(counts.items())
     )
-
-
-def _quantity(value: float, unit: str) -> str:
-    if unit == "s":
-        return units.seconds(value)
-    if unit == "1" and value == round(value):
-        return units.count(value)
-    return units.memory(value) if unit == "bytes" else f"{units.digits(value)} {unit}"
 
 
 def _ending(result: Result) -> str:

@@ -86,6 +86,13 @@ class Row:
         """Whether it has a time that counts."""
         return self.outcome is Outcome.OK and self.time_s is not None
 
+    @property
+    def found(self) -> bool:
+        """Whether it ended ok and something was measured of it, if not its time."""
+        return self.outcome is Outcome.OK and any(
+            self.result.value(metric.tag) is not None for metric in METRICS if not metric.modelled
+        )
+
     def value(self, tag: str) -> float | None:
         """Return a metric or one of `DERIVED` by its tag, None where it is missing."""
         if tag in DERIVED:
@@ -169,6 +176,11 @@ class Slice:
     def rows(self) -> tuple[Row, ...]:
         """All rows, series by series."""
         return tuple(row for series in self.series for row in series.rows)
+
+    @cached_property
+    def timed(self) -> bool:
+        """Whether some case has a time."""
+        return any(row.ok for row in self.rows)
 
     @property
     def size_label(self) -> str:

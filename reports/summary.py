@@ -11,8 +11,9 @@ from itertools import groupby
 from mambench.harness import curves
 from mambench.harness.curves import Crossover, CrossoverKind, Exponent, Speedup
 from mambench.harness.spec import Level, Outcome
-from mambench.reports import contest, units
+from mambench.reports import contest, recorded, units
 from mambench.reports.contest import LengthSummary
+from mambench.reports.recorded import Recorded
 from mambench.reports.rows import Report, Row, Series, Slice
 
 CROSSED: Mapping[str, str] = {
@@ -51,6 +52,7 @@ class SliceSummary:
     crossing: str  # where the best SSM overtakes attention, or that none does
     evidence: str  # the crossing's interval and the advantage at the longest common length
     weights: str | None  # block level: what stands against what
+    recorded: Recorded | None  # what was measured where no case has a time
 
     @cached_property
     def further(self) -> tuple[str, ...]:
@@ -83,7 +85,9 @@ def summarise_slice(part: Slice) -> SliceSummary:
     series = tuple(_series(s, rival) for s in part.series)
     crossing, evidence = _crossing(series, reference)
     headline = contest.headline(lengths)
-    if reference is None:  # without a rival the best news is who is fastest
+    if other := recorded.of(part):
+        crossing, headline = other.headline, ""
+    elif reference is None:  # without a rival the best news is who is fastest
         said, close, where = headline.partition(contest.CLOSE)
         crossing, headline = said, f"{crossing}{close}{where}"
     return SliceSummary(
@@ -95,6 +99,7 @@ def summarise_slice(part: Slice) -> SliceSummary:
         crossing=crossing,
         evidence=evidence,
         weights=_weights(part),
+        recorded=other,
     )
 
 

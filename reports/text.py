@@ -4,7 +4,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 
-from mambench.reports import names, summary, units
+from mambench.reports import names, recorded, summary, units
 from mambench.reports.rows import Report, Row
 from mambench.reports.summary import SeriesSummary, SliceSummary
 
@@ -63,6 +63,10 @@ def _block(entry: SliceSummary) -> str:
     said = [entry.crossing, entry.headline, entry.evidence, entry.weights or ""]
     head = [f"{entry.part.device}: {entry.part.title}"]
     head += [textwrap.indent(textwrap.fill(text, _WIDTH - 2), "  ") for text in said if text]
+    if entry.recorded:
+        rows = [["", *(metric.name for metric in entry.recorded.metrics)]]
+        rows += [[recorded.named(row), *entry.recorded.cells(row)] for row in entry.recorded.rows]
+        return "\n".join([*head, "", table(rows)])
     lengths = ["any L" if n.seqlen is None else units.length(n.seqlen) for n in entry.lengths]
     rows = [["time at L =" if len(lengths) > 1 else "time", *lengths, ""]]
     for i, series in enumerate(entry.series):

@@ -91,6 +91,15 @@ def ratio(value: float | None) -> str:
     return f"{about(value) if value >= 999.5 else digits(value)}{TIMES}"
 
 
+def quantity(value: float | None, unit: str) -> str:
+    """Return a metric's value as its unit is written; a whole number of unit 1 is a count."""
+    if value is None or unit == "bytes":
+        return memory(value)
+    if unit == "1":
+        return count(value) if value == round(value) else digits(value)
+    return si(value, unit.replace("tokens", "tok"))
+
+
 def entry(key: str, text: str) -> str:
     """Return a manifest's or telemetry's number with the unit that its dotted key names."""
     try:

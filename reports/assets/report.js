@@ -397,6 +397,7 @@
       describe(card, `${title} against sequence length`);
       draw(card);
     }
+    $("points").hidden = !data.charts.some(([name]) => cards.get(name).spec);
     const roofline = cards.get("roofline");
     roofline.spec = state.slice.roofline;
     roofline.figure.hidden = !roofline.spec;
@@ -461,7 +462,7 @@
       return undefined;
     };
     if (!labels.includes(state.baseline)) state.baseline = labels[0];
-    $("wins").hidden = labels.length < 2 || lengths.length < 1;
+    $("wins").hidden = labels.length < 2 || lengths.length < 1 || rows.every((row) => value("time_s", row) === null);
     if ($("wins").hidden) return;
     $("wins-baseline").replaceChildren(choice("Speed-up over", labels.map((name) => [name, name]), state.baseline, (name) => { state.baseline = name; update(); }));
     const head = make("tr", {}, make("th", { scope: "col", className: "text", textContent: "Implementation" }), make("th", { scope: "col", textContent: "N" }),
