@@ -246,6 +246,11 @@ ENTRIES = (
         architectures=HOPPER,
     ),
     Entry(
+        name="ssd hopper in two launches bf16 P=64 N=128",
+        call=lambda draw: _ssd_hopper(draw, train=False, seqlen=16384),
+        architectures=HOPPER,
+    ),
+    Entry(
         name="ssd hopper in one launch bf16 P=64 N=128",
         call=lambda draw: _ssd_hopper(draw, train=False, seqlen=512, gated=False),
         architectures=HOPPER,

@@ -176,11 +176,13 @@ def where_all_arrive(run: Callable[[], Computed], kernel: str, *counts: int) -> 
 
 
 def ssd_forward() -> Computed:
-    """Run the forward of two to four launches without a backward."""
+    """Run the forward without a backward: of two to four launches, and of the walk alone."""
     sizes = {"heads": 66, "seqlen": 1030, "train": False}  # too long for one launch
     path = "kernels.ssd.hopper_op.ssd"
+    long = {"heads": 4, "seqlen": 2110, "train": False}  # segments too long for the walk alone
     return [
         [ssd(path, 40, 24, segments=segments, **sizes) for segments in (1, 2, 3)],
+        [ssd(path, 64, 32, segments=2, gated=z, **long) for z in (True, False)],
         [ssd(path, 64, 32, segments=2, gated=z, **sizes | {"heads": 60}) for z in (True, False)],
     ]
 

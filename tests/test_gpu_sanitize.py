@@ -267,6 +267,21 @@ def test_every_kernel_is_run_by_some_part(without_gpu):
     assert kernels - set().union(*run.values()) == missing
 
 
+def test_the_walk_is_run_in_all_its_forms(without_gpu):
+    pytest.importorskip("triton.experimental.gluon")
+    from mambench.harness.static.record import record
+
+    launches = record(lambda draw: gpu_sanitize.PARTS["ssd hopper, forward"](), 90)
+    forms = {
+        tuple(launch.signature[name] != "constexpr" for name in ("dt_ptr", "slots", "z_desc"))
+        for launch in launches
+        if launch.kernel.fn.__name__ == "walk_kernel"
+    }
+    alone, behind, several, one = True, False, True, False
+    assert {form[:2] for form in forms} == {(alone, several), (behind, several), (behind, one)}
+    assert {form[2] for form in forms if form[1] is several} == {True, False}  # gated or not
+
+
 def test_the_problems_are_ones_that_the_operations_take(monkeypatch):
     """On the CPU's implementations of the same interfaces."""
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
