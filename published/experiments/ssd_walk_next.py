@@ -1,0 +1,137 @@
+"""SSD forward on Hopper, the walk alone at 8,192 tokens: edits of its source that may take what does not grow with the length.
+
+python3 ssd_walk_next.py, from the repository's root; two minutes. Each variant is a copy of the checkout under /tmp. Results of variants named "wrong: ..." are
+wrong on purpose, as bounds; the others are held against the checkout's to the bit. $OUT/next.jsonl. "make" as its argument: only the changed
+copies; "compile": for sm_90 without a GPU too, with what ptxas says of registers and spills. Not run on a GPU yet.
+"""
+import json, math, os, re, shutil, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+OUT = Path(os.environ.get("OUT", "/tmp/out")); OUT.mkdir(parents=True, exist_ok=True)
+HERE = os.getcwd()
+A, K, L, H = "hopper_walk_alone.py", "hopper_walk_kernel.py", "hopper_look_back.py", "hopper_walk.py"
+TILES = lambda n: [(A, "_PREFETCHED = gl.constexpr(6)", f"_PREFETCHED = gl.constexpr({n})")]
+# Each pair of heads asks for one tile of B, so that the pairs of a group ask for a segment's 16.
+B_AHEAD = [
+    (H, "made = (tensors.dt, tensors.A, tensors.dt_bias, scores, tensors.x)", "made = (tensors.dt, tensors.A, tensors.dt_bias, scores, tensors.x, tensors.B)"),
+    (H, "(*tensors.dt.stride(), *tensors.x.stride()[:3]), 1", "(*tensors.dt.stride(), *tensors.x.stride()[:3], *tensors.B.stride()[:3]), 1"),
+    (H, "made = (None,) * 5\n        strides, extra = (0,) * 6, 0", "made = (None,) * 6\n        strides, extra = (0,) * 9, 0"),
+    (K, "scores_ptr, x_ptr, seqlen, dt_min", "scores_ptr, x_ptr, B_ptr, seqlen, dt_min"),
+    (K, "x_stride_batch, x_stride_token, x_stride_head,\n    nchunks, segment", "x_stride_batch, x_stride_token, x_stride_head,\n    B_stride_batch, B_stride_token, B_stride_group,\n    nchunks, segment"),
+    (K, "scores_ptr, nchunks, x_ptr, (x_stride_batch, x_stride_token, x_stride_head),", "scores_ptr, nchunks, x_ptr, (x_stride_batch, x_stride_token, x_stride_head),\n        B_ptr, (B_stride_batch, B_stride_token, B_stride_group),"),
+    (K, '"x_stride_batch", "x_stride_token", "x_stride_head",', '"x_stride_batch", "x_stride_token", "x_stride_head", "B_stride_batch", "B_stride_token", "B_stride_group",'),
+    (A, "    LINES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])\n    row = gl.arange(0, _Q, layout=LINES)\n", """    LINES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    row = gl.arange(0, _Q, layout=LINES)
+    B_ptr, B_strides = work[2][11], work[2][12]
+    mine = pair % pairs_per_group
+    if mine < count:
+        c = gl.where(own > 0, own - 1 - mine, mine)
+        t = gl.minimum((first + c) * _Q + row, seqlen - 1).to(gl.int64)
+        start = b.to(gl.int64) * B_strides[0] + (pair // pairs_per_group).to(gl.int64) * B_strides[2]
+        for half in gl.static_range(2):
+            gl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
+                [B_ptr + start + t * B_strides[1] + half * 64], dtype=gl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+"""),
+]
+# States are read as their flags are seen, not after all flags are.
+IN_ORDER = [
+    (L, "@gluon.constexpr_function\ndef flat_layout", '''@gluon.jit
+def await_some(flags, count, wanted, ready):
+    """Wait until the first `wanted` of `count` flags are set, unless `ready` are; return how many are."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    k = gl.arange(0, _FLAGS, layout=LANES)
+    watched = flags + gl.minimum(k, count - 1)
+    if ready < wanted:
+        while ready < wanted:
+            values = gl.inline_asm_elementwise(
+                "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [watched], dtype=gl.int32,
+                is_pure=False, pack=1,
+            )  # fmt: skip
+            ready = gl.min(gl.where(values == 0, k, count), axis=0)
+        gl.thread_barrier()
+    return ready
+
+
+@gluon.constexpr_function
+def flat_layout'''),
+    (L, "    await_published(flags, segment)\n    count_readers(flags, segment)\n", "    ready = await_some(flags, segment, gl.minimum(2, segment), segment * 0)\n"),
+    (L, "        else:\n            then_own = gl.load", "        else:\n            ready = await_some(flags, segment, gl.minimum(k + 3, segment), ready)\n            then_own = gl.load"),
+    (L, "        if not WIDE:\n            next_own = then_own\n            next_decay = then_decay\n    return state", "        if not WIDE:\n            next_own = then_own\n            next_decay = then_decay\n    count_readers(flags, segment)\n    return state"),
+]
+NO_DT = [(A, "    dt = gl.load(dt_ptr + start + token * stride_token).to(gl.float32)\n", "    dt = A2 * 0.0 + (token & 7).to(gl.float32)\n")]
+NO_SUMS = [(K, "        sums_within(which, tiles, work, h, FEATURES[4], _LEAST_MILD if MILD else None)\n", "        if seqlen_is_negative(work):\n            sums_within(which, tiles, work, h, FEATURES[4], _LEAST_MILD if MILD else None)\n"),
+           (K, "@gluon.jit\ndef _row(", "@gluon.jit\ndef seqlen_is_negative(work):\n    return work[2][3] < 0\n\n\n@gluon.jit\ndef _row(")]
+NO_LOOK = [(K, "        if segment > 0:\n            state = look_back", "        if segment > 1000:\n            state = look_back"),
+           ("hopper_walk_producer.py", "        if segment == nsegments - 1:\n            for which", "        if segment == nsegments + 1:\n            for which")]
+V = {"checkout": [], "8 tiles of x": TILES(8), "10 tiles of x": TILES(10), "12 tiles of x": TILES(12), "B too": B_AHEAD, "B too, 8 tiles of x": B_AHEAD + TILES(8),
+     "B too, 10 tiles of x": B_AHEAD + TILES(10), "states in order": IN_ORDER, "states in order, B too, 8 tiles of x": IN_ORDER + B_AHEAD + TILES(8),
+     "wrong: dt not loaded": NO_DT, "wrong: no sums": NO_SUMS, "wrong: no look back": NO_LOOK}
+
+
+def make(name):
+    to = Path("/tmp/next_" + re.sub(r"\W", "_", name))
+    if not to.exists():
+        shutil.copytree(HERE, to, ignore=shutil.ignore_patterns(".git", ".venv", ".peers", "published", "runs"), symlinks=True)
+        shutil.copytree(Path(HERE) / "published/experiments", to / "published/experiments")
+        for file, a, b in V[name]:
+            p = to / "kernels/ssd" / file; s = p.read_text(); assert s.count(a) == 1, (name, a, s.count(a)); p.write_text(s.replace(a, b))
+    return str(to)
+
+
+def setup():
+    global torch, S, prepared, replay_us, inputs
+    sys.path.insert(0, "published/experiments")
+    from parts import load_package, replay_us, ssd_inputs as inputs
+    load_package()
+    import torch
+    from mambench.kernels import prepared
+    from mambench.kernels.ssd import hopper_ssd as S
+    torch.set_grad_enabled(False)
+
+
+def forward(case):
+    config = S.Config(look_back=True, alone=True)
+    plan = S.plan_hopper(case["x"], case["B"], dt_softplus=True, dt_limit=(0.0, math.inf), config=config, keep=False)
+    ops = S.Operands.laid_out(*(case.get(k) for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")))
+    return lambda: S.run_forward(prepared.Recording(None), plan, ops, return_final_states=False, keep=False, config=config)
+
+
+def one(mode, name):
+    """What runs in a variant's copy."""
+    if mode == "compile":
+        Path("/tmp/next_inventory.py").write_text("from mambench.kernels.inventory import Entry, _ssd_hopper\nENTRIES = (Entry(name='walk', call=lambda draw: _ssd_hopper(draw, train=False, gated=False), architectures=(90,)),)\n")
+        found = f"/tmp/next_{os.getpid()}.json"
+        subprocess.run([sys.executable, "-P", "mambench/_start.py", "harness.static.child", found, "--inventory", "/tmp/next_inventory.py"], check=True)
+        print(f"{name:38}", [{k: r.get(k) for k in ("kernel", "registers", "stack_bytes", "shared_bytes", "instructions", "error") if r.get(k) is not None} for r in json.loads(Path(found).read_text())["kernels"]]); return
+    setup()
+    if mode == "first":
+        out = forward(inputs(1, 8192, 32))()[0]; torch.save(out.cpu(), f"/tmp/next_{re.sub(r'[^0-9a-z]', '_', name.lower())}.pt"); return
+    row = {str((B, n)): round(replay_us(forward(inputs(B, n, 32)), 0.02), 2) for B, n in ((1, 8192), (1, 4096), (1, 2048), (2, 4096))}
+    row["8192 again"] = round(replay_us(forward(inputs(1, 8192, 32)), 0.02), 2)
+    print(f"{name:38}", json.dumps(row), flush=True)
+    with open(OUT / "next.jsonl", "a") as f: f.write(json.dumps({"name": name, **row}) + "\n")
+
+
+def part(mode, name, limit):
+    env = dict(os.environ, TRITON_CACHE_DIR="/tmp/tc_next_" + re.sub(r"\W", "_", name))
+    try: done = subprocess.run([sys.executable, os.path.abspath(__file__), mode, name], timeout=limit, capture_output=True, text=True, cwd=make(name), env=env); said = done.stdout + (done.stderr[-900:] if done.returncode else "")
+    except subprocess.TimeoutExpired as e: said = f"{mode} {name}: timeout " + (e.stdout or b"").decode()
+    if said: print(said.rstrip(), flush=True)
+
+
+if len(sys.argv) > 2: one(*sys.argv[1:3]); sys.exit()
+for n in V: make(n)
+if sys.argv[1:] == ["make"]: sys.exit()
+if sys.argv[1:] == ["compile"]: [part("compile", n, 300) for n in V]; sys.exit()
+begin = time.time()
+with ThreadPoolExecutor(12) as pool: list(pool.map(lambda n: part("first", n, 90), V))
+import torch
+path = lambda n: f"/tmp/next_{re.sub(r'[^0-9a-z]', '_', n.lower())}.pt"
+want = torch.load(path("checkout"))
+print("compiled", round(time.time() - begin), "same bits:", {n: torch.equal(torch.load(path(n)), want) if Path(path(n)).exists() else None for n in V}, flush=True)
+for _ in range(3):
+    for n in V: part("time", n, 20)
+print("seconds", round(time.time() - begin), flush=True)
