@@ -36,6 +36,48 @@ B_AHEAD = [
             )  # fmt: skip
 """),
 ]
+# What every block needs of each head: a line of A, of the bias and of D, which the tokens' stream may have put out of the L2 cache.
+A_AHEAD = [
+    (A, "    LINES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])\n    last =", """    LINES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    one = pair // pairs_per_group * heads_per_group + gl.arange(0, 1, layout=LINES)
+    _ask(_A + one)
+    if _bias is not None:
+        _ask(_bias + one)
+    if work[0][0] is not None:
+        _ask(work[0][0] + one)
+    last ="""),
+    (A, "@gluon.jit\ndef prefetch_steps", """@gluon.jit
+def _ask(where):
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [where], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def prefetch_steps"""),
+]
+STAMP = """
+@gluon.jit
+def _stamp(stamps, which: gl.constexpr, k):
+    clock = gl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=gl.int64, is_pure=False, pack=1)
+    block = (gl.program_id(2) * gl.num_programs(1) + gl.program_id(1)) * gl.num_programs(0) + gl.program_id(0)
+    gl.store(stamps + (block * 2 + which) * 128 + k, clock)
+
+
+@gluon.jit
+def _row("""
+# 0 and 1: before and after the launch before is over; 2: sums; 3: own state; 4: its flag; 5: looked back; 6: end; 8 on: chunks.
+CLOCKS = [
+    (K, "\n@gluon.jit\ndef _row(", STAMP),
+    (K, "        wait_for_launch_before(FEATURES[2])\n        if work[1][2] < 0:\n            make_scores", "        _stamp(work[0][5], which, 0)\n        wait_for_launch_before(FEATURES[2])\n        _stamp(work[0][5], which, 1)\n        if work[1][2] < 0:\n            make_scores"),
+    (K, "    state = _entering(which, tiles, work, head, channel, SIZES, ALONE)\n", "    _stamp(final, which, 2)\n    state = _entering(which, tiles, work, head, channel, SIZES, ALONE)\n    _stamp(final, which, 5)\n"),
+    (K, "            FLAT: gl.constexpr = flat_layout(BLOCK_N)\n            left", "            _stamp(_final, which, 3)\n            FLAT: gl.constexpr = flat_layout(BLOCK_N)\n            left"),
+    (K, "            publish(flags + segment)\n", "            publish(flags + segment)\n            _stamp(_final, which, 4)\n"),
+    (K, "        row = [b, h, (first + c) * _Q, channel]\n", "        row = [b, h, (first + c) * _Q, channel]\n        _stamp(final, which, 8 + c)\n"),
+    (K, "    tma.store_wait(0)\n    if final is not None:  # noqa: SIM102 of compile time, the other is not\n        if segment == nsegments - 1:\n", "    tma.store_wait(0)\n    _stamp(final, which, 6)\n    if final is not None:  # noqa: SIM102 of compile time, the other is not\n        if segment == nsegments + 1:\n"),
+    ("hopper_ssd.py", "            recording, plan, tensors, prepared, results, scores_dtype", "            recording, plan, tensors, prepared, (results[0], STAMPS), scores_dtype"),
+    ("hopper_ssd.py", "_BLOCK_H = 8\n", "_BLOCK_H = 8\nSTAMPS = torch.zeros(160 * 2 * 128, dtype=torch.int64, device='cuda')\n"),
+]
 # States are read as their flags are seen, not after all flags are.
 IN_ORDER = [
     (L, "@gluon.constexpr_function\ndef flat_layout", '''@gluon.jit
@@ -67,7 +109,7 @@ NO_SUMS = [(K, "        sums_within(which, tiles, work, h, FEATURES[4], _LEAST_M
 NO_LOOK = [(K, "        if segment > 0:\n            state = look_back", "        if segment > 1000:\n            state = look_back"),
            ("hopper_walk_producer.py", "        if segment == nsegments - 1:\n            for which", "        if segment == nsegments + 1:\n            for which")]
 V = {"checkout": [], "8 tiles of x": TILES(8), "10 tiles of x": TILES(10), "12 tiles of x": TILES(12), "B too": B_AHEAD, "B too, 8 tiles of x": B_AHEAD + TILES(8),
-     "B too, 10 tiles of x": B_AHEAD + TILES(10), "states in order": IN_ORDER, "states in order, B too, 8 tiles of x": IN_ORDER + B_AHEAD + TILES(8),
+     "B too, 10 tiles of x": B_AHEAD + TILES(10), "A, bias and D": A_AHEAD, "A, B too": A_AHEAD + B_AHEAD, "A, B too, 8 tiles of x": A_AHEAD + B_AHEAD + TILES(8), "states in order": IN_ORDER, "all, 8 tiles of x": IN_ORDER + A_AHEAD + B_AHEAD + TILES(8), "clocks": CLOCKS, "clocks of all": CLOCKS + IN_ORDER + A_AHEAD + B_AHEAD,
      "wrong: dt not loaded": NO_DT, "wrong: no sums": NO_SUMS, "wrong: no look back": NO_LOOK}
 
 
@@ -109,6 +151,17 @@ def one(mode, name):
     setup()
     if mode == "first":
         out = forward(inputs(1, 8192, 32))()[0]; torch.save(out.cpu(), f"/tmp/next_{re.sub(r'[^0-9a-z]', '_', name.lower())}.pt"); return
+    if name.startswith("clocks"):
+        call = forward(inputs(1, 8192, 32)); rows = []
+        for i in range(8):
+            for _ in range(4): call()
+            torch.cuda.synchronize()
+            t = S.STAMPS.view(160, 2, 128)[:144].view(9, 16, 2, 128).double()  # scores' and segments' blocks, pair, which
+            s = (t - t[1:, :, :, 1].min()) / 1e3
+            rows.append([[round(float(s[g, :, :, k].median()), 1) for k in (0, 1, 2, 3, 4, 5, *range(8, 24, 3), 6)] for g in range(1, 9)])
+        m = torch.tensor(rows).median(0).values
+        for g in range(8): print(f"{name} segment {g}: there, begun, sums, own, set, looked; chunks; end", [round(float(v), 1) for v in m[g]], flush=True)
+        return
     row = {str((B, n)): round(replay_us(forward(inputs(B, n, 32)), 0.02), 2) for B, n in ((1, 8192), (1, 4096), (1, 2048), (2, 4096))}
     row["8192 again"] = round(replay_us(forward(inputs(1, 8192, 32)), 0.02), 2)
     print(f"{name:38}", json.dumps(row), flush=True)
