@@ -34,7 +34,7 @@ from mambench.kernels.ssd.hopper_look_back import (
     publish,
     reset,
 )
-from mambench.kernels.ssd.hopper_rows import LEAST_LOG2_DECAY, LOG2_E, add, softplus
+from mambench.kernels.ssd.hopper_rows import LEAST_A2, LEAST_LOG2_DECAY, LOG2_E, add, softplus
 
 _Q = gl.constexpr(CHUNK)
 _P = gl.constexpr(CHANNELS)
@@ -105,7 +105,7 @@ def _helper(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
     h0, _ = consumers_head(pair, 0, pairs_per_group, heads_per_group, P)
     h1, _ = consumers_head(pair, 1, pairs_per_group, heads_per_group, P)
     heads = gl.where(gl.arange(0, 2, layout=gl.SliceLayout(1, ROWS)) == 0, h0, h1)
-    A2 = gl.load(A_ptr + heads).to(gl.float32) * LOG2_E
+    A2 = gl.maximum(gl.load(A_ptr + heads).to(gl.float32) * LOG2_E, LEAST_A2, propagate_nan=_ALL)
     bias = A2
     if HAS_BIAS:
         bias = gl.load(bias_ptr + heads).to(gl.float32)

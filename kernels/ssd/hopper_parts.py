@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from mambench.kernels.ssd.triton_parts import LEAST_LOG2_DECAY, LOG2_E, softplus
+from mambench.kernels.ssd.triton_parts import LEAST_A2, LEAST_LOG2_DECAY, LOG2_E, softplus
 
 _PREPARE_SIZES = [
     "seqlen", "nchunks", "nheads", "dt_min", "dt_max", "ngroups",
@@ -31,6 +31,7 @@ def _decay_sums(
     heads = h < nheads
     mask = (t < seqlen)[:, None] & heads[None, :]
     A2 = tl.load(A_ptr + h, mask=heads, other=0.0).to(tl.float32) * LOG2_E
+    A2 = tl.maximum(A2, LEAST_A2, propagate_nan=tl.PropagateNan.ALL)
     offsets = t[:, None].to(tl.int64) * stride_token + h[None, :] * stride_head
     dt = tl.load(dt_ptr + b * stride_batch + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:

@@ -8,6 +8,7 @@ from mambench.kernels.ssd import triton_parts
 
 LOG2_E = gl.constexpr(triton_parts.LOG2_E.value)
 LEAST_LOG2_DECAY = gl.constexpr(triton_parts.LEAST_LOG2_DECAY.value)
+LEAST_A2 = gl.constexpr(triton_parts.LEAST_A2.value)
 _ALL = gl.constexpr(PropagateNan.ALL)
 
 

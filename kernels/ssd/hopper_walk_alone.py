@@ -24,6 +24,7 @@ from mambench.kernels.ssd.hopper_config import CHUNK, WITHIN_CHUNKS
 from mambench.kernels.ssd.hopper_kernel import consumers_head
 from mambench.kernels.ssd.hopper_look_back import publish
 from mambench.kernels.ssd.hopper_rows import (
+    LEAST_A2,
     LEAST_LOG2_DECAY,
     LOG2_E,
     add,
@@ -96,7 +97,7 @@ def sums_within(
     t = ((first + chunk) * _Q)[:, None] + q[None, :]
     inside = (t < seqlen) & (chunk < count)[:, None]
     start = b.to(gl.int64) * stride_batch + h.to(gl.int64) * stride_head
-    A2 = gl.load(A_ptr + h).to(gl.float32) * LOG2_E
+    A2 = gl.maximum(gl.load(A_ptr + h).to(gl.float32) * LOG2_E, LEAST_A2, propagate_nan=_ALL)
     bias = A2
     if bias_ptr is not None:
         bias = gl.load(bias_ptr + h).to(gl.float32)

@@ -22,6 +22,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST_LOG2_DECAY = tl.constexpr(-126.0)  # of a step; 2 ** -126 is the least normal fp32 number
+LEAST_A2 = tl.constexpr(-3.4028234663852886e38)  # finite, so that past the end 0 * A2 is 0
 _RUNTIME_SIZES = ["seqlen", "nchunks", "nsegments", "segment_chunks", "nheads", "heads_per_group"]
 
 
@@ -133,6 +134,7 @@ def dt_kernel(
     heads = h < nheads
     mask = (t < seqlen)[:, None] & heads[None, :]
     A2 = tl.load(A_ptr + h, mask=heads, other=0.0).to(tl.float32) * LOG2_E
+    A2 = tl.maximum(A2, LEAST_A2, propagate_nan=tl.PropagateNan.ALL)
     offsets = t[:, None].to(tl.int64) * stride_token + h[None, :] * stride_head
     dt = tl.load(dt_ptr + b * stride_batch + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
