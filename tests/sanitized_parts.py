@@ -179,7 +179,7 @@ def ssd_forward() -> Computed:
     """Run the forward without a backward: of two to four launches, and of the walk alone."""
     sizes = {"heads": 66, "seqlen": 1030, "train": False}  # too long for one launch
     path = "kernels.ssd.hopper_op.ssd"
-    long = {"heads": 4, "seqlen": 2110, "train": False}  # segments too long for the walk alone
+    long = {"heads": 20, "seqlen": 2110, "train": False}  # segments too long for the walk alone
     return [
         [ssd(path, 40, 24, segments=segments, **sizes) for segments in (1, 2, 3)],
         [ssd(path, 64, 32, segments=2, gated=z, **long) for z in (True, False)],

@@ -11,8 +11,9 @@ MOST_COMBINED = 2  # segments: of more, a launch adds up what enters them faster
 LONGEST_WALK = 256  # chunks of a segment
 MOST_SEGMENTS = 32  # whose flags one warp watches
 _LEAST_CHUNKS = 2  # of a segment: the states of shorter ones would take more memory than the output
-ONE_LAUNCH_CHUNKS = 128  # of all pairs of heads
-ONE_LAUNCH_CHUNKS_PADDED = 512
+ONE_LAUNCH_CHUNKS = 512  # of all pairs of heads
+ONE_LAUNCH_CHUNKS_OR_ALONE = 128  # where a walk that makes its own sums and scores can serve too
+_LEAST_MAKERS = 64
 # Of a look back, in units of the time that the outputs of a chunk take.
 _STATE_COST = 0.5
 _HAND_OVER_COST = 2.0
@@ -61,12 +62,32 @@ def one_launch(
     """Return whether the walk with a helper (`hopper_fused`) is faster than the one without.
 
     It is where a walk is mostly starting and waiting; where it is long, the helper's share of the
-    tensor cores takes more than its own sums and scores cost the other. Where states are padded,
-    the other is four launches.
+    tensor cores takes more than its own sums and scores cost the other. Where that cannot be the
+    only launch, the other is two to four.
     """
     blocks = batch * ngroups * pairs(nheads // ngroups, headdim)
-    most = ONE_LAUNCH_CHUNKS_PADDED if padded(headdim, d_state) else ONE_LAUNCH_CHUNKS
+    alone = walks_alone(
+        batch=batch, seqlen=seqlen, nheads=nheads, headdim=headdim, ngroups=ngroups,
+        d_state=d_state,
+    )  # fmt: skip
+    most = ONE_LAUNCH_CHUNKS_OR_ALONE if alone else ONE_LAUNCH_CHUNKS
     return blocks * -(-seqlen // CHUNK) <= most
+
+
+def walks_alone(
+    *, batch: int, seqlen: int, nheads: int, headdim: int, ngroups: int, d_state: int
+) -> bool:  # fmt: skip
+    """Return whether the walk should be the only launch, if its segments are short enough.
+
+    Time is divided, no state is padded, and the blocks that make the scores keep up: one per pair
+    of heads, which makes a group's chunks over its pairs, one after the other. On 132
+    multiprocessors that is at most twice the chunks of a segment; with fewer heads to a group the
+    other blocks would wait, by an estimate that was not timed.
+    """
+    per_group = pairs(nheads // ngroups, headdim)
+    makers = batch * ngroups * per_group
+    divided = -(-seqlen // CHUNK) > _WHOLE_CHUNKS
+    return divided and not padded(headdim, d_state) and makers * per_group >= _LEAST_MAKERS
 
 
 def padded(headdim: int, d_state: int) -> bool:

@@ -1,9 +1,10 @@
 """SSD forward on Hopper: what it supports, how it is divided, and its launches.
 
-Where no backward follows and all blocks, which look back at earlier segments, are resident at once,
-short segments take one launch: a walk that makes its own sums and scores (`hopper_walk_alone`), or
-of the shortest sequences `hopper_fused`. Two, prepare_kernel and a walk (`hopper_walk`), serve
-longer segments, and time that is one segment, with a backward or without. Others are up to four:
+Where no backward follows and the blocks of all segments, which look back at earlier ones, have a
+place at once, short segments take one launch: a walk that makes its own sums and scores
+(`hopper_walk_alone`), or of the shortest sequences `hopper_fused`. Two, prepare_kernel and a walk
+(`hopper_walk`), serve longer segments, and time that is one segment, with a backward or without.
+Others are up to four:
 
     prepare_kernel  cum, cumj, and B C^T once per group (scores)
     state_kernel    each segment's own contribution to the state    (more than one segment only)
@@ -39,6 +40,7 @@ from mambench.kernels.ssd.hopper_config import (
     padded,
     pairs,
     refusal,
+    walks_alone,
 )
 from mambench.kernels.ssd.hopper_fused import run_fused
 from mambench.kernels.ssd.hopper_kernel import scan_kernel, state_kernel
@@ -72,7 +74,7 @@ class Config:
         sequence; None: any number. Blocks that read the same B and C drift apart on long walks.
     fused: one launch that looks back at earlier segments.
     look_back: after the first launch one walk. There is one segment; or no backward follows, and
-        all of the walk's blocks, which look back at earlier segments, are resident at once.
+        the blocks of all segments, which look back at earlier ones, have a place at once.
     stages: most stages of the scan's ring; fewer where shared memory is short.
     registers: per thread of a consumer of the scan.
     fused_registers: per thread of a consumer and of the helper of the one launch.
@@ -103,7 +105,8 @@ DEFAULT = Config()
 _WITHOUT_PDL = Config(pdl=False)
 _WALKS_WITHOUT_PDL = Config(pdl=False, look_back=True)
 _FUSED = Config(fused=True)
-_LOOKS_BACK = Config(look_back=True, alone=True)
+_LOOKS_BACK = Config(look_back=True)
+_ALONE = Config(look_back=True, alone=True)
 _PDL_TOKEN_HEADS = 1 << 17
 
 
@@ -114,21 +117,21 @@ def choose(plan: Launch, *, keep: bool = True) -> Config:
     On an H100 PDL costs 5 to 10 % up to 2048 tokens of 32 heads where nothing is looked back at,
     and gains up to 5 % from 8192 on.
     """
-    if not keep and plan.nsegments <= MOST_SEGMENTS and _is_short(plan):
+    if not keep and plan.nsegments <= MOST_SEGMENTS and one_launch(**_sizes(plan)):
         return _FUSED
     if not keep and plan.nsegments > 1:
-        return _LOOKS_BACK
+        return _ALONE if walks_alone(**_sizes(plan)) else _LOOKS_BACK
     whole = plan.nsegments == 1
     if plan.batch * plan.seqlen * plan.nheads < _PDL_TOKEN_HEADS:
         return _WALKS_WITHOUT_PDL if whole else _WITHOUT_PDL
     return _LOOKS_BACK if whole else DEFAULT
 
 
-def _is_short(plan: Launch) -> bool:
-    return one_launch(
-        batch=plan.batch, seqlen=plan.seqlen, nheads=plan.nheads, headdim=plan.headdim,
-        ngroups=plan.ngroups, d_state=plan.d_state,
-    )  # fmt: skip
+def _sizes(plan: Launch) -> dict[str, int]:
+    return {
+        "batch": plan.batch, "seqlen": plan.seqlen, "nheads": plan.nheads,
+        "headdim": plan.headdim, "ngroups": plan.ngroups, "d_state": plan.d_state,
+    }  # fmt: skip
 
 
 def supported(*, headdim: int, d_state: int, dtype: torch.dtype) -> str | None:
@@ -444,9 +447,10 @@ def _run_part(
 
 
 def _all_there(plan: Launch, x: Tensor) -> bool:
-    """Return whether blocks may look back: all are there at once, and no slot is padded.
+    """Return whether blocks may look back: all segments' have a place, and no slot is padded.
 
-    Padded slots would take more memory than the states that four launches keep.
+    Padded slots would take more memory than the states that four launches keep. Blocks that make
+    scores come before them and end soon; those of the last segment take their places.
     """
     blocks = pairs(plan.heads_per_group, plan.headdim) * plan.ngroups * plan.batch
     count = plan.nsegments

@@ -22,7 +22,7 @@ def forward(case, config, final=False, keep=False):
 def steep(c, t):
     dt = torch.nn.functional.softplus(c["dt"].float() + c["dt_bias"]).mean((0, 1)); want = -t / 64 / 1.4427 / dt
     return {**c, "A": torch.where(torch.arange(len(dt), device="cuda") % 8 == 0, want, c["A"])}
-L = lambda **k: S.Config(look_back=True, **k)
+L = lambda **k: S.Config(**{"look_back": True, "alone": True} | k)
 mode = (sys.argv[1:] + ["all"])[0]
 if mode == "right":
     setup(); bad = []

@@ -33,6 +33,9 @@ CASES = {
         **SHAPE, "seqlen": 1, "headdim": 32, "d_state": 128, "segments": 4,
         "dt_softplus": False, "dt_limit": (0.05, 0.4),
     },
+    "a head that remembers nothing": {
+        **SHAPE, "seqlen": 200, "d_state": 16, "segments": 2, "gone": True,
+    },
     "steps that wipe the state out": {
         **SHAPE, "seqlen": 300, "d_state": 16, "nheads": 1, "segments": 2, "jolt": 40,
     },
@@ -203,7 +206,8 @@ def planned(*shape, **options):
 
 
 def test_one_launch_where_launches_are_mostly_starting():
-    for shape in ((1, 512, 32), (1, 2048, 8), (4, 128, 32)):
+    short = ((1, 512, 32), (1, 2048, 8), (4, 128, 32), (2, 512, 32), (1, 512, 128), (1, 8192, 8))
+    for shape in short:
         plan = planned(*shape, keep=False)
         assert hopper_ssd.choose(plan, keep=False).fused
         assert not hopper_ssd.choose(plan, keep=True).fused
@@ -217,6 +221,15 @@ def test_one_launch_for_longer_where_states_are_padded(headdim, d_state):
     assert hopper_config.one_launch(**shape, seqlen=2048)
     assert not hopper_config.one_launch(**shape, seqlen=2049)
     assert not hopper_config.one_launch(**shape | {"headdim": 64, "d_state": 64}, seqlen=2048)
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "nheads", "ngroups", "alone"),
+    [(576, 32, 1, True), (512, 32, 1, False), (8192, 32, 8, False), (8192, 64, 2, True)],
+)
+def test_the_walk_is_alone_where_its_scores_are_made_in_time(seqlen, nheads, ngroups, alone):
+    shape = {"seqlen": seqlen, "nheads": nheads, "ngroups": ngroups}
+    assert hopper_config.walks_alone(batch=1, headdim=64, d_state=128, **shape) == alone
 
 
 def test_the_division_follows_the_launches():
@@ -310,3 +323,45 @@ def test_repeats_replays_and_streams_give_the_same_bits_and_leave_the_flags(shap
             assert all(map(torch.equal, got, want))
     kept = [known.zeros for known in flags._graphs.values()]
     assert all(int(t.abs().sum()) == 0 for t in (*kept, *flags._streams.values()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seqlen", [512, 2048, 8192])
+@pytest.mark.parametrize("way", ["copy", "side stream"])
+def test_inputs_that_were_just_written_are_read(seqlen, way):
+    """A launch may start before the one that writes its inputs is over, but not read them."""
+    from mambench.kernels.ssd.hopper_op import ssd
+
+    shape = (1, seqlen, 32, 64)
+    sources = torch.randn(2, *shape, device="cuda").bfloat16()
+    source, x = sources[0].clone(), torch.zeros(shape, device="cuda", dtype=torch.bfloat16)
+    others = {
+        "dt": torch.randn(1, seqlen, 32, device="cuda").bfloat16(),
+        "A": -torch.rand(32, device="cuda") - 0.1,
+        "B": torch.randn(1, seqlen, 1, 128, device="cuda").bfloat16(),
+        "C": torch.randn(1, seqlen, 1, 128, device="cuda").bfloat16(),
+    }
+    side = torch.cuda.Stream()
+
+    def call():
+        if way == "copy":
+            x.copy_(source)  # no kernel comes before, but a copy
+        else:
+            here = torch.cuda.current_stream()
+            side.wait_stream(here)
+            with torch.cuda.stream(side):
+                torch.mul(source, 1.0, out=x)
+            here.wait_stream(side)
+        return ssd(x=x, **others, chunk_size=64, dt_softplus=True)
+
+    with torch.no_grad():
+        want = [ssd(x=given, **others, chunk_size=64, dt_softplus=True) for given in sources]
+        call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            held = call()
+        for turn in range(20):
+            source.copy_(sources[turn % 2])
+            graph.replay()
+            assert torch.equal(held, want[turn % 2])
+            assert torch.equal(call(), want[turn % 2])

@@ -39,6 +39,13 @@ CASES = {
         **SHAPE, "seqlen": 300, "d_state": 32, "batch": 2, "nheads": 6, "ngroups": 2, "segments": 3,
         "alone": True,
     },
+    "the only launch, a head that remembers nothing": {
+        **SHAPE, "seqlen": 200, "d_state": 32, "gated": False, "segments": 2, "alone": True,
+        "gone": True,
+    },
+    "a head that remembers nothing": {
+        **SHAPE, "seqlen": 200, "d_state": 32, "gated": False, "segments": 2, "gone": True,
+    },
     "the only launch, two blocks of channels, nothing optional": {
         **SHAPE, "seqlen": 330, "headdim": 128, "nheads": 1, "d_state": 32, "D": 0, "gated": False,
         "bias": False, "start": False, "segments": 4, "alone": True,
@@ -286,10 +293,10 @@ def test_a_descriptor_of_the_other_path_is_found(steep, mixed, uniform_registers
     assert not any("R156" in text for text in found)
 
 
-def planned(*shape, headdim=64, d_state=128):
+def planned(*shape, headdim=64, d_state=128, ngroups=1):
     batch, seqlen, nheads = shape
     x = torch.empty(batch, seqlen, nheads, headdim, dtype=torch.bfloat16)
-    B = torch.empty(batch, seqlen, 1, d_state, dtype=torch.bfloat16)
+    B = torch.empty(batch, seqlen, ngroups, d_state, dtype=torch.bfloat16)
     return hopper_ssd.plan_hopper(x, B, dt_softplus=True, dt_limit=(0.0, 1.0), keep=False)
 
 
@@ -304,6 +311,8 @@ def test_it_is_chosen_for_segments_without_a_backward(monkeypatch):
         assert not hopper_ssd.choose(plan, keep=True).look_back
     for keep in (False, True):  # one segment
         assert hopper_ssd.choose(planned(8, 8192, 32), keep=keep).look_back
+    assert hopper_ssd.choose(planned(1, 8192, 32), keep=False).alone
+    assert not hopper_ssd.choose(planned(1, 8192, 32, ngroups=8), keep=False).alone
     many = planned(3, 8192, 32)  # more blocks than are resident
     assert many.nsegments > 1
     assert not hopper_ssd._all_there(many, torch.empty(0))
