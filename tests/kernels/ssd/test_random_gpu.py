@@ -1,5 +1,6 @@
-"""Two hundred random SSD problems against the loop in float64, on a GPU."""
+"""Random SSD problems against the loop in float64, on a GPU: with a backward, and without."""
 
+import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ INPUTS = {"usual": 1.0, "zero": 0.0, "huge": 1e4}
 # over all trials together they are as exact as the rest.
 SUMS = ("grad_A", "grad_D", "grad_dt_bias")
 ALONE = 4
+# As SIZES, for the launches that serve where no backward follows.
+FORWARD_SIZES = (
+    (64, 128, 1, 16), (64, 64, 2, 32), (128, 32, 1, 9), (64, 16, 4, 8), (40, 24, 3, 3),
+    (64, 128, 1, 33),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +46,18 @@ class Trial:
         return {self.steps, self.decay, self.scale} == {"usual"}
 
 
-def trials() -> list[Trial]:
+def trials(sizes=SIZES, count=200, longest=2**8) -> list[Trial]:
     draw = random.Random(7)
     found = []
-    for seed in range(200):
-        headdim, d_state, ngroups, nheads = SIZES[seed % len(SIZES)]
-        seqlen = 2 * int(2 ** draw.uniform(0, 7)) + 1
+    for seed in range(count):
+        headdim, d_state, ngroups, nheads = sizes[seed % len(sizes)]
+        seqlen = 2 * int((longest / 2) ** draw.uniform(0, 1)) + 1
         shape = {
             "batch": draw.randint(1, 3), "seqlen": seqlen if seed % 25 else draw.choice((1, 128)),
             "ngroups": ngroups, "nheads": nheads, "headdim": headdim, "d_state": d_state,
             "seed": seed,
         }  # fmt: skip
-        kinds = {"steps": STEPS, "decay": DECAYS, "scale": INPUTS} if seed // len(SIZES) % 2 else {}
+        kinds = {"steps": STEPS, "decay": DECAYS, "scale": INPUTS} if seed // len(sizes) % 2 else {}
         found.append(
             Trial(shape=shape, **{name: draw.choice(tuple(of)) for name, of in kinds.items()})
         )
@@ -128,6 +134,46 @@ def test_two_hundred_shapes(cases, name):
     pooled = {name: (errors / values) ** 0.5 for name, (errors, values) in sums.items()}
     assert pooled.keys() == set(SUMS)
     assert max(pooled.values()) <= cases.tolerance("bfloat16"), pooled
+
+
+def off_forward(cases, function, trial):
+    """Return the errors of outputs that are off, where no backward follows."""
+    exact = inputs_of(cases, trial)
+    narrow = cases.cast(exact, torch.bfloat16, "cuda")
+    with torch.no_grad():
+        want = cases.loop(**exact, dt_softplus=True)
+        got = function(**narrow, chunk_size=64, dt_softplus=True, return_final_states=True)
+    found = [cases.relative_error(*pair) for pair in zip(got, (w.cpu() for w in want), strict=True)]
+    return [error for error in found if not error <= cases.tolerance("bfloat16")]
+
+
+def served_by(trial):
+    """Return which launches `ssd` of Hopper chooses for a trial without a backward."""
+    from mambench.kernels.ssd import hopper_ssd
+
+    shape = trial.shape
+    x = torch.empty(
+        *(shape[k] for k in ("batch", "seqlen", "nheads", "headdim")),
+        dtype=torch.bfloat16, device="cuda",
+    )  # fmt: skip
+    B = x.new_empty(*x.shape[:2], shape["ngroups"], shape["d_state"])
+    plan = hopper_ssd.plan_hopper(x, B, dt_softplus=True, dt_limit=(0.0, math.inf), keep=False)
+    config = hopper_ssd.choose(plan, keep=False)
+    if config.fused or plan.nsegments == 1:
+        return "helper" if config.fused else "one segment"
+    return "alone" if config.alone else "others"
+
+
+@pytest.mark.parametrize("name", ["triton", "hopper"])
+def test_sixty_shapes_without_a_backward(cases, name):
+    function = op(name)
+    drawn = trials(FORWARD_SIZES, 60, 2**12)
+    with ThreadPoolExecutor(len(FORWARD_SIZES)) as pool:
+        list(pool.map(lambda t: off_forward(cases, function, t), drawn[: len(FORWARD_SIZES)]))
+    errors = {str(trial): off_forward(cases, function, trial) for trial in drawn}
+    assert {trial: error for trial, error in errors.items() if error} == {}
+    if name == "hopper":
+        assert {"helper", "alone"} <= {served_by(trial) for trial in drawn}
 
 
 def test_a_decay_that_is_a_little_off_is_noticed(cases):
