@@ -187,7 +187,7 @@ def part(mode, name, limit):
     if said: print(said.rstrip(), flush=True)
 
 
-mode, name = (sys.argv[1:] + ["all", ""])[:2]
+mode, name = [*sys.argv[1:], "", ""][:2]
 if name: one(mode, name); sys.exit()
 for n in V: make(n)
 if mode == "make": sys.exit()
