@@ -13,7 +13,7 @@ MOST_SEGMENTS = 32  # whose flags one warp watches
 _LEAST_CHUNKS = 2  # of a segment: the states of shorter ones would take more memory than the output
 ONE_LAUNCH_CHUNKS = 512  # of all pairs of heads
 ONE_LAUNCH_CHUNKS_OR_ALONE = 128  # where a walk that makes its own sums and scores can serve too
-_LEAST_MAKERS = 64
+_LEAST_MAKERS = 64  # blocks that make scores, times those of one group
 # Of a look back, in units of the time that the outputs of a chunk take.
 _STATE_COST = 0.5
 _HAND_OVER_COST = 2.0

@@ -44,8 +44,8 @@ def resources():
 
 
 @pytest.fixture(scope="session")
-def uniform_registers():
-    return beside("uniform_registers")
+def machine_code():
+    return beside("machine_code")
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_it_compiles_for_sm_90_without_spills_or_serial_products(name, tmp_path, uniform_registers):
+def test_it_compiles_for_sm_90_without_spills_or_serial_products(name, tmp_path, machine_code):
     kernel, constants, options = COMPILED[name]
     constants = {n: v for n, v in constants.items() if v is not NotImplemented}
     made = compiled(kernel, constants, **options)
@@ -192,7 +192,7 @@ def test_it_compiles_for_sm_90_without_spills_or_serial_products(name, tmp_path,
     assert made.metadata.shared <= 232448
     command = [tools / "cuobjdump", "-sass", cubin]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert uniform_registers.mixed_descriptors(sass) == []
+    assert machine_code.mixed_descriptors(sass) == []
 
 
 def test_heads_are_divided_so_that_one_wave_of_blocks_fills_the_device(monkeypatch):

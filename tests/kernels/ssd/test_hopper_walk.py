@@ -191,7 +191,7 @@ def described(shape, dtype):
 
 def compiled(
     *, d_state=128, dtype=torch.bfloat16, gated=False, D=1, final=False, start=False, whole=False,
-    alone=False,
+    alone=False, pdl=True,
 ):  # fmt: skip
     """The kernel as the launcher has it compiled."""
     config = hopper_ssd.Config(look_back=True)
@@ -217,7 +217,7 @@ def compiled(
     others = ("cum_desc", "cumj_desc") if alone else others
     optional |= {name: (False, types.pop(name)) for name in others}
     constants = {
-        "PDL": True, "P": 64, "N": d_state, "BLOCK_N": ring.block_n,
+        "PDL": pdl, "P": 64, "N": d_state, "BLOCK_N": ring.block_n,
         "STAGES": ring.alone_stages if alone else ring.stages,
         "REGISTERS": config.walk_registers, "D_DIMS": D, "SOFTPLUS": True,
     } | dict.fromkeys(name for name in optional if name not in types)  # fmt: skip
@@ -248,7 +248,7 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_it_compiles_for_sm_90_without_spills_or_serial_products(name, tmp_path, uniform_registers):
+def test_it_compiles_for_sm_90_without_spills_or_serial_products(name, tmp_path, machine_code):
     kernel = compiled(**COMPILED[name])
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     cubin, ptx = tmp_path / "kernel.cubin", tmp_path / "kernel.ptx"
@@ -263,9 +263,21 @@ def test_it_compiles_for_sm_90_without_spills_or_serial_products(name, tmp_path,
     assert "LOCAL:0" in used
     assert "serialized" not in said  # products in flight that the compiler waits for at once
     assert kernel.metadata.shared <= 232448
-    command = [tools / "cuobjdump", "-sass", cubin]
-    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert uniform_registers.mixed_descriptors(sass) == []
+    assert machine_code.mixed_descriptors(sass_of(cubin)) == []
+
+
+def sass_of(cubin):
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("pdl", [True, False])
+def test_every_role_of_the_only_launch_waits_for_the_launch_before(pdl, tmp_path, machine_code):
+    """Without programmatic launch none needs to, and so all is found."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled(alone=True, d_state=32, D=0, pdl=pdl).asm["cubin"])
+    found = {text.partition(".")[0].split()[0] for text in machine_code.unawaited(sass_of(cubin))}
+    assert found == (set() if pdl else {"LDG", "STG", "ATOMG", "REDG", "UTMALDG", "UTMASTG"})
 
 
 # The steep side of a branch, as ptxas has compiled it: UR6 and UR7 are set on the other side only.
@@ -287,8 +299,8 @@ BRANCHES = """
 @pytest.mark.parametrize(
     ("steep", "mixed"), [("NOP", True), ("UIADD3.64 UR6, UR8, 0x0, URZ", False)]
 )
-def test_a_descriptor_of_the_other_path_is_found(steep, mixed, uniform_registers):
-    found = uniform_registers.mixed_descriptors(BRANCHES.replace("NOP", steep))
+def test_a_descriptor_of_the_other_path_is_found(steep, mixed, machine_code):
+    found = machine_code.mixed_descriptors(BRANCHES.replace("NOP", steep))
     assert any("R124" in text for text in found) == mixed
     assert not any("R156" in text for text in found)
 

@@ -1,8 +1,10 @@
-"""Find uniform registers that a product's descriptor has from more than one place of machine code.
+"""What can be wrong on some way through machine code, followed from instruction to instruction.
 
 ptxas of Triton 3.6 can let a product on one side of a branch take its tile's descriptor from
 registers that only the other side sets. Each register of a descriptor is set once on all ways to
 its product; where several definitions reach it, or none, it is somebody else's value.
+
+And a role of a programmatic launch can forget to wait for the launch before.
 """
 
 import re
@@ -10,11 +12,13 @@ from collections import Counter
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);")
 _PAIRS = (".64", ".WIDE")
+_WAIT = "ACQBULK"  # for the launch before
+_GLOBAL = ("LDG", "STG", "ATOMG", "REDG", "UTMALDG", "UTMASTG", "UTMAREDG")
 
 
 def mixed_descriptors(sass):
     """Return the products whose descriptors' registers have no definition or several."""
-    code = [(int(m[1], 16), m[2].strip()) for m in map(_LINE.search, sass.splitlines()) if m]
+    code = _instructions(sass)
     follow = _followers(code)
     reaching, of_register = _reaching([_defined(text) for _, text in code], follow)
     found = []
@@ -24,6 +28,24 @@ def mixed_descriptors(sass):
             pair = (f"UR{int(used[1]) + k}" for k in (2, 3))  # of the right operand
             found += [text for r in pair if (reaching[i] & of_register[r]).bit_count() != 1]
     return found
+
+
+def unawaited(sass):
+    """Return what touches global memory on some way on which the launch before is not awaited."""
+    code = _instructions(sass)
+    follow, seen, waiting = _followers(code), {0}, [0]
+    while waiting:
+        i = waiting.pop()
+        if not code[i][1].startswith(_WAIT):
+            waiting += (after := set(follow[i]) - seen)
+            seen |= after
+    names = [re.sub(r"^@!?U?P\w+\s+", "", code[i][1]) for i in sorted(seen)]
+    return [text for text in names if text.startswith(_GLOBAL)]
+
+
+def _instructions(sass):
+    """Return the address and the text of each."""
+    return [(int(m[1], 16), m[2].strip()) for m in map(_LINE.search, sass.splitlines()) if m]
 
 
 def _defined(text):
