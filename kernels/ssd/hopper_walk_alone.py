@@ -3,8 +3,9 @@
 Where a segment is short, a consumer makes the sums of its segment's log-decay before the first
 walk, and keeps them in shared memory. The scores, which all heads of a group share, are made by
 blocks that walk nothing: they come before all others in the grid, so that still no block waits for
-one of a higher index. They are over long before the second walk asks for scores; what they keep
-from starting at once is blocks of the last segment, which wait at first.
+one of a higher index. They are over before the second walk asks for scores, which is why they say
+what they have made only at their end; what they keep from starting at once is blocks of the last
+segment, which wait at first.
 
 Before it waits for the launch before, a block has the L2 cache fetch what it reads first: that is
 right also where it is still to be written, since the cache is where writes go.
@@ -20,9 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import PropagateNan
 
-from mambench.kernels.ssd.hopper_config import CHUNK, WITHIN_CHUNKS
+from mambench.kernels.ssd.hopper_config import CHUNK, MOST_SEGMENTS, WITHIN_CHUNKS
 from mambench.kernels.ssd.hopper_kernel import consumers_head
-from mambench.kernels.ssd.hopper_look_back import publish
 from mambench.kernels.ssd.hopper_rows import (
     LEAST_A2,
     LEAST_LOG2_DECAY,
@@ -34,30 +34,90 @@ from mambench.kernels.ssd.hopper_rows import (
 _Q = gl.constexpr(CHUNK)
 _C = gl.constexpr(WITHIN_CHUNKS)
 _ALL = gl.constexpr(PropagateNan.ALL)
-_PREFETCHED = gl.constexpr(6)  # tiles of x, of each consumer
+_SEGMENTS = gl.constexpr(MOST_SEGMENTS)
+_PREFETCHED = gl.constexpr(8)  # tiles of x, of each consumer
+_PREFETCHED_SCORES = gl.constexpr(16)  # tiles of B and of C, of a block that makes scores
+_LINE = gl.constexpr(128)  # bytes
 
 
 @gluon.jit
-def prefetch_steps(work):
-    """Have the L2 cache fetch a segment's dt: a hint, also where dt is still to be written."""
+def _prefetch(where):
+    """Have the L2 cache fetch lines: a hint, also where they are still to be written."""
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [where], dtype=gl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def prefetch_steps(work, P: gl.constexpr, D_DIMS: gl.constexpr):
+    """Prefetch what sums are made of, a segment's dt and a head's A and bias, and the head's D.
+
+    Of a pair's first head: the other's is close by.
+    """
     b, pair, _segment, _nsegments, first, _own, count, sizes = work[1]
-    dt_ptr, _A, _bias, seqlen, _min, _max, strides = work[2][:7]
+    D_ptr = work[0][0]
+    dt_ptr, A_ptr, bias_ptr, seqlen, _min, _max, strides = work[2][:7]
     _nheads, pairs_per_group, heads_per_group = sizes
     stride_batch, stride_token, stride_head = strides
     LINES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     last = gl.minimum((first + count) * _Q, seqlen) - 1
     t = gl.minimum(first * _Q + gl.arange(0, _C * _Q, layout=LINES), last)
-    h = pair // pairs_per_group * heads_per_group  # others of the group are close by
+    h, _channel = consumers_head(pair, 0, pairs_per_group, heads_per_group, P)
+    one = h + gl.arange(0, 1, layout=LINES)
+    _prefetch(A_ptr + one)
+    if bias_ptr is not None:
+        _prefetch(bias_ptr + one)
+    if D_DIMS == 1:
+        _prefetch(D_ptr + one)
     start = b.to(gl.int64) * stride_batch + h.to(gl.int64) * stride_head
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
-        [dt_ptr + start + t.to(gl.int64) * stride_token], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    _prefetch(dt_ptr + start + t.to(gl.int64) * stride_token)
+
+
+@gluon.jit
+def _prefetch_rows(base, t, stride_token, seqlen, N: gl.constexpr):
+    """Prefetch a chunk's tile of B or C, whose first token is t. By four warps."""
+    itemsize: gl.constexpr = base.dtype.element_ty.primitive_bitwidth // 8
+    lines: gl.constexpr = (N * itemsize + _LINE - 1) // _LINE
+    LINES: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [2, 2], [1, 0])
+    row = gl.arange(0, _Q, layout=gl.SliceLayout(1, LINES))
+    n = gl.arange(0, lines, layout=gl.SliceLayout(0, LINES)) * (_LINE // itemsize)
+    t = gl.minimum(t + row, seqlen - 1).to(gl.int64)
+    _prefetch(base + (t * stride_token)[:, None] + n[None, :])
+
+
+@gluon.jit
+def prefetch_shared(work, N: gl.constexpr):
+    """Prefetch one of the tiles of B that a group's pairs share: each pair another of the first."""
+    b, pair, _segment, _nsegments, first, own, count, sizes = work[1]
+    seqlen, B_ptr, strides = work[2][3], work[2][11], work[2][12]
+    _nheads, pairs_per_group, _heads_per_group = sizes
+    stride_batch, stride_token, stride_group = strides
+    mine = pair % pairs_per_group
+    if mine < count:
+        c = gl.where(own > 0, own - 1 - mine, mine)
+        group = (pair // pairs_per_group).to(gl.int64)
+        base = B_ptr + b.to(gl.int64) * stride_batch + group * stride_group
+        _prefetch_rows(base, (first + c) * _Q, stride_token, seqlen, N)
+
+
+@gluon.jit
+def prefetch_for_scores(which: gl.constexpr, work, N: gl.constexpr):
+    """Prefetch tiles that a block makes scores of: one consumer those of B, the other of C."""
+    b, pair, _segment, _nsegments, _first, _own, _count, sizes = work[1]
+    _nheads, pairs_per_group, _heads_per_group = sizes
+    stride_batch, stride_token, stride_group = work[2][12 + 2 * which]
+    group = (pair // pairs_per_group).to(gl.int64)
+    base = work[2][11 + 2 * which] + b.to(gl.int64) * stride_batch + group * stride_group
+    chunk, step, count = _made_here(work)
+    for _item in range(0, gl.minimum(count, _PREFETCHED_SCORES)):
+        _prefetch_rows(base, chunk * _Q, stride_token, work[2][3], N)
+        chunk += step
 
 
 @gluon.jit
 def prefetch_tiles(work, P: gl.constexpr):
-    """Have the L2 cache fetch the tiles of x that are asked for first, also as a hint."""
+    """Prefetch the tiles of x that are asked for first."""
     b, pair, _segment, _nsegments, first, own, count, sizes = work[1]
     seqlen, x_ptr, x_strides = work[2][3], work[2][9], work[2][10]
     _nheads, pairs_per_group, heads_per_group = sizes
@@ -70,10 +130,7 @@ def prefetch_tiles(work, P: gl.constexpr):
         for which in gl.static_range(2):
             h, channel = consumers_head(pair, which, pairs_per_group, heads_per_group, P)
             start = b.to(gl.int64) * stride_batch + h.to(gl.int64) * stride_head + channel
-            gl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
-                [x_ptr + start + t * stride_token], dtype=gl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
+            _prefetch(x_ptr + start + t * stride_token)
 
 
 @gluon.jit
@@ -101,10 +158,19 @@ def sums_within(
     bias = A2
     if bias_ptr is not None:
         bias = gl.load(bias_ptr + h).to(gl.float32)
+    # Lanes load what lies side by side: a request of one line for each lane takes twice as long.
     # Without masks, or the compiler waits for one load before it starts the next.
+    LOADED: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+    loaded_chunk = first + gl.arange(0, _C, layout=gl.SliceLayout(1, LOADED))
+    token = (loaded_chunk * _Q)[:, None] + gl.arange(0, _Q, gl.SliceLayout(0, LOADED))[None, :]
     last = gl.minimum((first + count) * _Q, seqlen) - 1
-    token = gl.minimum(t, last).to(gl.int64)
+    token = gl.minimum(token, last).to(gl.int64)
     dt = gl.load(dt_ptr + start + token * stride_token).to(gl.float32)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    rows = cums._reinterpret(gl.float32, [6, _C, _Q], flat)
+    rows.index(which * 3).store(dt)
+    gl.thread_barrier()
+    dt = rows.index(which * 3).load(ROWS)
     if bias_ptr is not None:
         dt += bias
     if SOFTPLUS:
@@ -115,8 +181,6 @@ def sums_within(
     log_decay = gl.maximum(dt * A2, LEAST_LOG2_DECAY, propagate_nan=_ALL)
     cum = gl.associative_scan(log_decay, 1, add)
     total = gl.sum(gl.where((q == _Q - 1)[None, :], cum, 0.0), axis=1)
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    rows = cums._reinterpret(gl.float32, [6, _C, _Q], flat)
     one: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     totals._reinterpret(gl.float32, [2, _C], one).index(which).store(total)
     log_dt = gl.log2(gl.where(dt > 0, dt, 1.0))
@@ -159,15 +223,18 @@ def _counter(work):
 
 @gluon.jit
 def make_scores(which: gl.constexpr, tiles, work, STAGES: gl.constexpr):
-    """Make every other chunk's scores, B_j . C_i for i >= j, else 0; consumers take turns."""
+    """Make every other chunk's scores, B_j . C_i for i >= j, else 0; consumers take turns.
+
+    They are counted when all are stored: to see each safely stored before the next takes longer
+    than making it.
+    """
     _xs, _zs, Bs, Cs, _scores, _cums, _weights, _outs, full, empty = tiles
     scores_ptr, nchunks = work[2][7], work[2][8]
     b, pair, _segment, _nsegments, _first, _own, _count, sizes = work[1]
     nheads, pairs_per_group, heads_per_group = sizes
-    segment_chunks = work[3]
     TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _Q, 16])
     chunk, step, count = _made_here(work)
-    counter = _counter(work)
+    start = chunk + which * step
     group = b.to(gl.int64) * (nheads // heads_per_group) + pair // pairs_per_group
     j = gl.arange(0, _Q, layout=gl.SliceLayout(1, TILE))
     i = gl.arange(0, _Q, layout=gl.SliceLayout(0, TILE))
@@ -182,9 +249,23 @@ def make_scores(which: gl.constexpr, tiles, work, STAGES: gl.constexpr):
             scores = gl.where(j[:, None] <= i[None, :], scores, 0.0)
             tile = scores_ptr + (group * nchunks + chunk) * (_Q * _Q)
             gl.store(tile + (j * _Q)[:, None] + i[None, :], scores.to(tile.dtype.element_ty))
-            publish(counter + chunk // segment_chunks)
         mbarrier.arrive(empty.index(stage), count=1)
         chunk += step
+    _count_made(work, start, 2 * step)
+
+
+@gluon.jit
+def _count_made(work, start, step):
+    """Count what a consumer has stored, of every step-th chunk, to each chunk's segment."""
+    nchunks, segment_chunks = work[2][8], work[3]
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    segment = gl.arange(0, _SEGMENTS, layout=LANES)
+    begin = gl.minimum(segment * segment_chunks, nchunks)
+    end = gl.minimum(begin + segment_chunks, nchunks)
+    before = gl.maximum(begin - start + step - 1, 0) // step
+    made = gl.maximum(end - start + step - 1, 0) // step - before
+    gl.thread_barrier()
+    gl.atomic_add(_counter(work) + segment, made, mask=made > 0, sem="release", scope="gpu")
 
 
 @gluon.jit

@@ -1,8 +1,8 @@
 """SSD forward on Hopper, the walk alone at 8,192 tokens: edits of its source that may take what does not grow with the length.
 
-python3 ssd_walk_next.py, from the repository's root; five minutes. Each variant is a copy of the checkout under /tmp. Results of variants named "wrong: ..." are
-wrong on purpose, as bounds; the others are held against the checkout's to the bit. $OUT/next.jsonl. "make" as its argument: only the changed
-copies; "compile": for sm_90 without a GPU too, with what ptxas says of registers and spills. Not run on a GPU yet.
+python3 ssd_walk_next.py, from the repository's root, of commit abaca9c; five minutes. Each variant is a copy of the checkout under /tmp. Results of variants named
+"wrong: ..." are wrong on purpose, as bounds; the others are held against the checkout's to the bit. $OUT/next.jsonl. "make" as its argument: only the changed
+copies; "compile": for sm_90 without a GPU too, with what ptxas says of registers and spills. `ssd_walk_makers.py` has what followed.
 """
 import json, math, os, re, shutil, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -90,7 +90,7 @@ CLOCKS = [
     ("hopper_ssd.py", "            recording, plan, tensors, prepared, results, scores_dtype", "            recording, plan, tensors, prepared, (results[0], STAMPS), scores_dtype"),
     ("hopper_ssd.py", "_BLOCK_H = 8\n", "_BLOCK_H = 8\nSTAMPS = torch.zeros(160 * 2 * 128, dtype=torch.int64, device='cuda')\n"),
 ]
-# States are read as their flags are seen, not after all flags are.
+# States are read as their flags are seen, not after all flags are. Hangs: each warp counts the flags for itself, and warps that count differently do not meet at the barrier.
 IN_ORDER = [
     (L, "@gluon.constexpr_function\ndef flat_layout", '''@gluon.jit
 def await_some(flags, count, wanted, ready):
@@ -120,9 +120,27 @@ NO_SUMS = [(K, "        sums_within(which, tiles, work, h, FEATURES[4], _LEAST_M
            (K, "@gluon.jit\ndef _row(", "@gluon.jit\ndef seqlen_is_negative(work):\n    return work[2][3] < 0\n\n\n@gluon.jit\ndef _row(")]
 NO_LOOK = [(K, "        if segment > 0:\n            state = look_back", "        if segment > 1000:\n            state = look_back"),
            ("hopper_walk_producer.py", "        if segment == nsegments - 1:\n            for which", "        if segment == nsegments + 1:\n            for which")]
-V = {"checkout": [], "8 tiles of x": TILES(8), "10 tiles of x": TILES(10), "12 tiles of x": TILES(12), "B too": B_AHEAD, "B too, 8 tiles of x": B_AHEAD + TILES(8),
-     "B too, 10 tiles of x": B_AHEAD + TILES(10), "for late ones": LATE, "for late ones, 8 tiles of x": LATE + TILES(8), "for late ones, A, B too": LATE + A_AHEAD + B_AHEAD, "A, bias and D": A_AHEAD, "A, B too": A_AHEAD + B_AHEAD, "A, B too, 8 tiles of x": A_AHEAD + B_AHEAD + TILES(8), "states in order": IN_ORDER, "all": IN_ORDER + A_AHEAD + B_AHEAD + LATE, "all, 8 tiles of x": IN_ORDER + A_AHEAD + B_AHEAD + LATE + TILES(8), "clocks": CLOCKS, "clocks of all": CLOCKS + IN_ORDER + A_AHEAD + B_AHEAD + LATE,
-     "wrong: dt not loaded": NO_DT, "wrong: no sums": NO_SUMS, "wrong: no look back": NO_LOOK}
+# A mild chunk's outputs wait in one of two tiles, the other of which a steep chunk's weights take; that the chunk before the last is written out is known at
+# the barrier which gives a stage back, so that none is needed before the outputs.
+TURNS = [
+    (K, "    which: gl.constexpr, tiles, out_desc, row, state, skip, stage, c, middle,\n", "    which: gl.constexpr, turn, tiles, out_desc, row, state, skip, stage, c, middle,\n"),
+    (K, "    out_tile = outs.index(which)\n", "    out_tile = outs.index(which * 2 + turn)\n"),
+    (K, "        tma.store_wait(0)\n        gl.thread_barrier()\n        y = warpgroup_mma_wait(1, deps=(y,))\n        y = y * since_middle", "        y = warpgroup_mma_wait(1, deps=(y,))\n        y = y * since_middle"),
+    (K, "        weights_tile = all_weights.index(which)\n", "        weights_tile = outs.index(which * 2 + 1 - turn)\n        tma.store_wait(0)\n        gl.thread_barrier()\n"),
+    (K, "        fence_async_shared()\n        tma.store_wait(0)\n        x = x_tile", "        fence_async_shared()\n        x = x_tile"),
+    (K, "    ahead = 0.0  # log2", "    turn = count * 0\n    ahead = 0.0  # log2"),
+    (K, "                state = _chunk(\n                    which, tiles, out_desc, row, state, skip, stage, c, middle, SIZES", "                state = _chunk(\n                    which, turn, tiles, out_desc, row, state, skip, stage, c, middle, SIZES"),
+    (K, "                    which, tiles, out_desc, row, state, skip, steep, c, 0.0", "                    which, turn, tiles, out_desc, row, state, skip, steep, c, 0.0"),
+    (K, "                which, tiles, out_desc, row, state, skip, stage, c, 0.0", "                which, turn, tiles, out_desc, row, state, skip, stage, c, 0.0"),
+    (K, "        mbarrier.arrive(empty.index(stage), count=1)\n    tma.store_wait(0)\n", "        tma.store_wait(1)\n        mbarrier.arrive(empty.index(stage), count=1)\n        turn = 1 - turn\n    tma.store_wait(0)\n"),
+    (K, "    weights = gl.allocate_shared_memory(dtype, [2, _Q, _Q], x_desc.layout)\n    outs = gl.allocate_shared_memory(dtype, [2, _Q, _P], x_desc.layout)\n", "    outs = gl.allocate_shared_memory(dtype, [4, _Q, _P], x_desc.layout)\n    weights = outs\n"),
+]
+NO_STORE_WAIT = [(K, "        tma.store_wait(0)\n        gl.thread_barrier()\n        y = warpgroup_mma_wait(1, deps=(y,))\n        y = y * since_middle", "        y = warpgroup_mma_wait(1, deps=(y,))\n        y = y * since_middle")]
+NO_FENCES = [(L, 'gl.atomic_add(flag, 1, sem="release", scope="gpu")', 'gl.atomic_add(flag, 1, sem="relaxed", scope="gpu")'),
+             (L, '    watched = flags + gl.minimum(gl.arange(0, _FLAGS, layout=LANES), count - 1)\n    seen = 0\n    while seen == 0:\n        values = gl.inline_asm_elementwise(\n            "ld.acquire', '    watched = flags + gl.minimum(gl.arange(0, _FLAGS, layout=LANES), count - 1)\n    seen = 0\n    while seen == 0:\n        values = gl.inline_asm_elementwise(\n            "ld.relaxed')]
+FOUR_READ = [(L, "    last = segment - 1\n    own = gl.load(slots)", "    segment = gl.minimum(segment, 4)\n    last = segment - 1\n    own = gl.load(slots)")]
+V = {"checkout": [], "8 tiles of x": TILES(8), "12 tiles of x": TILES(12), "B too": B_AHEAD, "for late ones": LATE, "A, bias and D": A_AHEAD, "A, B too": A_AHEAD + B_AHEAD, "A, B too, 8 tiles of x": A_AHEAD + B_AHEAD + TILES(8), "states in order": IN_ORDER, "outputs in turns": TURNS, "in turns, A, B too": TURNS + A_AHEAD + B_AHEAD, "wrong: stores not waited for": NO_STORE_WAIT, "all": IN_ORDER + A_AHEAD + B_AHEAD + LATE, "all, 8 tiles of x": IN_ORDER + A_AHEAD + B_AHEAD + LATE + TILES(8), "all, in turns": IN_ORDER + A_AHEAD + B_AHEAD + LATE + TURNS, "clocks": CLOCKS, "clocks of all": CLOCKS + IN_ORDER + A_AHEAD + B_AHEAD + LATE,
+     "wrong: dt not loaded": NO_DT, "wrong: no sums": NO_SUMS, "wrong: no look back": NO_LOOK, "wrong: no fences": NO_FENCES, "wrong: four states read": FOUR_READ}
 
 
 def make(name):
@@ -170,9 +188,9 @@ def one(mode, name):
             torch.cuda.synchronize()
             t = S.STAMPS.view(160, 2, 128)[:144].view(9, 16, 2, 128).double()  # scores' and segments' blocks, pair, which
             s = (t - t[1:, :, :, 1].min()) / 1e3
-            rows.append([[round(float(s[g, :, :, k].median()), 1) for k in (0, 1, 2, 3, 4, 5, *range(8, 24, 3), 6)] for g in range(1, 9)])
+            rows.append([[round(float(s[g, :, :, k].median()), 1) for k in (0, 1, 2, 3, 4, 5, *range(8, 24, 3), 6)] for g in range(9)])
         m = torch.tensor(rows).median(0).values
-        for g in range(8): print(f"{name} segment {g}: there, begun, sums, own, set, looked; chunks; end", [round(float(v), 1) for v in m[g]], flush=True)
+        for g in range(9): print(f"{name} segment {g - 1}: there, begun, sums, own, set, looked; chunks; end", [round(float(v), 1) for v in m[g]], flush=True)
         return
     row = {str((B, n)): round(replay_us(forward(inputs(B, n, 32)), 0.02), 2) for B, n in ((1, 8192), (1, 4096), (1, 2048))}
     row["8192 again"] = round(replay_us(forward(inputs(1, 8192, 32)), 0.02), 2)
@@ -182,23 +200,31 @@ def one(mode, name):
 
 def part(mode, name, limit):
     env = dict(os.environ, TRITON_CACHE_DIR="/tmp/tc_next_" + re.sub(r"\W", "_", name))
-    try: done = subprocess.run([sys.executable, os.path.abspath(__file__), mode, name], timeout=limit, capture_output=True, text=True, cwd=make(name), env=env); said = done.stdout + (done.stderr[-900:] if done.returncode else "")
+    try: done = subprocess.run([sys.executable, SCRIPT, mode, name], timeout=limit, capture_output=True, text=True, cwd=make(name), env=env); said = done.stdout + (done.stderr[-900:] if done.returncode else "")
     except subprocess.TimeoutExpired as e: said = f"{mode} {name}: timeout " + (e.stdout or b"").decode()
     if said: print(said.rstrip(), flush=True)
 
 
-mode, name = [*sys.argv[1:], "", ""][:2]
-if name: one(mode, name); sys.exit()
-for n in V: make(n)
-if mode == "make": sys.exit()
-if mode == "compile": [part("compile", n, 300) for n in V]; sys.exit()
-begin = time.time()
-with ThreadPoolExecutor(12) as pool: list(pool.map(lambda n: part("first", n, 90), V))
-import torch
-path = lambda n: f"/tmp/next_{re.sub(r'[^0-9a-z]', '_', n.lower())}.pt"
-want = torch.load(path("checkout"))
-print("compiled", round(time.time() - begin), "same bits:", {n: torch.equal(torch.load(path(n)), want) if Path(path(n)).exists() else None for n in V}, flush=True)
-for again in range(2):
-    for n in V:
-        if not (again and n.startswith(("wrong", "clocks"))): part("time", n, 20)
-print("seconds", round(time.time() - begin), flush=True)
+def main(script):
+    """Run what a script's arguments ask of V."""
+    global SCRIPT
+    SCRIPT = os.path.abspath(script)
+    mode, name = [*sys.argv[1:], "", ""][:2]
+    if name: one(mode, name); return
+    for n in V: make(n)
+    if mode == "make": return
+    if mode == "compile": [part("compile", n, 300) for n in V]; return
+    begin = time.time()
+    with ThreadPoolExecutor(12) as pool: list(pool.map(lambda n: part("first", n, 90), V))
+    import torch
+    path = lambda n: f"/tmp/next_{re.sub(r'[^0-9a-z]', '_', n.lower())}.pt"
+    want = torch.load(path("checkout"))
+    print("compiled", round(time.time() - begin), "same bits:", {n: torch.equal(torch.load(path(n)), want) if Path(path(n)).exists() else None for n in V}, flush=True)
+    for again in range(2):
+        for n in V:
+            if not (again and n.startswith(("wrong", "clocks"))): part("time", n, 20)
+    print("seconds", round(time.time() - begin), flush=True)
+
+
+if __name__ == "__main__":
+    main(__file__)
