@@ -36,7 +36,7 @@ _C = gl.constexpr(WITHIN_CHUNKS)
 _ALL = gl.constexpr(PropagateNan.ALL)
 _SEGMENTS = gl.constexpr(MOST_SEGMENTS)
 _PREFETCHED = gl.constexpr(8)  # tiles of x, of each consumer
-_PREFETCHED_SCORES = gl.constexpr(16)  # tiles of B and of C, of a block that makes scores
+_SCORES_AHEAD = gl.constexpr(8)  # chunks of B and C, of a block that makes scores
 _LINE = gl.constexpr(128)  # bytes
 
 
@@ -75,43 +75,29 @@ def prefetch_steps(work, P: gl.constexpr, D_DIMS: gl.constexpr):
 
 
 @gluon.jit
-def _prefetch_rows(base, t, stride_token, seqlen, N: gl.constexpr):
-    """Prefetch a chunk's tile of B or C, whose first token is t. By four warps."""
-    itemsize: gl.constexpr = base.dtype.element_ty.primitive_bitwidth // 8
+def _prefetch_for_scores(which: gl.constexpr, work, chunk, N: gl.constexpr):
+    """Prefetch a chunk's tile of B, by the first consumer, or of C, by the second."""
+    b, pair, _segment, _nsegments, _first, _own, _count, sizes = work[1]
+    _nheads, pairs_per_group, _heads_per_group = sizes
+    seqlen, tensor, strides = work[2][3], work[2][11 + 2 * which], work[2][12 + 2 * which]
+    stride_batch, stride_token, stride_group = strides
+    itemsize: gl.constexpr = tensor.dtype.element_ty.primitive_bitwidth // 8
     lines: gl.constexpr = (N * itemsize + _LINE - 1) // _LINE
     LINES: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [2, 2], [1, 0])
     row = gl.arange(0, _Q, layout=gl.SliceLayout(1, LINES))
     n = gl.arange(0, lines, layout=gl.SliceLayout(0, LINES)) * (_LINE // itemsize)
-    t = gl.minimum(t + row, seqlen - 1).to(gl.int64)
-    _prefetch(base + (t * stride_token)[:, None] + n[None, :])
-
-
-@gluon.jit
-def prefetch_shared(work, N: gl.constexpr):
-    """Prefetch one of the tiles of B that a group's pairs share: each pair another of the first."""
-    b, pair, _segment, _nsegments, first, own, count, sizes = work[1]
-    seqlen, B_ptr, strides = work[2][3], work[2][11], work[2][12]
-    _nheads, pairs_per_group, _heads_per_group = sizes
-    stride_batch, stride_token, stride_group = strides
-    mine = pair % pairs_per_group
-    if mine < count:
-        c = gl.where(own > 0, own - 1 - mine, mine)
-        group = (pair // pairs_per_group).to(gl.int64)
-        base = B_ptr + b.to(gl.int64) * stride_batch + group * stride_group
-        _prefetch_rows(base, (first + c) * _Q, stride_token, seqlen, N)
+    t = gl.minimum(chunk * _Q + row, seqlen - 1).to(gl.int64)
+    group = (pair // pairs_per_group).to(gl.int64)
+    start = b.to(gl.int64) * stride_batch + group * stride_group
+    _prefetch(tensor + start + (t * stride_token)[:, None] + n[None, :])
 
 
 @gluon.jit
 def prefetch_for_scores(which: gl.constexpr, work, N: gl.constexpr):
-    """Prefetch tiles that a block makes scores of: one consumer those of B, the other of C."""
-    b, pair, _segment, _nsegments, _first, _own, _count, sizes = work[1]
-    _nheads, pairs_per_group, _heads_per_group = sizes
-    stride_batch, stride_token, stride_group = work[2][12 + 2 * which]
-    group = (pair // pairs_per_group).to(gl.int64)
-    base = work[2][11 + 2 * which] + b.to(gl.int64) * stride_batch + group * stride_group
+    """Prefetch the first tiles that a block makes scores of."""
     chunk, step, count = _made_here(work)
-    for _item in range(0, gl.minimum(count, _PREFETCHED_SCORES)):
-        _prefetch_rows(base, chunk * _Q, stride_token, work[2][3], N)
+    for _item in range(0, gl.minimum(count, _SCORES_AHEAD)):
+        _prefetch_for_scores(which, work, chunk, N)
         chunk += step
 
 
@@ -222,7 +208,9 @@ def _counter(work):
 
 
 @gluon.jit
-def make_scores(which: gl.constexpr, tiles, work, STAGES: gl.constexpr):
+def make_scores(
+    which: gl.constexpr, tiles, work, N: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
     """Make every other chunk's scores, B_j . C_i for i >= j, else 0; consumers take turns.
 
     They are counted when all are stored: to see each safely stored before the next takes longer
@@ -239,6 +227,8 @@ def make_scores(which: gl.constexpr, tiles, work, STAGES: gl.constexpr):
     j = gl.arange(0, _Q, layout=gl.SliceLayout(1, TILE))
     i = gl.arange(0, _Q, layout=gl.SliceLayout(0, TILE))
     for item in range(0, count):
+        if item + _SCORES_AHEAD < count:
+            _prefetch_for_scores(which, work, chunk + _SCORES_AHEAD * step, N)
         stage = item % STAGES
         mbarrier.wait(full.index(stage), (item // STAGES) & 1)
         if item % 2 == which:
@@ -246,10 +236,12 @@ def make_scores(which: gl.constexpr, tiles, work, STAGES: gl.constexpr):
             C = Cs.index(stage).permute((1, 0))
             scores = warpgroup_mma(Bs.index(stage), C, zero, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=(scores,))
+            mbarrier.arrive(empty.index(stage), count=1)
             scores = gl.where(j[:, None] <= i[None, :], scores, 0.0)
             tile = scores_ptr + (group * nchunks + chunk) * (_Q * _Q)
             gl.store(tile + (j * _Q)[:, None] + i[None, :], scores.to(tile.dtype.element_ty))
-        mbarrier.arrive(empty.index(stage), count=1)
+        else:
+            mbarrier.arrive(empty.index(stage), count=1)
         chunk += step
     _count_made(work, start, 2 * step)
 

@@ -46,7 +46,6 @@ from mambench.kernels.ssd.hopper_walk_alone import (
     fetch_for_scores,
     make_scores,
     prefetch_for_scores,
-    prefetch_shared,
     prefetch_steps,
     prefetch_tiles,
     sums_within,
@@ -314,14 +313,11 @@ def _consumer_or_maker(
     if FEATURES[3]:
         if work[1][2] < 0:
             prefetch_for_scores(which, work, SIZES[1])
-        else:
-            if which == 0:
-                prefetch_steps(work, SIZES[0], FEATURES[0])
-            else:
-                prefetch_shared(work, SIZES[1])
+        elif which == 0:
+            prefetch_steps(work, SIZES[0], FEATURES[0])
         wait_for_launch_before(FEATURES[2])
         if work[1][2] < 0:
-            make_scores(which, tiles, work, SIZES[3])
+            make_scores(which, tiles, work, SIZES[1], SIZES[3])
         else:
             _consumer(which, tiles, sources, work, SIZES, FEATURES)
     else:

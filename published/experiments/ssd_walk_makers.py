@@ -21,10 +21,20 @@ BY_LANE = [
     (A, "    LOADED: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])\n", "    LOADED: gl.constexpr = ROWS\n"),
     (A, "    rows.index(which * 3).store(dt)\n    gl.thread_barrier()\n    dt = rows.index(which * 3).load(ROWS)\n", ""),
 ]
-NO_TILES = [(K, "        if work[1][2] < 0:\n            prefetch_for_scores(which, work, SIZES[1])\n        else:\n", "        if work[1][2] >= 0:\n")]
-NO_B = [(K, "            else:\n                prefetch_shared(work, SIZES[1])\n", "")]
-CLOCKS = [*walk.CLOCKS, (K, "            make_scores(which, tiles, work, SIZES[3])\n", "            make_scores(which, tiles, work, SIZES[3])\n            _stamp(work[0][5], which, 6)\n")]
-walk.V = {"checkout": [], "scores counted one by one": ONE_BY_ONE, "no tiles ahead for scores": NO_TILES, "no B": NO_B, "dt by lane": BY_LANE, "6 tiles of x": TILES(6), "10 tiles of x": TILES(10), "clocks": CLOCKS}
+NO_TILES = [
+    (K, "        if work[1][2] < 0:\n            prefetch_for_scores(which, work, SIZES[1])\n        elif which == 0:\n            prefetch_steps(work, SIZES[0], FEATURES[0])\n", "        if which == 0:\n            if work[1][2] >= 0:\n                prefetch_steps(work, SIZES[0], FEATURES[0])\n"),
+    (A, "        if item + _SCORES_AHEAD < count:\n            _prefetch_for_scores(which, work, chunk + _SCORES_AHEAD * step, N)\n", ""),
+]
+AHEAD = lambda n: [(A, "_SCORES_AHEAD = gl.constexpr(8)", f"_SCORES_AHEAD = gl.constexpr({n})")]
+# As before: a stage is given back when its scores are stored.
+KEPT = [
+    (A, "            mbarrier.arrive(empty.index(stage), count=1)\n            scores = gl.where(", "            scores = gl.where("),
+    (A, "        else:\n            mbarrier.arrive(empty.index(stage), count=1)\n        chunk += step\n", "        mbarrier.arrive(empty.index(stage), count=1)\n        chunk += step\n"),
+]
+CLOCKS = [*walk.CLOCKS, (K, "            make_scores(which, tiles, work, SIZES[1], SIZES[3])\n", "            make_scores(which, tiles, work, SIZES[1], SIZES[3])\n            _stamp(work[0][5], which, 6)\n")]
+walk.V = {"checkout": [], "scores counted one by one": ONE_BY_ONE, "no tiles ahead for scores": NO_TILES, "16 chunks ahead": AHEAD(16), "4 chunks ahead": AHEAD(4),
+          "stages kept": KEPT, "dt by lane": BY_LANE, "10 tiles of x": TILES(10), "clocks": CLOCKS}
+walk.SIZES = [(1, 8192), (1, 4096), (1, 2048), (1, 8192, 16), (1, 4096, 8)]
 SHAPES = [  # batch, length, heads, groups
     *((1, n, 16, 1) for n in (2048, 4096, 8192, 16384)), *((1, n, 8, 1) for n in (1024, 2048, 4096, 8192)), *((1, n, 4, 1) for n in (2048, 4096)),
     *((1, n, 32, G) for G in (8, 4, 2) for n in (1024, 2048, 4096, 8192)), *((1, n, 64, 8) for n in (1024, 2048, 4096)), (1, 2048, 128, 8), (2, 2048, 32, 8), (2, 4096, 16, 1),

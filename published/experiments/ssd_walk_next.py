@@ -153,6 +153,9 @@ def make(name):
     return str(to)
 
 
+SIZES = [(1, 8192), (1, 4096), (1, 2048)]  # batch, length, and heads if not 32
+
+
 def setup():
     global torch, S, prepared, replay_us, inputs
     sys.path.insert(0, "published/experiments")
@@ -192,7 +195,7 @@ def one(mode, name):
         m = torch.tensor(rows).median(0).values
         for g in range(9): print(f"{name} segment {g - 1}: there, begun, sums, own, set, looked; chunks; end", [round(float(v), 1) for v in m[g]], flush=True)
         return
-    row = {str((B, n)): round(replay_us(forward(inputs(B, n, 32)), 0.02), 2) for B, n in ((1, 8192), (1, 4096), (1, 2048))}
+    row = {str((B, n, *H)): round(replay_us(forward(inputs(B, n, *(H or [32]))), 0.02), 2) for B, n, *H in SIZES}
     row["8192 again"] = round(replay_us(forward(inputs(1, 8192, 32)), 0.02), 2)
     print(f"{name:38}", json.dumps(row), flush=True)
     with open(OUT / "next.jsonl", "a") as f: f.write(json.dumps({"name": name, **row}) + "\n")
