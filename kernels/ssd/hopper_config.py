@@ -1,5 +1,7 @@
 """What the Hopper SSD supports and how it divides time. Torch-free."""
 
+from functools import lru_cache
+
 from mambench.kernels.ssd.triton_config import segment_chunks
 
 CHUNK = 64  # tokens, Q
@@ -12,8 +14,10 @@ LONGEST_WALK = 256  # chunks of a segment
 MOST_SEGMENTS = 32  # whose flags one warp watches
 _LEAST_CHUNKS = 2  # of a segment: the states of shorter ones would take more memory than the output
 ONE_LAUNCH_CHUNKS = 512  # of all pairs of heads
-ONE_LAUNCH_CHUNKS_OR_ALONE = 128  # where a walk that makes its own sums and scores can serve too
-_LEAST_MAKERS = 64  # blocks that make scores, times those of one group
+ONE_LAUNCH_CHUNKS_OF_FEW = 2048  # where few pairs of heads share the scores, in more groups
+_FEW_PAIRS = 2
+_SOON_MADE = 4  # chunks whose scores one block makes before anybody waits for them
+_MULTIPROCESSORS = 132  # of an H100 and an H200 with NVLink
 # Of a look back, in units of the time that the outputs of a chunk take.
 _STATE_COST = 0.5
 _HAND_OVER_COST = 2.0
@@ -61,33 +65,37 @@ def one_launch(
 ) -> bool:  # fmt: skip
     """Return whether the walk with a helper (`hopper_fused`) is faster than the one without.
 
-    It is where a walk is mostly starting and waiting; where it is long, the helper's share of the
-    tensor cores takes more than its own sums and scores cost the other. Where that cannot be the
-    only launch, the other is two to four.
+    It is where a walk is mostly starting and waiting, unless the other can be the only launch too;
+    where it is long, the helper's share of the tensor cores takes more than its own sums and scores
+    cost the other, except where few heads share the scores.
     """
     blocks = batch * ngroups * pairs(nheads // ngroups, headdim)
     alone = walks_alone(
         batch=batch, seqlen=seqlen, nheads=nheads, headdim=headdim, ngroups=ngroups,
         d_state=d_state,
     )  # fmt: skip
-    most = ONE_LAUNCH_CHUNKS_OR_ALONE if alone else ONE_LAUNCH_CHUNKS
-    return blocks * -(-seqlen // CHUNK) <= most
+    few = ngroups > 1 and pairs(nheads // ngroups, headdim) <= _FEW_PAIRS
+    most = ONE_LAUNCH_CHUNKS_OF_FEW if few else ONE_LAUNCH_CHUNKS
+    return not alone and blocks * -(-seqlen // CHUNK) <= most
 
 
+@lru_cache(maxsize=256)
 def walks_alone(
     *, batch: int, seqlen: int, nheads: int, headdim: int, ngroups: int, d_state: int
 ) -> bool:  # fmt: skip
     """Return whether the walk should be the only launch, if its segments are short enough.
 
     Time is divided, no state is padded, and the blocks that make the scores keep up: one per pair
-    of heads, which makes a group's chunks over its pairs, one after the other. On 132
-    multiprocessors that is at most twice the chunks of a segment; with fewer heads to a group the
-    other blocks would wait, by an estimate that was not timed.
+    of heads, which makes a group's chunks over its pairs, one after the other. Where that is more
+    than a segment has, the others wait for it (published/experiments/h100-ssd-walk-makers.json).
     """
-    per_group = pairs(nheads // ngroups, headdim)
-    makers = batch * ngroups * per_group
-    divided = -(-seqlen // CHUNK) > _WHOLE_CHUNKS
-    return divided and not padded(headdim, d_state) and makers * per_group >= _LEAST_MAKERS
+    nchunks, per_group = -(-seqlen // CHUNK), pairs(nheads // ngroups, headdim)
+    segment = chunks_per_segment(
+        batch=batch, seqlen=seqlen, nheads=nheads, headdim=headdim, ngroups=ngroups,
+        multiprocessors=_MULTIPROCESSORS,
+    )  # fmt: skip
+    keep_up = -(-nchunks // per_group) <= max(segment, _SOON_MADE)
+    return segment < nchunks and keep_up and not padded(headdim, d_state)
 
 
 def padded(headdim: int, d_state: int) -> bool:
@@ -131,12 +139,12 @@ def workspace_bytes(
     }  # fmt: skip
     if one_launch(**sizes, d_state=d_state):
         blocks = batch * ngroups * pairs(nheads // ngroups, headdim)
-        segments = -(-nchunks // look_back_chunks(**sizes, multiprocessors=132))
+        segments = -(-nchunks // look_back_chunks(**sizes, multiprocessors=_MULTIPROCESSORS))
         block_n = max(32, 1 << (d_state - 1).bit_length())
         return 4 * blocks * 2 * (segments - 1) * (CHANNELS * block_n + 1)
     sums = 2 * 4 * batch * nheads * nchunks * CHUNK
     scores = 4 * batch * ngroups * nchunks * CHUNK * CHUNK
-    per_segment = chunks_per_segment(**sizes, multiprocessors=132)
+    per_segment = chunks_per_segment(**sizes, multiprocessors=_MULTIPROCESSORS)
     segments = -(-nchunks // per_segment)
     states = 0 if segments == 1 else 4 * batch * nheads * segments * (headdim * d_state + 1)
     return sums + scores + states

@@ -10,7 +10,7 @@ from mambench.kernels.prepared import Recording
 from mambench.kernels.ssd.hopper_config import CHANNELS, CHUNK
 from mambench.kernels.ssd.hopper_launch import rows_of, tiles_of
 from mambench.kernels.ssd.hopper_walk_kernel import walk_kernel
-from mambench.kernels.ssd.triton_launch import Launch, Operands, strides3
+from mambench.kernels.ssd.triton_launch import Launch, Operands
 
 
 def run_walk(
@@ -55,14 +55,13 @@ def run_walk(
         tiles = (plan.batch, plan.ngroups, plan.nchunks, CHUNK, CHUNK)
         scores = recording.scratch(tiles, scores_dtype, device)
         rows = (None, None)
-        made = (tensors.dt, tensors.A, tensors.dt_bias, scores, tensors.x, tensors.B, tensors.C)
-        strides = sum(map(strides3, (tensors.dt, tensors.x, tensors.B, tensors.C)), ())
-        extra = 1
+        made = (tensors.dt, tensors.A, tensors.dt_bias, scores, tensors.x)
+        strides, extra = (*tensors.dt.stride(), *tensors.x.stride()[:3]), 1
     else:
         cum, cumj, scores = prepared
         rows = (rows_of(cum, CHUNK, 1), rows_of(cumj, CHUNK, 1))
-        made = (None,) * 7
-        strides, extra = (0,) * 12, 0
+        made = (None,) * 5
+        strides, extra = (0,) * 6, 0
     arguments = (
         tiles_of(out, CHANNELS), tiles_of(tensors.x, CHANNELS),
         None if z is None else tiles_of(z, CHANNELS),

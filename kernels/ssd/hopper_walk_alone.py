@@ -36,8 +36,6 @@ _C = gl.constexpr(WITHIN_CHUNKS)
 _ALL = gl.constexpr(PropagateNan.ALL)
 _SEGMENTS = gl.constexpr(MOST_SEGMENTS)
 _PREFETCHED = gl.constexpr(8)  # tiles of x, of each consumer
-_SCORES_AHEAD = gl.constexpr(8)  # chunks of B and C, of a block that makes scores
-_LINE = gl.constexpr(128)  # bytes
 
 
 @gluon.jit
@@ -72,33 +70,6 @@ def prefetch_steps(work, P: gl.constexpr, D_DIMS: gl.constexpr):
         _prefetch(D_ptr + one)
     start = b.to(gl.int64) * stride_batch + h.to(gl.int64) * stride_head
     _prefetch(dt_ptr + start + t.to(gl.int64) * stride_token)
-
-
-@gluon.jit
-def _prefetch_for_scores(which: gl.constexpr, work, chunk, N: gl.constexpr):
-    """Prefetch a chunk's tile of B, by the first consumer, or of C, by the second."""
-    b, pair, _segment, _nsegments, _first, _own, _count, sizes = work[1]
-    _nheads, pairs_per_group, _heads_per_group = sizes
-    seqlen, tensor, strides = work[2][3], work[2][11 + 2 * which], work[2][12 + 2 * which]
-    stride_batch, stride_token, stride_group = strides
-    itemsize: gl.constexpr = tensor.dtype.element_ty.primitive_bitwidth // 8
-    lines: gl.constexpr = (N * itemsize + _LINE - 1) // _LINE
-    LINES: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [2, 2], [1, 0])
-    row = gl.arange(0, _Q, layout=gl.SliceLayout(1, LINES))
-    n = gl.arange(0, lines, layout=gl.SliceLayout(0, LINES)) * (_LINE // itemsize)
-    t = gl.minimum(chunk * _Q + row, seqlen - 1).to(gl.int64)
-    group = (pair // pairs_per_group).to(gl.int64)
-    start = b.to(gl.int64) * stride_batch + group * stride_group
-    _prefetch(tensor + start + (t * stride_token)[:, None] + n[None, :])
-
-
-@gluon.jit
-def prefetch_for_scores(which: gl.constexpr, work, N: gl.constexpr):
-    """Prefetch the first tiles that a block makes scores of."""
-    chunk, step, count = _made_here(work)
-    for _item in range(0, gl.minimum(count, _SCORES_AHEAD)):
-        _prefetch_for_scores(which, work, chunk, N)
-        chunk += step
 
 
 @gluon.jit
@@ -144,7 +115,7 @@ def sums_within(
     bias = A2
     if bias_ptr is not None:
         bias = gl.load(bias_ptr + h).to(gl.float32)
-    # Lanes load what lies side by side: a request of one line for each lane takes twice as long.
+    # Lanes load what lies side by side, in fewer lines a request than in the order of the sums.
     # Without masks, or the compiler waits for one load before it starts the next.
     LOADED: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
     loaded_chunk = first + gl.arange(0, _C, layout=gl.SliceLayout(1, LOADED))
@@ -208,13 +179,10 @@ def _counter(work):
 
 
 @gluon.jit
-def make_scores(
-    which: gl.constexpr, tiles, work, N: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
+def make_scores(which: gl.constexpr, tiles, work, STAGES: gl.constexpr):
     """Make every other chunk's scores, B_j . C_i for i >= j, else 0; consumers take turns.
 
-    They are counted when all are stored: to see each safely stored before the next takes longer
-    than making it.
+    They are counted when all are stored, so that nothing waits for a chunk's to be stored.
     """
     _xs, _zs, Bs, Cs, _scores, _cums, _weights, _outs, full, empty = tiles
     scores_ptr, nchunks = work[2][7], work[2][8]
@@ -227,8 +195,6 @@ def make_scores(
     j = gl.arange(0, _Q, layout=gl.SliceLayout(1, TILE))
     i = gl.arange(0, _Q, layout=gl.SliceLayout(0, TILE))
     for item in range(0, count):
-        if item + _SCORES_AHEAD < count:
-            _prefetch_for_scores(which, work, chunk + _SCORES_AHEAD * step, N)
         stage = item % STAGES
         mbarrier.wait(full.index(stage), (item // STAGES) & 1)
         if item % 2 == which:

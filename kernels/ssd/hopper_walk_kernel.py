@@ -45,7 +45,6 @@ from mambench.kernels.ssd.hopper_look_back import (
 from mambench.kernels.ssd.hopper_walk_alone import (
     fetch_for_scores,
     make_scores,
-    prefetch_for_scores,
     prefetch_steps,
     prefetch_tiles,
     sums_within,
@@ -61,8 +60,6 @@ _RUNTIME_SIZES = [
     "nchunks", "segment_chunks", "nsegments", "nheads", "pairs_per_group", "heads_per_group",
     "seqlen", "dt_min", "dt_max", "stride_batch", "stride_token", "stride_head",
     "x_stride_batch", "x_stride_token", "x_stride_head",
-    "B_stride_batch", "B_stride_token", "B_stride_group",
-    "C_stride_batch", "C_stride_token", "C_stride_group",
 ]  # fmt: skip
 
 
@@ -311,13 +308,12 @@ def _consumer_or_maker(
     which: gl.constexpr, tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr
 ):
     if FEATURES[3]:
-        if work[1][2] < 0:
-            prefetch_for_scores(which, work, SIZES[1])
-        elif which == 0:
-            prefetch_steps(work, SIZES[0], FEATURES[0])
+        if which == 0:  # noqa: SIM102 of compile time, the other is not
+            if work[1][2] >= 0:
+                prefetch_steps(work, SIZES[0], FEATURES[0])
         wait_for_launch_before(FEATURES[2])
         if work[1][2] < 0:
-            make_scores(which, tiles, work, SIZES[1], SIZES[3])
+            make_scores(which, tiles, work, SIZES[3])
         else:
             _consumer(which, tiles, sources, work, SIZES, FEATURES)
     else:
@@ -352,10 +348,8 @@ def _producer(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr)
 def walk_kernel(
     out_desc, x_desc, z_desc, B_desc, C_desc, scores_desc, cum_desc, cumj_desc,
     D_ptr, start, slots, decays, flags, final,
-    dt_ptr, A_ptr, bias_ptr, scores_ptr, x_ptr, B_ptr, C_ptr, seqlen, dt_min, dt_max,
+    dt_ptr, A_ptr, bias_ptr, scores_ptr, x_ptr, seqlen, dt_min, dt_max,
     stride_batch, stride_token, stride_head, x_stride_batch, x_stride_token, x_stride_head,
-    B_stride_batch, B_stride_token, B_stride_group,
-    C_stride_batch, C_stride_token, C_stride_group,
     nchunks, segment_chunks, nsegments, nheads, pairs_per_group, heads_per_group,
     PDL: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, D_DIMS: gl.constexpr, SOFTPLUS: gl.constexpr,
@@ -411,8 +405,6 @@ def walk_kernel(
     made = (
         dt_ptr, A_ptr, bias_ptr, seqlen, dt_min, dt_max, (stride_batch, stride_token, stride_head),
         scores_ptr, nchunks, x_ptr, (x_stride_batch, x_stride_token, x_stride_head),
-        B_ptr, (B_stride_batch, B_stride_token, B_stride_group),
-        C_ptr, (C_stride_batch, C_stride_token, C_stride_group),
     )  # fmt: skip
     where = (b, pair, segment, nsegments, first, own, count, sizes)
     work = (ends, where, made, segment_chunks)

@@ -211,7 +211,7 @@ def test_one_launch_where_launches_are_mostly_starting():
         plan = planned(*shape, keep=False)
         assert hopper_ssd.choose(plan, keep=False).fused
         assert not hopper_ssd.choose(plan, keep=True).fused
-    for shape in ((1, 1024, 32), (1, 131072, 32), (1, 16384, 128), (8, 8192, 32)):
+    for shape in ((1, 1024, 8), (1, 1024, 32), (1, 131072, 32), (1, 16384, 128), (8, 8192, 32)):
         assert not hopper_ssd.choose(planned(*shape, keep=False), keep=False).fused
 
 
@@ -225,7 +225,16 @@ def test_one_launch_for_longer_where_states_are_padded(headdim, d_state):
 
 @pytest.mark.parametrize(
     ("seqlen", "nheads", "ngroups", "alone"),
-    [(576, 32, 1, True), (512, 32, 1, False), (8192, 32, 8, False), (8192, 64, 2, True)],
+    [
+        (576, 32, 1, True),
+        (512, 32, 1, False),
+        (2048, 16, 1, True),
+        (8192, 16, 1, False),
+        (8192, 32, 2, True),
+        (8192, 32, 4, False),
+        (8192, 32, 8, False),
+        (8192, 64, 2, True),
+    ],
 )
 def test_the_walk_is_alone_where_its_scores_are_made_in_time(seqlen, nheads, ngroups, alone):
     shape = {"seqlen": seqlen, "nheads": nheads, "ngroups": ngroups}

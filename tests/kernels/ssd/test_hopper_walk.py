@@ -109,7 +109,7 @@ FAULTS = {
     ],
 }  # fmt: skip
 COUNTED = "    _count_made(work, start, 2 * step)\n"
-MADE = "    for item in range(0, count):\n        if item + _SCORES_AHEAD"
+MADE = "    for item in range(0, count):\n        stage = item % STAGES\n        mbarrier.wait(full"
 ALONE_FAULTS = {
     "scores of tokens to come": [("gl.where(j[:, None] <= i[None, :], scores, 0.0)", "scores")],
     "scores of another chunk": [
@@ -204,7 +204,7 @@ def compiled(
         "cum_desc": row, "cumj_desc": row, "decays": "*fp32", "flags": "*i32",
         "slots": "*bf16" if dtype == torch.bfloat16 else "*fp32",
         "dt_min": "fp32", "dt_max": "fp32", "dt_ptr": "*fp32", "A_ptr": "*fp32",
-        "bias_ptr": "*fp32", **dict.fromkeys(("x_ptr", "B_ptr", "C_ptr"), f"*{NAMES[dtype]}"),
+        "bias_ptr": "*fp32", "x_ptr": f"*{NAMES[dtype]}",
         "scores_ptr": f"*{NAMES[ring.scores_dtype]}",
     }  # fmt: skip
     optional = {
@@ -214,7 +214,7 @@ def compiled(
     types |= {name: kind for name, (there, kind) in optional.items() if there}
     if whole:
         optional |= {name: (False, types.pop(name)) for name in ("slots", "decays", "flags")}
-    others = ("dt_ptr", "A_ptr", "bias_ptr", "x_ptr", "B_ptr", "C_ptr", "scores_ptr")
+    others = ("dt_ptr", "A_ptr", "bias_ptr", "x_ptr", "scores_ptr")
     others = ("cum_desc", "cumj_desc") if alone else others
     optional |= {name: (False, types.pop(name)) for name in others}
     constants = {
