@@ -16,7 +16,8 @@ _LEAST_CHUNKS = 2  # of a segment: the states of shorter ones would take more me
 ONE_LAUNCH_CHUNKS = 512  # of all pairs of heads
 ONE_LAUNCH_CHUNKS_OF_FEW = 2048  # where few pairs of heads share the scores, in more groups
 _FEW_PAIRS = 2
-_SOON_MADE = 4  # chunks whose scores one block makes before anybody waits for them
+_SOON_MADE = 8  # chunks whose scores one block makes before anybody waits for them,
+_SOON_MADE_IN_ALL = 64  # as long as all blocks together make no more than these
 _MULTIPROCESSORS = 132  # of an H100 and an H200 with NVLink
 # Of a look back, in units of the time that the outputs of a chunk take.
 _STATE_COST = 0.5
@@ -94,7 +95,8 @@ def walks_alone(
         batch=batch, seqlen=seqlen, nheads=nheads, headdim=headdim, ngroups=ngroups,
         multiprocessors=_MULTIPROCESSORS,
     )  # fmt: skip
-    keep_up = -(-nchunks // per_group) <= max(segment, _SOON_MADE)
+    soon = batch * ngroups * nchunks <= _SOON_MADE_IN_ALL
+    keep_up = -(-nchunks // per_group) <= max(segment, _SOON_MADE if soon else 0)
     return segment < nchunks and keep_up and not padded(headdim, d_state)
 
 

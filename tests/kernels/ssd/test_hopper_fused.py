@@ -206,12 +206,12 @@ def planned(*shape, **options):
 
 
 def test_one_launch_where_launches_are_mostly_starting():
-    short = ((1, 512, 32), (1, 2048, 8), (4, 128, 32), (2, 512, 32), (1, 512, 128), (1, 8192, 8))
+    short = ((1, 512, 32), (1, 2048, 4), (4, 128, 32), (2, 512, 32), (1, 512, 128), (1, 8192, 8))
     for shape in short:
         plan = planned(*shape, keep=False)
         assert hopper_ssd.choose(plan, keep=False).fused
         assert not hopper_ssd.choose(plan, keep=True).fused
-    for shape in ((1, 1024, 8), (1, 1024, 32), (1, 131072, 32), (1, 16384, 128), (8, 8192, 32)):
+    for shape in ((1, 2048, 8), (1, 1024, 32), (1, 131072, 32), (1, 16384, 128), (8, 8192, 32)):
         assert not hopper_ssd.choose(planned(*shape, keep=False), keep=False).fused
 
 
@@ -234,6 +234,9 @@ def test_one_launch_for_longer_where_states_are_padded(headdim, d_state):
         (8192, 32, 4, False),
         (8192, 32, 8, False),
         (8192, 64, 2, True),
+        (1024, 4, 1, True),
+        (2048, 4, 1, False),
+        (1024, 32, 8, False),
     ],
 )
 def test_the_walk_is_alone_where_its_scores_are_made_in_time(seqlen, nheads, ngroups, alone):
