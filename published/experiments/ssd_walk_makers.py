@@ -1,7 +1,7 @@
 """SSD forward on Hopper, the walk alone at 8,192 tokens: what the blocks that make scores wait for, and what else is asked of the cache ahead.
 
-python3 ssd_walk_makers.py, from the repository's root; two minutes. Variants and arguments as in ssd_walk_next.py; then shapes with few heads to a group,
-whose scores few blocks make, under each way of dividing the work ("groups" alone: only these). $OUT/next.jsonl, $OUT/groups.jsonl.
+python3 ssd_walk_makers.py, from the root of the repository at commit 79debcd; two minutes. Variants and arguments as in ssd_walk_next.py; then shapes with few heads to a group,
+whose scores few blocks make, under each way of dividing the work ("groups" alone: only these, of any commit since). $OUT/next.jsonl, $OUT/groups.jsonl.
 """
 import json, math, os, sys
 from pathlib import Path
