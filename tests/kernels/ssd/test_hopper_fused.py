@@ -224,6 +224,15 @@ def test_one_launch_for_longer_where_states_are_padded(headdim, d_state):
 
 
 @pytest.mark.parametrize(
+    ("seqlen", "ngroups", "one"),
+    [(8192, 8, True), (8256, 8, False), (2048, 4, True), (2112, 4, False)],
+)
+def test_one_launch_for_longer_where_few_heads_share_the_scores(seqlen, ngroups, one):
+    shape = {"batch": 1, "nheads": 32, "headdim": 64, "ngroups": ngroups, "d_state": 128}
+    assert hopper_config.one_launch(**shape, seqlen=seqlen) == one
+
+
+@pytest.mark.parametrize(
     ("seqlen", "nheads", "ngroups", "alone"),
     [
         (576, 32, 1, True),
@@ -271,7 +280,11 @@ GPU_CASES = (
     {**SHAPE, "seqlen": 2048, "d_state": 128, "nheads": 8, "segments": 8},
     {**SHAPE, "seqlen": 777, "d_state": 128, "batch": 3, "nheads": 5, "segments": 4},
     {**SHAPE, "seqlen": 3000, "d_state": 128, "nheads": 2, "gated": False, "segments": 32},
-)
+    {
+        **SHAPE, "seqlen": 4096, "d_state": 128, "nheads": 32, "ngroups": 8,
+        "gated": False, "segments": 8,
+    },
+)  # fmt: skip
 
 
 @pytest.mark.gpu
