@@ -14,9 +14,10 @@ LONGEST_WALK = 256  # chunks of a segment
 MOST_SEGMENTS = 32  # whose flags one warp watches
 _LEAST_CHUNKS = 2  # of a segment: the states of shorter ones would take more memory than the output
 ONE_LAUNCH_CHUNKS = 512  # of all pairs of heads
-ONE_LAUNCH_CHUNKS_OF_FEW = 2048  # where few pairs of heads share the scores, in more groups
+ONE_LAUNCH_CHUNKS_OF_FEW = 2048  # where few pairs of heads share the scores,
 _FEW_PAIRS = 2
-_SOON_MADE = 8  # chunks whose scores one block makes before anybody waits for them,
+_BLOCKS_OF_FEW = range(16, 33)  # of all pairs, as timed
+_SOON_MADE = 8  # chunks whose scores one block makes without making others wait for long,
 _SOON_MADE_IN_ALL = 64  # as long as all blocks together make no more than these
 _MULTIPROCESSORS = 132  # of an H100 and an H200 with NVLink
 # Of a look back, in units of the time that the outputs of a chunk take.
@@ -75,7 +76,8 @@ def one_launch(
         batch=batch, seqlen=seqlen, nheads=nheads, headdim=headdim, ngroups=ngroups,
         d_state=d_state,
     )  # fmt: skip
-    few = ngroups > 1 and pairs(nheads // ngroups, headdim) <= _FEW_PAIRS
+    few = pairs(nheads // ngroups, headdim) == _FEW_PAIRS and blocks in _BLOCKS_OF_FEW
+    few = few and not padded(headdim, d_state)
     most = ONE_LAUNCH_CHUNKS_OF_FEW if few else ONE_LAUNCH_CHUNKS
     return not alone and blocks * -(-seqlen // CHUNK) <= most
 
@@ -84,11 +86,12 @@ def one_launch(
 def walks_alone(
     *, batch: int, seqlen: int, nheads: int, headdim: int, ngroups: int, d_state: int
 ) -> bool:  # fmt: skip
-    """Return whether the walk should be the only launch, if its segments are short enough.
+    """Return whether the walk should be the only launch: it can be, and its scores are in time.
 
-    Time is divided, no state is padded, and the blocks that make the scores keep up: one per pair
-    of heads, which makes a group's chunks over its pairs, one after the other. Where that is more
-    than a segment has, the others wait for it (published/experiments/h100-ssd-walk-makers.json).
+    It can be where time is divided into short segments whose blocks are all resident, and no state
+    is padded. Scores are made by one block per pair of heads, which makes a group's chunks over its
+    pairs, one after the other; where that is more than a segment has, the others wait for it
+    (published/experiments/h100-ssd-walk-makers.json).
     """
     nchunks, per_group = -(-seqlen // CHUNK), pairs(nheads // ngroups, headdim)
     segment = chunks_per_segment(
@@ -96,8 +99,11 @@ def walks_alone(
         multiprocessors=_MULTIPROCESSORS,
     )  # fmt: skip
     soon = batch * ngroups * nchunks <= _SOON_MADE_IN_ALL
-    keep_up = -(-nchunks // per_group) <= max(segment, _SOON_MADE if soon else 0)
-    return segment < nchunks and keep_up and not padded(headdim, d_state)
+    in_time = -(-nchunks // per_group) <= max(segment, _SOON_MADE if soon else 0)
+    segments = -(-nchunks // segment)
+    resident = segments * batch * ngroups * per_group <= _MULTIPROCESSORS
+    short = 1 < segments <= MOST_SEGMENTS and segment <= WITHIN_CHUNKS
+    return short and resident and in_time and not padded(headdim, d_state)
 
 
 def padded(headdim: int, d_state: int) -> bool:
@@ -133,14 +139,15 @@ def workspace_bytes(
     """Return what a forward pass allocates beside inputs and outputs, on 132 multiprocessors.
 
     Running sums of the log-decay, scores of every chunk and group, and states between segments;
-    of fp16, whose scores and states take twice the bytes of bf16.
+    of fp16, whose scores and states take twice the bytes of bf16. The walk that looks back keeps
+    the states of whole pairs of heads, and no sums if it is the only launch.
     """
     nchunks = -(-seqlen // CHUNK)
     sizes = {
         "batch": batch, "seqlen": seqlen, "nheads": nheads, "headdim": headdim, "ngroups": ngroups,
     }  # fmt: skip
+    blocks = batch * ngroups * pairs(nheads // ngroups, headdim)
     if one_launch(**sizes, d_state=d_state):
-        blocks = batch * ngroups * pairs(nheads // ngroups, headdim)
         segments = -(-nchunks // look_back_chunks(**sizes, multiprocessors=_MULTIPROCESSORS))
         block_n = max(32, 1 << (d_state - 1).bit_length())
         return 4 * blocks * 2 * (segments - 1) * (CHANNELS * block_n + 1)
@@ -148,5 +155,7 @@ def workspace_bytes(
     scores = 4 * batch * ngroups * nchunks * CHUNK * CHUNK
     per_segment = chunks_per_segment(**sizes, multiprocessors=_MULTIPROCESSORS)
     segments = -(-nchunks // per_segment)
+    if walks_alone(**sizes, d_state=d_state):
+        return scores + 4 * blocks * 2 * (segments - 1) * (CHANNELS * d_state + 1)
     states = 0 if segments == 1 else 4 * batch * nheads * segments * (headdim * d_state + 1)
     return sums + scores + states

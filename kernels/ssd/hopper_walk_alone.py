@@ -3,9 +3,9 @@
 Where a segment is short, a consumer makes the sums of its segment's log-decay before the first
 walk, and keeps them in shared memory. The scores, which all heads of a group share, are made by
 blocks that walk nothing: they come before all others in the grid, so that still no block waits for
-one of a higher index. They are over before the second walk asks for scores, which is why they say
-what they have made only at their end; what they keep from starting at once is blocks of the last
-segment, which wait at first.
+one of a higher index. They say what they have made only at their end, which by the choice of shapes
+(`hopper_config.walks_alone`) is mostly before the second walk asks for it; what they keep from
+starting at once is blocks of the last segment, which wait at first.
 
 Before it waits for the launch before, a block has the L2 cache fetch what it reads first: that is
 right also where it is still to be written, since the cache is where writes go.

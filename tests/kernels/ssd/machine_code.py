@@ -4,7 +4,8 @@ ptxas of Triton 3.6 can let a product on one side of a branch take its tile's de
 registers that only the other side sets. Each register of a descriptor is set once on all ways to
 its product; where several definitions reach it, or none, it is somebody else's value.
 
-And a role of a programmatic launch can forget to wait for the launch before.
+A role of a programmatic launch can forget to wait for the launch before, and a stage can be given
+back while some warp's product still reads it.
 """
 
 import re
@@ -41,6 +42,29 @@ def unawaited(sass):
             seen |= after
     names = [re.sub(r"^@!?U?P\w+\s+", "", code[i][1]) for i in sorted(seen)]
     return [text for text in names if text.startswith(_GLOBAL)]
+
+
+def hurried(sass):
+    """Return the arrivals at which, on some way, a product may not be over in all warps."""
+    code = _instructions(sass)
+    follow, found = _followers(code), set()
+    under_way, over_here, over = range(3)
+    reached, waiting = {(0, over)}, [(0, over)]
+    while waiting:
+        i, products = waiting.pop()
+        name = code[i][1]
+        if "SYNCS.ARRIVE" in name and products != over:
+            found.add(i)
+        if "HGMMA" in name:
+            products = under_way
+        elif "WARPGROUP.DEPBAR.LE gsb0, 0x0" in name and products == under_way:
+            products = over_here
+        elif "BAR.SYNC" in name and products == over_here:
+            products = over
+        after = {(j, products) for j in follow[i]} - reached
+        reached |= after
+        waiting += after
+    return [code[i][1] for i in sorted(found)]
 
 
 def _instructions(sass):

@@ -120,7 +120,7 @@ ALONE_FAULTS = {
         (COUNTED, ""), (MADE, COUNTED + MADE),
     ],
     "scores counted to the segment before": [
-        ("(end - start + step - 1, 0)", "(end - start + step, 0)"),
+        ("begin = gl.minimum(segment", "begin = gl.minimum((segment + 1)"),
     ],
     "counts that are not left zero": [("        gl.store(counter, 0)", "        pass")],
     "a weight in the end state as if no chunk came after": [
@@ -279,6 +279,17 @@ def test_every_role_of_the_only_launch_waits_for_the_launch_before(pdl, tmp_path
     cubin.write_bytes(compiled(alone=True, d_state=32, D=0, pdl=pdl).asm["cubin"])
     found = {text.partition(".")[0].split()[0] for text in machine_code.unawaited(sass_of(cubin))}
     assert found == (set() if pdl else {"LDG", "STG", "ATOMG", "REDG", "UTMALDG", "UTMASTG"})
+
+
+def test_a_stage_is_given_back_when_all_warps_have_read_it(tmp_path, machine_code):
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled(alone=True, d_state=32, D=0).asm["cubin"])
+    sass = sass_of(cubin)
+    assert machine_code.hurried(sass) == []
+    # Of each of two consumers: two of the blocks that make scores, and one of each walk.
+    without_a_wait = machine_code.hurried(sass.replace("WARPGROUP.DEPBAR.LE gsb0, 0x0", "NOP"))
+    without_a_barrier = machine_code.hurried(sass.replace("BAR.SYNC", "NOP"))
+    assert min(len(without_a_wait), len(without_a_barrier)) >= 2 * 4
 
 
 # The steep side of a branch, as ptxas has compiled it: UR6 and UR7 are set on the other side only.
