@@ -139,7 +139,10 @@ def atomic_add(pointer, value, mask=None, *, sem, scope):
 
 def inline_assembly(text, constraints, arguments, **_):
     """Stand for loads that flags are waited for with: an earlier block's, or of this block."""
-    if text.startswith(("griddepcontrol", "prefetch", "fence")):  # launches follow one another
+    if text.startswith(("griddepcontrol", "fence")):  # launches follow one another
+        return None
+    if text.startswith("prefetch"):
+        load(*arguments)  # or it asks for what is nobody's
         return None
     if text.startswith(("mov.b32", "shfl.sync.idx.b32")):
         return arguments[0]

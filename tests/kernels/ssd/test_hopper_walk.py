@@ -127,6 +127,13 @@ ALONE_FAULTS = {
         ("gl.exp2((after + total)[:, None] - cumj)", "gl.exp2(total[:, None] - cumj)"),
     ],
     "a weight as if the chunk itself came after": [("chunk < k", "chunk <= k")],
+    "steps asked for past the end": [
+        ("t = gl.minimum(first * _Q + gl.arange(0, _C * _Q, layout=LINES), last)",
+         "t = first * _Q + gl.arange(0, _C * _Q, layout=LINES)"),
+    ],
+    "tiles asked for past the end": [
+        ("t = gl.minimum((first + c) * _Q + row, seqlen - 1)", "t = ((first + c) * _Q + row)"),
+    ],
     "steps past the end": [("dt = gl.where(inside, dt, 0.0)", "dt = dt * 1.0")],
     "a mild chunk's factor without its step": [
         *MILD_IN_FP16, ("dt * gl.exp2(middle - cum)", "gl.exp2(middle - cum)"),
