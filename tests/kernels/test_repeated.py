@@ -36,24 +36,36 @@ class Launch:
 
 
 class Memory(TorchDispatchMode):
-    """Knows all memory that is alive, in the order of its allocation."""
+    """Knows all memory that is alive, in the order of its allocation.
+
+    No place is given twice, or a pointer to what was freed might be one to what came after it.
+    """
 
     def __init__(self):
         super().__init__()
         self._alive, self._made = {}, 0
+        self._given, self._kept_back = [], []
         self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        while "empty" in str(func) and self._given_before(result.untyped_storage()):
+            self._kept_back.append(result)
+            result = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 known = torch.multiprocessing.reductions.StorageWeakRef(storage)
                 if known not in self._alive and storage.nbytes():
                     self._alive[known] = (storage.data_ptr(), storage.nbytes(), self._made)
+                    self._given.append((storage.data_ptr(), storage.nbytes()))
                     self._made += 1
         self.peak = max(self.peak, sum(size for size, _ in self.now().values()))
         return result
+
+    def _given_before(self, storage):
+        begin, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        return any(begin < other + size and other < end for other, size in self._given)
 
     def now(self):
         """Return bytes and number of what is alive, by address."""
