@@ -71,13 +71,13 @@ def one_launch(
     where it is long, the helper's share of the tensor cores takes more than its own sums and scores
     cost the other, except where few heads share the scores.
     """
-    blocks = batch * ngroups * pairs(nheads // ngroups, headdim)
+    per_group = pairs(nheads // ngroups, headdim)
+    blocks = batch * ngroups * per_group
     alone = walks_alone(
         batch=batch, seqlen=seqlen, nheads=nheads, headdim=headdim, ngroups=ngroups,
         d_state=d_state,
     )  # fmt: skip
-    few = pairs(nheads // ngroups, headdim) == _FEW_PAIRS and blocks in _BLOCKS_OF_FEW
-    few = few and not padded(headdim, d_state)
+    few = per_group == _FEW_PAIRS and blocks in _BLOCKS_OF_FEW and not padded(headdim, d_state)
     most = ONE_LAUNCH_CHUNKS_OF_FEW if few else ONE_LAUNCH_CHUNKS
     return not alone and blocks * -(-seqlen // CHUNK) <= most
 
@@ -100,10 +100,30 @@ def walks_alone(
     )  # fmt: skip
     soon = batch * ngroups * nchunks <= _SOON_MADE_IN_ALL
     in_time = -(-nchunks // per_group) <= max(segment, _SOON_MADE if soon else 0)
-    segments = -(-nchunks // segment)
-    resident = segments * batch * ngroups * per_group <= _MULTIPROCESSORS
-    short = 1 < segments <= MOST_SEGMENTS and segment <= WITHIN_CHUNKS
-    return short and resident and in_time and not padded(headdim, d_state)
+    possible = segment < nchunks and segment <= WITHIN_CHUNKS and may_look_back(
+        segments=-(-nchunks // segment), blocks=batch * ngroups * per_group,
+        headdim=headdim, d_state=d_state, multiprocessors=_MULTIPROCESSORS,
+    )  # fmt: skip
+    return possible and in_time
+
+
+def may_look_back(
+    *, segments: int, blocks: int, headdim: int, d_state: int, multiprocessors: int
+) -> bool:  # fmt: skip
+    """Return whether blocks may look back: all segments' have a place, and no slot is padded.
+
+    Padded slots would take more memory than the states that four launches keep. Blocks that make
+    scores come before them and end soon; those of the last segment take their places.
+
+    Args:
+        segments: of time.
+        blocks: of one segment.
+        headdim: channels of a head.
+        d_state: states of a channel.
+        multiprocessors: of the device.
+    """
+    there = segments <= MOST_SEGMENTS and segments * blocks <= multiprocessors
+    return there and not padded(headdim, d_state)
 
 
 def padded(headdim: int, d_state: int) -> bool:

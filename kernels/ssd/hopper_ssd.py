@@ -2,9 +2,9 @@
 
 Where no backward follows and the blocks of all segments, which look back at earlier ones, have a
 place at once, short segments take one launch: a walk that makes its own sums and scores
-(`hopper_walk_alone`), or of the shortest sequences `hopper_fused`. Two, prepare_kernel and a walk
-(`hopper_walk`), serve longer segments, and time that is one segment, with a backward or without.
-Others are up to four:
+(`hopper_walk_alone`), or of the shortest sequences, and of few heads to a group, `hopper_fused`.
+Two, prepare_kernel and a walk (`hopper_walk`), serve longer segments, and time that is one segment,
+with a backward or without. Others are up to four:
 
     prepare_kernel  cum, cumj, and B C^T once per group (scores)
     state_kernel    each segment's own contribution to the state    (more than one segment only)
@@ -36,8 +36,8 @@ from mambench.kernels.ssd.hopper_config import (
     WITHIN_CHUNKS,
     chunks_per_segment,
     look_back_chunks,
+    may_look_back,
     one_launch,
-    padded,
     pairs,
     refusal,
     walks_alone,
@@ -447,18 +447,12 @@ def _run_part(
 
 
 def _all_there(plan: Launch, x: Tensor) -> bool:
-    """Return whether blocks may look back: all segments' have a place, and no slot is padded.
-
-    Padded slots would take more memory than the states that four launches keep. Blocks that make
-    scores come before them and end soon; those of the last segment take their places.
-    """
-    blocks = pairs(plan.heads_per_group, plan.headdim) * plan.ngroups * plan.batch
-    count = plan.nsegments
-    return (
-        not padded(plan.headdim, plan.d_state)
-        and count <= MOST_SEGMENTS
-        and count * blocks <= multiprocessors(x.device)
-    )
+    """Return whether blocks may look back, on the device of x."""
+    return may_look_back(
+        segments=plan.nsegments,
+        blocks=pairs(plan.heads_per_group, plan.headdim) * plan.ngroups * plan.batch,
+        headdim=plan.headdim, d_state=plan.d_state, multiprocessors=multiprocessors(x.device),
+    )  # fmt: skip
 
 
 def _scan(

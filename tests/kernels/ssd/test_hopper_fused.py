@@ -3,6 +3,7 @@
 import math
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from mambench.kernels import prepared
 from mambench.kernels.ssd import hopper_config, hopper_fused_kernel, hopper_launch, hopper_ssd
 
 SHAPE = {"headdim": 64, "dtype": "bfloat16", "fused": True, "long_memory": True}
@@ -253,6 +255,39 @@ def test_one_launch_for_longer_where_few_heads_share_the_scores(seqlen, ngroups,
 def test_the_walk_is_alone_where_its_scores_are_made_in_time(seqlen, nheads, ngroups, alone):
     shape = {"seqlen": seqlen, "nheads": nheads, "ngroups": ngroups}
     assert hopper_config.walks_alone(batch=1, headdim=64, d_state=128, **shape) == alone
+
+
+class Allocating(prepared.Recording):
+    """Allocates and launches nothing."""
+
+    scratch_bytes = 0
+
+    def scratch(self, shape, dtype, device):
+        self.scratch_bytes += math.prod(shape) * dtype.itemsize
+        return super().scratch(shape, dtype, device)
+
+    def launch(self, *args, **options):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "nheads"),
+    [(512, 32), (1024, 3), (1024, 32), (8192, 32), (16384, 32)],
+    ids=["with a helper", "alone, odd heads", "alone", "alone, long", "two launches"],
+)
+def test_no_more_is_allocated_than_is_estimated(seqlen, nheads, monkeypatch):
+    monkeypatch.setattr(hopper_ssd, "multiprocessors", lambda device: 132)
+    hopper_ssd._planned.cache_clear()
+    draw = partial(torch.empty, dtype=torch.float16)
+    x, B = draw(1, seqlen, nheads, 64), draw(1, seqlen, 1, 128)
+    tensors = hopper_ssd.Operands.laid_out(
+        x, draw(1, seqlen, nheads), torch.empty(nheads), B, B, None, None, None, None
+    )
+    plan = hopper_ssd.plan_hopper(x, B, dt_softplus=True, dt_limit=(0.0, math.inf), keep=False)
+    recording = Allocating(None)
+    hopper_ssd.run_forward(recording, plan, tensors, return_final_states=False, keep=False)
+    estimate = hopper_config.workspace_bytes(**sizes(1, seqlen, nheads), d_state=128)
+    assert recording.scratch_bytes <= estimate <= 1.1 * recording.scratch_bytes
 
 
 def test_the_division_follows_the_launches():
