@@ -35,7 +35,8 @@ _Q = gl.constexpr(CHUNK)
 _C = gl.constexpr(WITHIN_CHUNKS)
 _ALL = gl.constexpr(PropagateNan.ALL)
 _SEGMENTS = gl.constexpr(MOST_SEGMENTS)
-_PREFETCHED = gl.constexpr(8)  # tiles of x, of each consumer
+_PREFETCHED = gl.constexpr(7)  # tiles of x, of each consumer
+_SHARERS = gl.constexpr(8)  # pairs of heads, whose steps are one sector of 32 bytes in bf16
 
 
 @gluon.jit
@@ -51,7 +52,8 @@ def _prefetch(where):
 def prefetch_steps(work, P: gl.constexpr, D_DIMS: gl.constexpr):
     """Prefetch what sums are made of, a segment's dt and a head's A and bias, and the head's D.
 
-    Of a pair's first head: the other's is close by.
+    Of a pair's first head: the other's is close by. So are other pairs': each of eight asks for an
+    eighth of the steps, since a request goes its way a line at a time, ahead of loads.
     """
     b, pair, _segment, _nsegments, first, _own, count, sizes = work[1]
     D_ptr = work[0][0]
@@ -59,8 +61,6 @@ def prefetch_steps(work, P: gl.constexpr, D_DIMS: gl.constexpr):
     _nheads, pairs_per_group, heads_per_group = sizes
     stride_batch, stride_token, stride_head = strides
     LINES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    last = gl.minimum((first + count) * _Q, seqlen) - 1
-    t = gl.minimum(first * _Q + gl.arange(0, _C * _Q, layout=LINES), last)
     h, _channel = consumers_head(pair, 0, pairs_per_group, heads_per_group, P)
     one = h + gl.arange(0, 1, layout=LINES)
     _prefetch(A_ptr + one)
@@ -69,19 +69,27 @@ def prefetch_steps(work, P: gl.constexpr, D_DIMS: gl.constexpr):
     if D_DIMS == 1:
         _prefetch(D_ptr + one)
     start = b.to(gl.int64) * stride_batch + h.to(gl.int64) * stride_head
-    _prefetch(dt_ptr + start + t.to(gl.int64) * stride_token)
+    last = gl.minimum((first + count) * _Q, seqlen) - 1
+    STEPS: gl.constexpr = _C * _Q // _SHARERS
+    sharers = gl.minimum(pairs_per_group, _SHARERS)
+    for part in range(pair % pairs_per_group % sharers, _SHARERS, sharers):
+        t = gl.minimum(first * _Q + part * STEPS + gl.arange(0, STEPS, layout=LINES), last)
+        _prefetch(dt_ptr + start + t.to(gl.int64) * stride_token)
 
 
 @gluon.jit
-def prefetch_tiles(work, P: gl.constexpr):
-    """Prefetch the tiles of x that are asked for first."""
+def prefetch_tiles(work, P: gl.constexpr, STAGES: gl.constexpr):
+    """Prefetch the tiles of x that are asked for first, but those that the ring has place for.
+
+    Those are fetched as soon as the wait is over.
+    """
     b, pair, _segment, _nsegments, first, own, count, sizes = work[1]
     seqlen, x_ptr, x_strides = work[2][3], work[2][9], work[2][10]
     _nheads, pairs_per_group, heads_per_group = sizes
     stride_batch, stride_token, stride_head = x_strides
     LINES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     row = gl.arange(0, _Q, layout=LINES)
-    for item in range(0, gl.minimum(_PREFETCHED, count)):
+    for item in range(STAGES, gl.minimum(STAGES + _PREFETCHED, count)):
         c = gl.where(own > 0, own - 1 - item, item)
         t = gl.minimum((first + c) * _Q + row, seqlen - 1).to(gl.int64)
         for which in gl.static_range(2):

@@ -308,9 +308,11 @@ def _consumer_or_maker(
     which: gl.constexpr, tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr
 ):
     if FEATURES[3]:
-        if which == 0:  # noqa: SIM102 of compile time, the other is not
-            if work[1][2] >= 0:
+        if work[1][2] >= 0:
+            if which == 0:
                 prefetch_steps(work, SIZES[0], FEATURES[0])
+            else:
+                prefetch_tiles(work, SIZES[0], SIZES[3])
         wait_for_launch_before(FEATURES[2])
         if work[1][2] < 0:
             make_scores(which, tiles, work, SIZES[3])
@@ -333,8 +335,6 @@ def _consumer_1(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexp
 @gluon.jit
 def _producer(tiles, sources, work, SIZES: gl.constexpr, FEATURES: gl.constexpr):
     if FEATURES[3]:
-        if work[1][2] >= 0:
-            prefetch_tiles(work, SIZES[0])
         wait_for_launch_before(FEATURES[2])
         if work[1][2] < 0:
             fetch_for_scores(tiles, sources, work, SIZES[3])

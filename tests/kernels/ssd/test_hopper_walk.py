@@ -128,8 +128,8 @@ ALONE_FAULTS = {
     ],
     "a weight as if the chunk itself came after": [("chunk < k", "chunk <= k")],
     "steps asked for past the end": [
-        ("t = gl.minimum(first * _Q + gl.arange(0, _C * _Q, layout=LINES), last)",
-         "t = first * _Q + gl.arange(0, _C * _Q, layout=LINES)"),
+        ("t = gl.minimum(first * _Q + part * STEPS + gl.arange(0, STEPS, layout=LINES), last)",
+         "t = first * _Q + part * STEPS + gl.arange(0, STEPS, layout=LINES)"),
     ],
     "tiles asked for past the end": [
         ("t = gl.minimum((first + c) * _Q + row, seqlen - 1)", "t = ((first + c) * _Q + row)"),
