@@ -12,16 +12,16 @@ has RUN = 16 consecutive steps in registers. For each state it
 
 1. takes the RUN decays once (the exponentials, kept in registers) and runs the lane's steps from a
    zero state, which gives the lane's own contribution to the state at its end;
-2. scans these ends over the lanes by shuffles. What is scanned is shifted by one lane, with the
-   carry of the previous tile put in lane 0, so that the scan gives the state *before* each lane's
-   run and the carry needs no further step. The decay over a lane's run is one exponential of its
+2. scans these ends over the lanes by shuffles, with the carry of the previous tile entering lane
+   0, for the state *before* each lane's run. The decay over a lane's run is one exponential of its
    summed dt, not a product;
 3. runs the lane's steps again from there and adds C h to y.
 
 So every exponential is computed once and nothing of size L x N leaves the registers. B and C of a
 block of N (16) states come by cp.async into a double buffer that all warps of the block share.
 The carries of 16 states live in one register per channel: a queue over the lanes that moves one
-place a state; its reader is lane 0 and its writer lane 31.
+place a state; its readers are lanes 0 and 1 and its writer lane 31. A is in shared memory, each
+state's read one ahead.
 """
 
 from triton.experimental import gluon
@@ -33,7 +33,6 @@ from mambench.kernels.s6.hopper_lanes import (
     lane_above,
     lane_from,
     lane_scan,
-    lane_scan_pair,
     last,
     silu,
     softplus,
@@ -95,16 +94,13 @@ def scan_forward_kernel(
     seqlen_units, d_inner, ngroups, d_state, blocks_per_group, n_checkpoints,
     HAS_D: gl.constexpr, HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr,
     CHECKPOINT_EVERY: gl.constexpr, MASK_CHANNELS: gl.constexpr, MASK_STATES: gl.constexpr,
-    STATE_BLOCKS: gl.constexpr, UNIT: gl.constexpr, WIDE: gl.constexpr, PIPELINE: gl.constexpr,
-    UNROLL: gl.constexpr, PAIRED: gl.constexpr,
+    STATE_BLOCKS: gl.constexpr, UNIT: gl.constexpr, WIDE: gl.constexpr,
     CHANNELS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Scan WARPS * CHANNELS channels of one group and batch element over the whole sequence.
 
     seqlen is seqlen_units * UNIT, so that the compiler knows how far rows are aligned. WIDE keeps B
-    and C in shared memory as fp32 (widened once for all warps) instead of in their own type;
-    PIPELINE takes the exponentials one state ahead, to fill the latency of the lane scan; PAIRED
-    scans two channels at once (`lane_scan_pair`), for two channels a warp.
+    and C in shared memory as fp32 (widened once for all warps) instead of in their own type.
     """
     RUN: gl.constexpr = 16
     N: gl.constexpr = 16
@@ -148,11 +144,10 @@ def scan_forward_kernel(
     row = batch * d_inner + channel
     bias = gl.load(bias_ptr + channel) if HAS_BIAS else channel
     skip = gl.load(D_ptr + channel) if HAS_D else channel
-    A_row = A_ptr + channel.to(gl.int64) * d_state
 
     lane = gl.arange(0, 32, layout=gl.SliceLayout(0, RUNS))[None, :]
     lane = lane + gl.full([BLOCK, 32], 0, gl.int32, layout=RUNS)
-    queue_source = gl.where(lane == 0, 17, gl.minimum(lane + 1, 31))
+    queue_source = gl.where(lane <= 1, 17, gl.minimum(lane + 1, 31))
     steps = gl.arange(0, RUN, layout=gl.SliceLayout(0, gl.SliceLayout(0, FULL)))
     first_step = gl.expand_dims(gl.expand_dims(steps, 0), 0) == 0
     lanes = gl.arange(0, 32, layout=gl.SliceLayout(1, TIME))
@@ -220,6 +215,22 @@ def scan_forward_kernel(
         _copy_rows(C_smem, 0, C_ptr + group_row, d_state, 0, seqlen, N, COPY, ASYNC, GROUP)
     async_copy.commit_group()
 
+    # A, in units of log2; one block more, of which the last state's successor is read
+    A_COPY: gl.constexpr = gl.BlockedLayout([1, 1], [N, 32 // N], [1, WARPS], [0, 1])
+    A_smem = gl.allocate_shared_memory(
+        gl.float32, [(STATE_BLOCKS + 1) * N, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    A_blocks = A_smem._reinterpret(
+        gl.float32, [STATE_BLOCKS + 1, N, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    )
+    A_channel = first_channel + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, A_COPY))
+    A_channel = group * group_channels + gl.minimum(A_channel, group_channels - 1)
+    A_row = A_ptr + gl.expand_dims(A_channel.to(gl.int64) * d_state, 0)
+    for k in range(STATE_BLOCKS + 1):
+        A_state = k * N + gl.arange(0, N, layout=gl.SliceLayout(1, A_COPY))
+        A_state = gl.expand_dims(gl.minimum(A_state, d_state - 1), 1)
+        A_blocks.index(k).store(gl.load(A_row + A_state) * 1.4426950408889634)
+
     queue = gl.full([BLOCK, 32], 0.0, gl.float32, layout=RUNS)
     if STATE_BLOCKS > 1:
         FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -237,14 +248,22 @@ def scan_forward_kernel(
             dt += gl.expand_dims(gl.expand_dims(bias, 1), 2)
         if SOFTPLUS:
             dt = softplus(dt)
-        dt = gl.where(start + time < seqlen, dt, 0.0)  # steps past the end keep the state
+        if start + TILE > seqlen:
+            dt = gl.where(start + time < seqlen, dt, 0.0)  # steps past the end keep the state
         x = u * dt
         y = u * gl.expand_dims(gl.expand_dims(skip, 1), 2) if HAS_D else gl.full_like(u, 0.0)
         dt_before = lane_above(gl.sum(dt, 2))  # the dt of the previous lane's run, summed
+        if not WIDE:
+            gl.thread_barrier()  # the buffers of u and delta are free
         for k in range(STATE_BLOCKS):
-            if STATE_BLOCKS > 1:
-                async_copy.wait_group(0)
-            gl.thread_barrier()  # the other buffer is free, and so are those of u and delta
+            if STATE_BLOCKS > 1:  # noqa: SIM102 of compile time, the other is not
+                if k > 0:
+                    async_copy.wait_group(0)
+                    gl.thread_barrier()
+            if WIDE:
+                B_wide_rows.store(to_fp32(B_rows.index(buffer).load(COPY)))
+                C_wide_rows.store(to_fp32(C_rows.index(buffer).load(COPY)))
+                gl.thread_barrier()  # and the buffers of u and delta are free
             # fetch the next block of states, or the next tile's first; once a tile its u and delta
             wrap = k + 1 == STATE_BLOCKS
             next_start = gl.where(wrap, start + TILE, start)
@@ -291,67 +310,44 @@ def scan_forward_kernel(
                             BLOCK, COPY, ASYNC, GROUP,
                         )  # fmt: skip
             async_copy.commit_group()
-            if WIDE:
-                B_wide_rows.store(to_fp32(B_rows.index(buffer).load(COPY)))
-                C_wide_rows.store(to_fp32(C_rows.index(buffer).load(COPY)))
+            if not WIDE:
+                gl.thread_barrier()  # here, or the compiler places one inside the loop
             if STATE_BLOCKS > 1:
                 queue = queues.index(k).load(RUNS)
-            A_block = A_row + k * N
-            A2 = gl.load(A_block) * 1.4426950408889634
-            if PIPELINE:
+            A2 = A_smem.index(k * N).load(CHAN)
+            for n in range(0, N):
+                # what the scan does not wait for is begun before it
+                queued = lane_from(queue, queue_source)
+                A2_next = A_smem.index(k * N + n + 1).load(CHAN)
+                if WIDE:
+                    B = B_wide.index(n).load(TIME)
+                else:
+                    B = to_fp32(B_smem.index(buffer * N + n).load(TIME))
                 decay = gl.exp2(dt * gl.expand_dims(gl.expand_dims(A2, 1), 2))
                 run_decay = gl.exp2(dt_before * gl.expand_dims(A2, 1))
-                A2 = gl.load(A_block + 1) * 1.4426950408889634
-            gl.thread_barrier()  # here, or the compiler places one inside the loop
-            for n_start in range(0, N, UNROLL):
-                for n_in in gl.static_range(UNROLL):
-                    n = n_start + n_in
-                    # A is read ahead; past the last state it repeats that one
-                    ahead = gl.minimum(n + (2 if PIPELINE else 1), N - 1)
+                inflow = x * gl.expand_dims(B, 0)
+                _, local_h = gl.associative_scan((decay, inflow), 2, affine)
+                local_end = gl.reduce(local_h, 2, last)
+                h_in = lane_scan(run_decay, local_end, queue, lane)
+                inflow = gl.where(first_step, inflow + decay * gl.expand_dims(h_in, 2), inflow)
+                _, h = gl.associative_scan((decay, inflow), 2, affine)
+                if CHECKPOINT_EVERY > 0:
+                    when = start + lane * RUN
+                    slot = batch * n_checkpoints + when // CHECKPOINT_EVERY
+                    slot = slot * d_inner + gl.expand_dims(channel, 1)
+                    keep = (when % CHECKPOINT_EVERY == 0) & (when < seqlen)
+                    if MASK_CHANNELS:
+                        keep = keep & gl.expand_dims(live, 1)
                     if MASK_STATES:
-                        ahead = gl.minimum(ahead, d_state - 1 - k * N)
-                    A_next = gl.load(A_block + ahead)
-                    if WIDE:
-                        B = B_wide.index(n).load(TIME)
-                    else:
-                        B = to_fp32(B_smem.index(buffer * N + n).load(TIME))
-                    if not PIPELINE:
-                        decay = gl.exp2(dt * gl.expand_dims(gl.expand_dims(A2, 1), 2))
-                        run_decay = gl.exp2(dt_before * gl.expand_dims(A2, 1))
-                    inflow = x * gl.expand_dims(B, 0)
-                    _, local_h = gl.associative_scan((decay, inflow), 2, affine)
-                    local_end = gl.reduce(local_h, 2, last)
-                    shifted = gl.where(lane == 0, queue, lane_above(local_end))
-                    if PIPELINE:
-                        decay_next = gl.exp2(dt * gl.expand_dims(gl.expand_dims(A2, 1), 2))
-                        run_decay_next = gl.exp2(dt_before * gl.expand_dims(A2, 1))
-                    if PAIRED:
-                        h_in = lane_scan_pair(run_decay, shifted, lane)
-                    else:
-                        h_in = lane_scan(run_decay, shifted)
-                    inflow = gl.where(first_step, inflow + decay * gl.expand_dims(h_in, 2), inflow)
-                    _, h = gl.associative_scan((decay, inflow), 2, affine)
-                    if CHECKPOINT_EVERY > 0:
-                        when = start + lane * RUN
-                        slot = batch * n_checkpoints + when // CHECKPOINT_EVERY
-                        slot = slot * d_inner + gl.expand_dims(channel, 1)
-                        keep = (when % CHECKPOINT_EVERY == 0) & (when < seqlen)
-                        if MASK_CHANNELS:
-                            keep = keep & gl.expand_dims(live, 1)
-                        if MASK_STATES:
-                            keep = keep & (k * N + n < d_state)
-                        gl.store(checkpoints_ptr + (slot * d_state + k * N + n), h_in, mask=keep)
-                    if WIDE:
-                        C = C_wide.index(n).load(TIME)
-                    else:
-                        C = to_fp32(C_smem.index(buffer * N + n).load(TIME))
-                    y += h * gl.expand_dims(C, 0)
-                    end = gl.reduce(h, 2, last)
-                    queue = gl.where(lane == 31, end, lane_from(queue, queue_source))
-                    if PIPELINE:
-                        decay = decay_next
-                        run_decay = run_decay_next
-                    A2 = A_next * 1.4426950408889634
+                        keep = keep & (k * N + n < d_state)
+                    gl.store(checkpoints_ptr + (slot * d_state + k * N + n), h_in, mask=keep)
+                if WIDE:
+                    C = C_wide.index(n).load(TIME)
+                else:
+                    C = to_fp32(C_smem.index(buffer * N + n).load(TIME))
+                y += h * gl.expand_dims(C, 0)
+                queue = gl.where(lane == 31, gl.reduce(h, 2, last), queued)
+                A2 = A2_next
             if STATE_BLOCKS > 1:
                 queues.index(k).store(queue)
             buffer = buffer ^ 1

@@ -86,85 +86,40 @@ def lane_from(x, source):
 
 
 @gluon.jit
-def lane_scan(decay, value):
-    """Inclusive scan of h = decay * h_before + value over the 32 lanes; returns h.
+def lane_scan(decay, end, entering, lane):
+    """Return the state before each lane's run, h = decay * h_before + end_before.
 
-    A Kogge-Stone scan: after the round of distance o a lane covers the 2 o lanes up to its own.
-    The shuffle's predicate is false in the lanes that already reach back to lane 0, and the last
-    round needs no product of decays.
+    decay is over the run of the lane before, end what a lane's run ends with from a zero state,
+    entering what enters lane 0; lanes 0 and 1 hold it.
+
+    A Kogge-Stone scan of the ends moved up by one lane, whose first round takes them from where
+    they are: after the round of distance o a lane covers the 2 o lanes below it. From the second
+    on the shuffle's predicate is false in the lanes that already reach back to lane 0, for which
+    the products of decays, which do not wait for the ends, are of no use.
     """
     return gl.inline_asm_elementwise(
         """{
-        .reg .pred p; .reg .f32 a, h, ta, th;
-        shfl.sync.up.b32 th|p, $2, 1, 0, 0xffffffff;
-        shfl.sync.up.b32 ta, $1, 1, 0, 0xffffffff;
-        mov.f32 a, $1; mov.f32 h, $2;
-        @p fma.rn.f32 h, a, th, h; @p mul.f32 a, a, ta;
-        shfl.sync.up.b32 th|p, h, 2, 0, 0xffffffff;
-        shfl.sync.up.b32 ta, a, 2, 0, 0xffffffff;
-        @p fma.rn.f32 h, a, th, h; @p mul.f32 a, a, ta;
-        shfl.sync.up.b32 th|p, h, 4, 0, 0xffffffff;
-        shfl.sync.up.b32 ta, a, 4, 0, 0xffffffff;
-        @p fma.rn.f32 h, a, th, h; @p mul.f32 a, a, ta;
-        shfl.sync.up.b32 th|p, h, 8, 0, 0xffffffff;
-        shfl.sync.up.b32 ta, a, 8, 0, 0xffffffff;
-        @p fma.rn.f32 h, a, th, h; @p mul.f32 a, a, ta;
-        shfl.sync.up.b32 th|p, h, 16, 0, 0xffffffff;
-        @p fma.rn.f32 h, a, th, h;
+        .reg .pred p, q; .reg .f32 a, b, c, d, h, t;
+        shfl.sync.up.b32 t, $1, 1, 0, 0xffffffff; mul.f32 a, $1, t;
+        shfl.sync.up.b32 t, a, 2, 0, 0xffffffff; mul.f32 b, a, t;
+        shfl.sync.up.b32 t, b, 4, 0, 0xffffffff; mul.f32 c, b, t;
+        shfl.sync.up.b32 t, c, 8, 0, 0xffffffff; mul.f32 d, c, t;
+        setp.eq.s32 p, $4, 0; setp.le.s32 q, $4, 1;
+        shfl.sync.up.b32 h, $2, 1, 0, 0xffffffff;
+        shfl.sync.up.b32 t, $2, 2, 0, 0xffffffff;
+        selp.f32 h, $3, h, p; selp.f32 t, $3, t, q;
+        @!p fma.rn.f32 h, $1, t, h;
+        shfl.sync.up.b32 t|p, h, 2, 0, 0xffffffff; @p fma.rn.f32 h, a, t, h;
+        shfl.sync.up.b32 t|p, h, 4, 0, 0xffffffff; @p fma.rn.f32 h, b, t, h;
+        shfl.sync.up.b32 t|p, h, 8, 0, 0xffffffff; @p fma.rn.f32 h, c, t, h;
+        shfl.sync.up.b32 t|p, h, 16, 0, 0xffffffff; @p fma.rn.f32 h, d, t, h;
         mov.f32 $0, h;
         }""",
-        "=f,f,f",
-        [decay, value],
+        "=f,f,f,f,r",
+        [decay, end, entering, lane],
         dtype=gl.float32,
         is_pure=False,
         pack=1,
-    )
-
-
-@gluon.jit
-def lane_scan_pair(decay, value, lane):
-    """`lane_scan` of two channels at once: half the lanes scan one, half the other.
-
-    Even and odd lanes swap what the partner will scan, so that an even lane holds two neighbouring
-    steps of the first channel and an odd lane those of the second; four rounds over 16 places then
-    serve both, and a last swap returns the results: 11 shuffles instead of 18.
-    """
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .pred p, q; .reg .b32 i; .reg .f32 a, h, ta, th, ka, kh, ra, rh, fa, fh, sa, sh, g;
-        and.b32 i, $6, 1;
-        setp.ne.b32 p, i, 0;
-        selp.f32 ta, $2, $3, p; selp.f32 th, $4, $5, p;
-        selp.f32 ka, $3, $2, p; selp.f32 kh, $5, $4, p;
-        shfl.sync.bfly.b32 ra, ta, 1, 0x1f, 0xffffffff;
-        shfl.sync.bfly.b32 rh, th, 1, 0x1f, 0xffffffff;
-        selp.f32 fa, ra, ka, p; selp.f32 fh, rh, kh, p;
-        selp.f32 sa, ka, ra, p; selp.f32 sh, kh, rh, p;
-        mul.f32 a, fa, sa;
-        fma.rn.f32 h, sa, fh, sh;
-        shfl.sync.up.b32 th|q, h, 2, 0, 0xffffffff;
-        shfl.sync.up.b32 ta, a, 2, 0, 0xffffffff;
-        @q fma.rn.f32 h, a, th, h; @q mul.f32 a, a, ta;
-        shfl.sync.up.b32 th|q, h, 4, 0, 0xffffffff;
-        shfl.sync.up.b32 ta, a, 4, 0, 0xffffffff;
-        @q fma.rn.f32 h, a, th, h; @q mul.f32 a, a, ta;
-        shfl.sync.up.b32 th|q, h, 8, 0, 0xffffffff;
-        shfl.sync.up.b32 ta, a, 8, 0, 0xffffffff;
-        @q fma.rn.f32 h, a, th, h; @q mul.f32 a, a, ta;
-        shfl.sync.up.b32 th|q, h, 16, 0, 0xffffffff;
-        @q fma.rn.f32 h, a, th, h;
-        shfl.sync.up.b32 th|q, h, 2, 0, 0xffffffff;
-        mov.f32 g, fh;
-        @q fma.rn.f32 g, fa, th, fh;
-        selp.f32 ta, g, h, p; selp.f32 ka, h, g, p;
-        shfl.sync.bfly.b32 ra, ta, 1, 0x1f, 0xffffffff;
-        selp.f32 $0, ra, ka, p; selp.f32 $1, ka, ra, p;
-        }""",
-        "=f,=f,f,f,f,f,r,r",
-        [decay, value, lane],
-        dtype=gl.float32,
-        is_pure=False,
-        pack=2,
     )
 
 

@@ -22,14 +22,11 @@ STATES = 16  # states per block of B and C in shared memory, and per queue of ca
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """How the kernel is built: channels a warp, warps a block, states an iteration, switches."""
+    """How the kernel is built: channels a warp, warps a block, B and C widened once or not."""
 
     channels: int = 2
     warps: int = 8
     wide: bool = True
-    pipeline: bool = False
-    unroll: int = 1
-    paired: bool = False
     registers: int | None = (
         None  # limit for a thread, so that more blocks fit; None: the compiler's
     )
@@ -106,7 +103,7 @@ def choose(
         return _MANY_STATES
     if checkpoint_every is not None:
         return DEFAULT
-    return Config(channels=1, warps=16, wide=d_state <= STATES)
+    return Config(channels=1, warps=16, wide=d_state <= 64)
 
 
 def _aligned(checkpoint_every: int | None, serial: SerialConfig) -> bool:
@@ -244,8 +241,5 @@ def specialisation(
         "MASK_STATES": d_state % STATES != 0,
         "STATE_BLOCKS": ceil_div(d_state, STATES),
         "WIDE": config.wide and dtype != torch.float32,
-        "PIPELINE": config.pipeline,
-        "UNROLL": config.unroll,
-        "PAIRED": config.paired,
         "WARPS": config.warps,
     }

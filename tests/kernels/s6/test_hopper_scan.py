@@ -202,7 +202,10 @@ EMULATED = {
         replace(SERIAL, steps=4),
     ),
     "plain": (Problem(seqlen=1032), WIDE),
-    "paired": (Problem(seqlen=520, gated=True), replace(WIDE, paired=True)),
+    "one channel a warp, gated": (
+        Problem(seqlen=520, gated=True),
+        replace(WIDE, channels=1, warps=16),
+    ),
     "odd, gated, groups, checkpoints": (ODD, WIDE),
     "even length, blocks of states": (Problem(d_inner=5, seqlen=514, d_state=32), WIDE),
     "fp16, bare": (BARE, replace(WIDE, wide=False)),
@@ -231,8 +234,8 @@ def test_a_dropped_carry_is_caught(tmp_path: Path) -> None:
     wrong = planted(
         tmp_path,
         "dropped_carry",
-        "gl.where(lane == 0, queue, lane_above(local_end))",
-        "gl.where(lane == 0, 0.0, lane_above(local_end))",
+        "lane_scan(run_decay, local_end, queue, lane)",
+        "lane_scan(run_decay, local_end, queue * 0.0, lane)",
     )
     problem = Problem(seqlen=520)
     t, out, state, _ = emulate(problem, WIDE, wrong)
@@ -334,8 +337,8 @@ def test_the_kernel_is_chosen_by_the_channels_there_are() -> None:
     assert chosen(4, 2048) == replace(serial, channels=1, warps_d=2)  # half the channels a thread
     assert chosen(1, 2048) == chosen(2, 2048) == chosen(3, 2048) == one
     assert chosen(1, 2048, every=64) == chosen(8, 2048, every=16) == WIDE
-    for d_state in (32, 64, 256):
-        assert chosen(1, 2048, d_state) == replace(one, wide=False)
+    assert chosen(1, 2048, 32) == chosen(1, 2048, 64) == one
+    assert chosen(1, 2048, 256) == replace(one, wide=False)
     many = SERIAL_CONFIGS["many states, long tiles"][1]
     assert chosen(1, 2048, 128) == chosen(1, 2048, 100) == chosen(1, 2048, 128, every=64) == many
     # A block for every multiprocessor, or time takes longer than over lanes.
@@ -344,7 +347,7 @@ def test_the_kernel_is_chosen_by_the_channels_there_are() -> None:
 
 
 def test_the_choice_is_within_four_per_cent_of_the_best_measured() -> None:
-    """Against the published times of every configuration on an H100, in two runs."""
+    """Against the published times of every configuration on an H100, the latest first."""
     names: dict[AnyConfig, str] = {
         WIDE: "wide",
         replace(WIDE, channels=1, warps=16): "1ch-wide",
@@ -355,7 +358,7 @@ def test_the_choice_is_within_four_per_cent_of_the_best_measured() -> None:
     }
     root = Path(__file__).parents[3] / "published" / "experiments"
     times: dict[str, dict[str, float]] = {}
-    for file in ("serial", "lanes"):
+    for file in ("chain", "serial", "lanes"):
         record = json.loads((root / f"h100-s6-forward-{file}.json").read_text())
         for key, value in record["times_ms"].items():
             config, _, shape = key.partition(" ")
@@ -372,7 +375,7 @@ def test_the_choice_is_within_four_per_cent_of_the_best_measured() -> None:
 
 def inner_loop(ptx: str) -> str:
     """The loop over states: the text between its label and the backward branch."""
-    scan = ptx.index("shfl.sync.up.b32 ta")
+    scan = ptx.index("selp.f32 h")
     start = ptx.rindex("\n$L__BB", 0, scan)
     label = ptx[start + 1 : ptx.index(":", start)]
     return ptx[start : ptx.index(f"bra \t{label}", scan)]
