@@ -20,8 +20,7 @@ has RUN = 16 consecutive steps in registers. For each state it
 So every exponential is computed once and nothing of size L x N leaves the registers. B and C of a
 block of N (16) states come by cp.async into a double buffer that all warps of the block share.
 The carries of 16 states live in one register per channel: a queue over the lanes that moves one
-place a state; its readers are lanes 0 and 1 and its writer lane 31. A is in shared memory, each
-state's read one ahead.
+place a state; its readers are lanes 0 and 1 and its writer lane 31.
 """
 
 from triton.experimental import gluon
@@ -215,18 +214,18 @@ def scan_forward_kernel(
         _copy_rows(C_smem, 0, C_ptr + group_row, d_state, 0, seqlen, N, COPY, ASYNC, GROUP)
     async_copy.commit_group()
 
-    # A, in units of log2; one block more, of which the last state's successor is read
+    # A, in units of log2
     A_COPY: gl.constexpr = gl.BlockedLayout([1, 1], [N, 32 // N], [1, WARPS], [0, 1])
     A_smem = gl.allocate_shared_memory(
-        gl.float32, [(STATE_BLOCKS + 1) * N, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        gl.float32, [STATE_BLOCKS * N, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     A_blocks = A_smem._reinterpret(
-        gl.float32, [STATE_BLOCKS + 1, N, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        gl.float32, [STATE_BLOCKS, N, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     )
     A_channel = first_channel + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, A_COPY))
     A_channel = group * group_channels + gl.minimum(A_channel, group_channels - 1)
     A_row = A_ptr + gl.expand_dims(A_channel.to(gl.int64) * d_state, 0)
-    for k in range(STATE_BLOCKS + 1):
+    for k in range(STATE_BLOCKS):
         A_state = k * N + gl.arange(0, N, layout=gl.SliceLayout(1, A_COPY))
         A_state = gl.expand_dims(gl.minimum(A_state, d_state - 1), 1)
         A_blocks.index(k).store(gl.load(A_row + A_state) * 1.4426950408889634)
@@ -314,11 +313,8 @@ def scan_forward_kernel(
                 gl.thread_barrier()  # here, or the compiler places one inside the loop
             if STATE_BLOCKS > 1:
                 queue = queues.index(k).load(RUNS)
-            A2 = A_smem.index(k * N).load(CHAN)
             for n in range(0, N):
-                # what the scan does not wait for is begun before it
-                queued = lane_from(queue, queue_source)
-                A2_next = A_smem.index(k * N + n + 1).load(CHAN)
+                A2 = A_smem.index(k * N + n).load(CHAN)
                 if WIDE:
                     B = B_wide.index(n).load(TIME)
                 else:
@@ -346,8 +342,8 @@ def scan_forward_kernel(
                 else:
                     C = to_fp32(C_smem.index(buffer * N + n).load(TIME))
                 y += h * gl.expand_dims(C, 0)
-                queue = gl.where(lane == 31, gl.reduce(h, 2, last), queued)
-                A2 = A2_next
+                end = gl.reduce(h, 2, last)
+                queue = gl.where(lane == 31, end, lane_from(queue, queue_source))
             if STATE_BLOCKS > 1:
                 queues.index(k).store(queue)
             buffer = buffer ^ 1

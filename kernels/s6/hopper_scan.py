@@ -24,8 +24,8 @@ STATES = 16  # states per block of B and C in shared memory, and per queue of ca
 class Config:
     """How the kernel is built: channels a warp, warps a block, B and C widened once or not."""
 
-    channels: int = 2
-    warps: int = 8
+    channels: int = 1
+    warps: int = 16
     wide: bool = True
     registers: int | None = (
         None  # limit for a thread, so that more blocks fit; None: the compiler's
@@ -64,9 +64,9 @@ class SerialConfig:
         return self.warps_n * self.warps_d
 
 
-DEFAULT = Config()
 _FEW_STATES = (SerialConfig(), SerialConfig(channels=1, warps_d=2))
 _MANY_STATES = SerialConfig(channels=1, warps_n=8, warps_d=2, tile=64)
+_FULL_FP32 = 176  # states of 16 channels, in fp32, that shared memory has place for
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -84,26 +84,28 @@ def supported(*, d_state: int, dtype: torch.dtype) -> str | None:
 
 @lru_cache(maxsize=256)
 def choose(
-    *, batch: int, d_inner: int, d_state: int, checkpoint_every: int | None, multiprocessors: int
-) -> Config | SerialConfig:
+    *, batch: int, d_inner: int, d_state: int, checkpoint_every: int | None, multiprocessors: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Config | SerialConfig:  # fmt: skip
     """Return the kernel and its configuration for a problem, by what an H100 measured.
 
     The serial kernel wherever its channels alone keep the multiprocessors busy: two warps for every
     scheduler up to 16 states, with as many channels a thread as that leaves, and a block for every
-    multiprocessor from 65 to 128 states. Otherwise time over lanes, one channel a warp where no
-    states are kept for a backward, with which only two were measured.
+    other multiprocessor from 65 to 128 states. Otherwise time over lanes, with B and C widened once
+    where no states are kept for a backward; in fp32 with half the channels a block from where
+    shared memory has no place for all.
     """
     channels = batch * d_inner
     for serial in _FEW_STATES if d_state <= STATES else ():
         busy = 16 * serial.warps * channels >= 15 * 2 * 4 * multiprocessors * serial.block
         if busy and _aligned(checkpoint_every, serial):
             return serial
-    full = 16 * channels >= 15 * multiprocessors * _MANY_STATES.block
+    full = 32 * channels >= 15 * multiprocessors * _MANY_STATES.block
     if 64 < d_state <= 128 and full and _aligned(checkpoint_every, _MANY_STATES):
         return _MANY_STATES
-    if checkpoint_every is not None:
-        return DEFAULT
-    return Config(channels=1, warps=16, wide=d_state <= 64)
+    if dtype == torch.float32 and d_state > _FULL_FP32:
+        return Config(warps=8)
+    return Config(wide=checkpoint_every is None)
 
 
 def _aligned(checkpoint_every: int | None, serial: SerialConfig) -> bool:
@@ -169,7 +171,7 @@ def _run(recording: Recording, tensors: tuple[Any, ...], options: tuple[Any, ...
     ngroups, d_state = B.shape[1], B.shape[2]
     config = config or choose(
         batch=batch, d_inner=d_inner, d_state=d_state, checkpoint_every=every,
-        multiprocessors=_multiprocessors(u.device),
+        multiprocessors=_multiprocessors(u.device), dtype=u.dtype,
     )  # fmt: skip
     serial = isinstance(config, SerialConfig)
     grain = config.tile if serial else RUN

@@ -180,7 +180,8 @@ def assert_right(
         torch.testing.assert_close(saved.double(), want_saved, rtol=1e-4, atol=1e-5)
 
 
-WIDE = hopper_scan.DEFAULT
+WIDE = hopper_scan.Config()
+TWO = hopper_scan.Config(channels=2, warps=8)  # channels a warp
 ODD = Problem(d_inner=10, ngroups=2, seqlen=43, d_state=20, gated=True, checkpoint_every=16)
 BARE = Problem(dtype=torch.float16, seqlen=40, has_D=False, has_bias=False, softplus=False)
 SERIAL = hopper_scan.SerialConfig(warps_d=1)
@@ -202,13 +203,15 @@ EMULATED = {
         replace(SERIAL, steps=4),
     ),
     "plain": (Problem(seqlen=1032), WIDE),
-    "one channel a warp, gated": (
-        Problem(seqlen=520, gated=True),
-        replace(WIDE, channels=1, warps=16),
-    ),
+    "two channels a warp, gated": (Problem(seqlen=520, gated=True), TWO),
+    "two channels a warp, odd, checkpoints": (ODD, TWO),
     "odd, gated, groups, checkpoints": (ODD, WIDE),
     "even length, blocks of states": (Problem(d_inner=5, seqlen=514, d_state=32), WIDE),
     "fp16, bare": (BARE, replace(WIDE, wide=False)),
+    "not widened, gated, checkpoints, blocks of states": (
+        Problem(seqlen=530, d_state=20, gated=True, checkpoint_every=128),
+        replace(WIDE, wide=False),
+    ),
     "fp32, gated": (Problem(dtype=torch.float32, seqlen=40, gated=True), WIDE),
 }
 
@@ -274,7 +277,7 @@ def test_missing_barriers_are_caught() -> None:
     missing = ptx[: ptx.index(".reqntid")].count(".param") - len(arguments)
     shared_bytes = kernel.metadata.shared
     with pytest.raises(machine.Hazard):
-        machine.launch(ptx, 1, arguments + [0] * missing, threads=256, shared_bytes=shared_bytes)
+        machine.launch(ptx, 1, arguments + [0] * missing, threads=512, shared_bytes=shared_bytes)
 
 
 def resources(kernel: Any, folder: Path) -> str:
@@ -284,6 +287,24 @@ def resources(kernel: Any, folder: Path) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     ran = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
     return ran.stdout
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(dtype=torch.float32, d_state=176, gated=True),
+        Problem(dtype=torch.float32, d_state=256, gated=True),
+        Problem(d_state=256, gated=True),
+        Problem(d_state=256, gated=True, checkpoint_every=128),
+    ],
+    ids=str,
+)
+def test_shared_memory_has_place_for_what_is_chosen(problem: Problem) -> None:
+    config = hopper_scan.choose(
+        batch=1, d_inner=2048, d_state=problem.d_state, dtype=problem.dtype,
+        checkpoint_every=problem.checkpoint_every, multiprocessors=132,
+    )  # fmt: skip
+    assert compiled(problem, config)[0].metadata.shared <= 232448
 
 
 @pytest.mark.parametrize("config", [WIDE, replace(WIDE, wide=False)], ids=["wide", "half"])
@@ -332,26 +353,26 @@ def test_the_kernel_is_chosen_by_the_channels_there_are() -> None:
             multiprocessors=132,
         )  # fmt: skip
 
-    serial, one = hopper_scan.SerialConfig(), replace(WIDE, channels=1, warps=16)
+    serial, kept = hopper_scan.SerialConfig(), replace(WIDE, wide=False)
     assert chosen(8, 2048) == chosen(8, 2048, every=64) == serial
     assert chosen(4, 2048) == replace(serial, channels=1, warps_d=2)  # half the channels a thread
-    assert chosen(1, 2048) == chosen(2, 2048) == chosen(3, 2048) == one
-    assert chosen(1, 2048, every=64) == chosen(8, 2048, every=16) == WIDE
-    assert chosen(1, 2048, 32) == chosen(1, 2048, 64) == one
-    assert chosen(1, 2048, 256) == replace(one, wide=False)
+    assert chosen(1, 2048) == chosen(2, 2048) == chosen(3, 2048) == WIDE
+    assert chosen(1, 2048, every=64) == chosen(8, 2048, every=16) == kept
+    for d_state in (32, 64, 256):
+        assert chosen(1, 2048, d_state) == WIDE
     many = SERIAL_CONFIGS["many states, long tiles"][1]
     assert chosen(1, 2048, 128) == chosen(1, 2048, 100) == chosen(1, 2048, 128, every=64) == many
-    # A block for every multiprocessor, or time takes longer than over lanes.
-    assert chosen(1, 1024, 128) == replace(one, wide=False)
-    assert chosen(1, 2048, 128, every=32) == WIDE
+    assert chosen(1, 1024, 128) == many  # a block for every other multiprocessor
+    assert chosen(1, 512, 128) == WIDE
+    assert chosen(1, 2048, 128, every=32) == kept
 
 
 def test_the_choice_is_within_four_per_cent_of_the_best_measured() -> None:
     """Against the published times of every configuration on an H100, the latest first."""
     names: dict[AnyConfig, str] = {
-        WIDE: "wide",
-        replace(WIDE, channels=1, warps=16): "1ch-wide",
-        replace(WIDE, channels=1, warps=16, wide=False): "1ch",
+        TWO: "wide",
+        WIDE: "1ch-wide",
+        replace(WIDE, wide=False): "1ch",
         hopper_scan.SerialConfig(): "k4c2",
         hopper_scan.SerialConfig(channels=1, warps_d=2): "k4c1w2",
         SERIAL_CONFIGS["many states, long tiles"][1]: "k4c1",
@@ -364,13 +385,14 @@ def test_the_choice_is_within_four_per_cent_of_the_best_measured() -> None:
             config, _, shape = key.partition(" ")
             times.setdefault(shape, {}).setdefault(config, value)
     assert len(times) > 8
-    for shape, measured in times.items():
+    for problem, measured in times.items():
+        shape, _, every = problem.partition(" kept every ")
         batch, d_inner, _, d_state = (int(part) for part in shape.strip("()").split(", "))
         chosen = hopper_scan.choose(
-            batch=batch, d_inner=d_inner, d_state=d_state, checkpoint_every=None,
-            multiprocessors=132,
+            batch=batch, d_inner=d_inner, d_state=d_state,
+            checkpoint_every=int(every) if every else None, multiprocessors=132,
         )  # fmt: skip
-        assert measured[names[chosen]] <= 1.04 * min(measured.values()), shape
+        assert measured[names[chosen]] <= 1.04 * min(measured.values()), problem
 
 
 def inner_loop(ptx: str) -> str:
