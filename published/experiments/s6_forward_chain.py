@@ -3,7 +3,8 @@
 python3 s6_forward_chain.py turns | steps | rounds, from the root of the repository at commit 4e90950: variants of its kernel by s6_forward_turns.patch and s6_forward_chain.patch,
 whose switches the environment sets; two minutes each. $OUT/s6.jsonl: microseconds, twice, and whether the bits are those of the first variant (or the largest difference over the
 largest output). Turns with 128 states are wrong: A is overwritten there while others read it. "choices", of any commit since: every configuration that `choose` may take, checked
-against each other and timed, with and without states kept for a backward; one minute. $OUT/choices.json.
+against each other and timed, with and without states kept for a backward; half a minute. "few", of any commit since: few channels, of which 16, 8 or 4 share a block.
+$OUT/choices.json, $OUT/few.json. Of the record, times_ms are of "choices" at commit 6d6b757 and, where last_us has them, of its variant "nonextlate", which the commit after it is.
 """
 import json, os, runpy, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,10 @@ SHAPES = [(1, 2048, 8192, 16), (1, 2048, 2048, 16), (8, 2048, 8192, 16), (1, 204
 CONFIGS = {"1ch-wide": ONE, "1ch": NARROW, "wide": TWO, "k4c2": "SerialConfig()", "k4c1w2": "SerialConfig(channels=1, warps_d=2)", "k4c1": "SerialConfig(channels=1, warps_n=8, warps_d=2, tile=64)"}
 CHOICES = [(1, 2048, 2048, 16), (1, 2048, 8192, 16), (1, 2048, 131072, 16), (2, 2048, 8192, 16), (4, 2048, 8192, 16), (8, 2048, 2048, 16), (8, 2048, 8192, 16), *((1, 2048, 8192, n) for n in (32, 64, 128, 256)), (1, 1024, 8192, 128)]
 KEPT = 128  # steps between states that are kept
+
+
+FEW = {**{f"{w} warps{' kept' if not wide else ''}": f"Config(warps={w}, wide={wide})" for wide in (True, False) for w in (16, 8, 4)}, "k4c1": CONFIGS["k4c1"], "k2": "SerialConfig(lanes=8, channels=1, tile=64)"}
+FEW_SHAPES = [(1, d, 8192, n) for d in (256, 512, 1024, 1536, 2048) for n in (16, 128)]
 
 
 def setup():
@@ -113,8 +118,24 @@ def choices(names=None):
     print("wrong:", wrong, flush=True)
 
 
+def few():
+    setup(); times, wrong = {}, []
+    for shape in FEW_SHAPES:
+        case, want, row = inputs(*shape), None, {}
+        for name, config in FEW.items():
+            if shape[3] != (128 if name == "k4c1" else 16) and name[0] == "k": continue
+            call = lambda: scan.scan_forward(**case, delta_softplus=True, checkpoint_every=KEPT if "kept" in name else None, config=of(config))
+            out = call()[0].float(); want = out if want is None else want
+            if float((out - want).abs().max() / want.abs().max()) > 0.01: wrong.append(f"{name} {shape}")
+            row[name] = times[f"{name} {shape}"] = round(replay_us(call, 0.01) / 1e3, 5)
+        print(shape, row, flush=True)
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "few.json").write_text(json.dumps({"device": torch.cuda.get_device_name(), "wrong": wrong, "times_ms": times}, indent=1))
+    print("wrong:", wrong)
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "one": one(*sys.argv[2:5], sys.argv[5] == "check")
     elif sys.argv[1] == "compile": choices([sys.argv[2]])
-    elif sys.argv[1] == "choices": choices()
+    elif sys.argv[1] in ("choices", "few"): globals()[sys.argv[1]]()
     else: variants(sys.argv[1])
