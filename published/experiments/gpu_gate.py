@@ -4,7 +4,8 @@
 
 Parts: `calibrate`, `aa` or `aa*N` (a check of equal code, N times), `pass` (SSD reads and writes
 its input once more), `loop` (the selective scan's loop has one tile more in twenty), `tuning` (the
-selective scan has a configuration that is a fifth slower), `one` (its loop has one tile more in a
+selective scan has two channels a warp, which take longer; up to commit 4e90950 a configuration that
+is a fifth slower), `one` (its loop has one tile more in a
 hundred), `sixty` (sixty cases of equal code). Without any: all, with ten A/A checks.
 
 All GPUs that are visible work side by side: each calibrates, then takes the next part that is left.
@@ -78,8 +79,8 @@ PLANTS = {
     ),
     "tuning": (
         "kernels/s6/hopper_scan.py",
-        "return Config(channels=1, warps=16, wide=d_state <= STATES)",
-        "return Config(pipeline=True, paired=True)",
+        "return Config(wide=checkpoint_every is None)",
+        "return Config(channels=2, warps=8)",
         "selective_scan",
     ),
     "one": (

@@ -3,8 +3,8 @@
 python3 s6_forward_chain.py turns | steps | rounds, from the root of the repository at commit 4e90950: variants of its kernel by s6_forward_turns.patch and s6_forward_chain.patch,
 whose switches the environment sets; two minutes each. $OUT/s6.jsonl: microseconds, twice, and whether the bits are those of the first variant (or the largest difference over the
 largest output). Turns with 128 states are wrong: A is overwritten there while others read it. "choices", of any commit since: every configuration that `choose` may take, checked
-against each other and timed, with and without states kept for a backward; half a minute. "few", of any commit since: few channels, of which 16, 8 or 4 share a block.
-$OUT/choices.json, $OUT/few.json. Of the record, times_ms are of "choices" at commit 6d6b757 and, where last_us has them, of its variant "nonextlate", which the commit after it is.
+against each other and timed, with and without states kept for a backward; half a minute. "few", of any commit since: few channels, of which 16, 8 or 4 share a block,
+and a gate. $OUT/choices.json, $OUT/few.json. Of the record, times_ms are of "choices" at commit 6d6b757 and, where last_us has them, of its variant "nonextlate", which the commit after it is.
 """
 import json, os, runpy, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
@@ -129,6 +129,13 @@ def few():
             if float((out - want).abs().max() / want.abs().max()) > 0.01: wrong.append(f"{name} {shape}")
             row[name] = times[f"{name} {shape}"] = round(replay_us(call, 0.01) / 1e3, 5)
         print(shape, row, flush=True)
+    for length in (2048, 8192):  # with a gate, and states kept as often as by the operation
+        case = inputs(1, 2048, length, 16); case["z"] = case["u"].flip(-1).contiguous()
+        for every in (None, 64):
+            for name in ("1ch-wide", "1ch", "wide"):
+                call = lambda: scan.scan_forward(**case, delta_softplus=True, checkpoint_every=every, config=of(CONFIGS[name]))
+                call(); times[f"{name} (1, 2048, {length}, 16) gated{' kept every 64' if every else ''}"] = round(replay_us(call, 0.01) / 1e3, 5)
+    print({k: v for k, v in times.items() if "gated" in k})
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "few.json").write_text(json.dumps({"device": torch.cuda.get_device_name(), "wrong": wrong, "times_ms": times}, indent=1))
     print("wrong:", wrong)
