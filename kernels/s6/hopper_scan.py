@@ -66,7 +66,7 @@ class SerialConfig:
 
 _FEW_STATES = (SerialConfig(), SerialConfig(channels=1, warps_d=2))
 _MANY_STATES = SerialConfig(channels=1, warps_n=8, warps_d=2, tile=64)
-_FULL_FP32 = 176  # states of 16 channels, in fp32, that shared memory has place for
+_STATES_OF_16 = 176  # of 16 channels, in fp32 or widened, that shared memory has place for
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -90,22 +90,25 @@ def choose(
     """Return the kernel and its configuration for a problem, by what an H100 measured.
 
     The serial kernel wherever its channels alone keep the multiprocessors busy: two warps for every
-    scheduler up to 16 states, with as many channels a thread as that leaves, and a block for every
-    other multiprocessor from 65 to 128 states. Otherwise time over lanes, with B and C widened once
-    where no states are kept for a backward; in fp32 with half the channels a block from where
-    shared memory has no place for all.
+    scheduler up to 16 states, with as many channels a thread as that leaves, and from 65 to 128
+    states where there are more channels than 8 for each multiprocessor. Otherwise time over lanes,
+    with the fewest warps a block that leave none waiting for a multiprocessor, and with B and C
+    widened once where no states are kept for a backward and shared memory has place for it.
     """
     channels = batch * d_inner
     for serial in _FEW_STATES if d_state <= STATES else ():
         busy = 16 * serial.warps * channels >= 15 * 2 * 4 * multiprocessors * serial.block
         if busy and _aligned(checkpoint_every, serial):
             return serial
-    full = 32 * channels >= 15 * multiprocessors * _MANY_STATES.block
-    if 64 < d_state <= 128 and full and _aligned(checkpoint_every, _MANY_STATES):
+    many = 64 < d_state <= 128 and channels > 8 * multiprocessors
+    if many and _aligned(checkpoint_every, _MANY_STATES):
         return _MANY_STATES
-    if dtype == torch.float32 and d_state > _FULL_FP32:
-        return Config(warps=8)
-    return Config(wide=checkpoint_every is None)
+    warps = next((few for few in (4, 8) if channels <= few * multiprocessors), 16)
+    if dtype == torch.float32:
+        return Config(warps=min(warps, 8) if d_state > _STATES_OF_16 else warps)
+    if checkpoint_every is None and (warps < 16 or d_state <= _STATES_OF_16):
+        return Config(warps=warps)
+    return Config(warps=4 if warps < 16 else 16, wide=False)  # of which two share a multiprocessor
 
 
 def _aligned(checkpoint_every: int | None, serial: SerialConfig) -> bool:
