@@ -234,19 +234,23 @@ def planted(
     return load(path, name)
 
 
-def test_a_dropped_carry_is_caught(tmp_path: Path) -> None:
-    wrong = planted(
-        tmp_path,
-        "dropped_carry",
+FAULTS = {
+    "a dropped carry": (
         "lane_scan(run_decay, local_end, queue, lane)",
         "lane_scan(run_decay, local_end, queue * 0.0, lane)",
-    )
+    ),
+    "a carry that the second lane does not get": ("lane <= 1, 17", "lane == 0, 17"),
+    "the next state's decay": ("A_smem.index(k * N + n)", "A_smem.index(k * N + (n + 1) % N)"),
+    "steps past the end that decay": ("dt = gl.where(start + time < seqlen, dt, 0.0)", "dt += 0.0"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_caught(name: str, tmp_path: Path) -> None:
+    wrong = planted(tmp_path, name.replace(" ", "_").replace("'", ""), *FAULTS[name])
     problem = Problem(seqlen=520)
-    t, out, state, _ = emulate(problem, WIDE, wrong)
-    want_out, want_state, _ = reference(problem, t)
-    assert error(out, want_out) > 10 * OUT_LIMIT[problem.dtype] or error(state, want_state) > 0.1
     with pytest.raises(AssertionError):
-        assert_right(problem, t, out, state, None)
+        assert_right(problem, *emulate(problem, WIDE, wrong))
 
 
 SERIAL_FAULTS = {
