@@ -78,6 +78,14 @@ def s6_hopper_wide() -> Computed:
     ]
 
 
+def s6_hopper_forward() -> Computed:
+    """Run the forward with 4, 8 and 16 warps a block, over more than one tile of time."""
+    return [
+        s6("kernels.s6.hopper_op", 20, channels=channels, seqlen=seqlen, train=False)
+        for channels, seqlen in ((34, 75), (500, 530), (1066, 530))
+    ]
+
+
 def s6_hopper_serial() -> Computed:
     """Run the forward of many channels, which goes through time in order."""
     return [
@@ -264,7 +272,7 @@ PARTS: dict[str, Callable[[], Computed]] = {
     ),
     "s6 hopper": lambda: s6("kernels.s6.hopper_op", 20),
     "s6 hopper, 128 states": lambda: s6("kernels.s6.hopper_op", 128),
-    "s6 hopper, forward": lambda: s6("kernels.s6.hopper_op", 20, train=False),
+    "s6 hopper, forward": s6_hopper_forward,
     "s6 hopper, many channels": s6_hopper_serial,
     "s6 hopper, sums in gradients": s6_hopper_backward,
     "s6 hopper, more states": s6_hopper_wide,
