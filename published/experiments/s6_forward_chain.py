@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE, OUT = Path.cwd(), Path(os.environ.get("OUT", "/tmp/out"))
-ONE, TWO, NARROW = "Config(channels=1, warps=16)", "Config()", "Config(channels=1, warps=16, wide=False)"
+ONE, TWO, NARROW = "Config(channels=1, warps=16)", "Config(channels=2, warps=8)", "Config(channels=1, warps=16, wide=False)"
 T = lambda turns, held, first, config=ONE: ("turns", dict(S6_TURNS=turns, S6_HELD=held, S6_FIRST_B=first), config)
 C = lambda held, scan, early, bar, tail, config=ONE: ("chain", dict(S6_HELD=held, S6_SCAN=scan, S6_EARLY=early, S6_BAR=bar, S6_TAIL=tail, S6_NEXT=0), config)
 R = lambda scan, ahead, config=ONE: ("chain", dict(S6_SCAN=scan, S6_NEXT=ahead), config)
